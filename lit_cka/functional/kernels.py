@@ -1,0 +1,34 @@
+"""Gram matrices of features: the linear and the RBF kernel, batched over leading dimensions, in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def linear_gram(X: Tensor) -> Tensor:
+    """Gram matrix (..., n, n) of the centred features `X` (..., n, d). HSIC and CKA ignore the centring."""
+    X = X.detach().to(torch.float64)
+    X = X - X[..., :1, :]
+    X = X - X.mean(dim=-2, keepdim=True)
+    return X @ X.mT
+
+
+def rbf_gram(X: Tensor, *, bandwidth: float = 1.0) -> Tensor:
+    """RBF Gram matrix `exp(-||x_i - x_j||^2 / (2 s^2))`, (..., n, n), of features `X` (..., n, d).
+
+    `s` is `bandwidth` times the median distance between two different samples (Kornblith et al. 2019, section 3).
+    Identical samples throughout have a median of 0; their Gram matrix is all ones.
+    """
+    if bandwidth <= 0:
+        raise ValueError(f"Expected `bandwidth` to be positive, but got {bandwidth}.")
+    gram = linear_gram(X)
+    squared = gram.diagonal(dim1=-2, dim2=-1)
+    distances = (squared.unsqueeze(-1) + squared.unsqueeze(-2) - 2 * gram).clamp(min=0)
+    n = X.shape[-2]
+    if n < 2:
+        return torch.ones_like(gram)
+    rows, columns = torch.triu_indices(n, n, offset=1, device=X.device)
+    median = distances[..., rows, columns].sqrt().median(dim=-1).values[..., None, None]
+    scale = (2 * (bandwidth * median).square()).masked_fill(median == 0, 1.0)
+    return (-distances / scale).exp()

@@ -1,0 +1,267 @@
+"""CKA as torchmetrics: `LinearCKA`, exact over a whole stream of batches, and `MinibatchCKA`, layers x layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics import Metric
+from typing_extensions import Self
+
+from lit_cka.functional.cka import cka_from_moments, hsic, pairwise_hsic
+from lit_cka.functional.kernels import linear_gram, rbf_gram
+from lit_cka.functional.moments import (
+    PairedMoments,
+    check_features,
+    empty_moments,
+    merge_moments,
+    paired_moments,
+    recentre_moments,
+)
+
+
+class _Float64Metric(Metric):
+    """A metric whose float64 states change device with their parent module, but never their precision."""
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Self:
+        def move(tensor: Tensor) -> Tensor:
+            if tensor.dtype is not torch.float64:
+                return fn(tensor)
+            device = fn(torch.empty(0, device=tensor.device)).device
+            # Apple's backend has no float64: the statistics stay on the CPU there, and `update` brings them features.
+            return tensor.to("cpu" if device.type == "mps" else device)
+
+        return super()._apply(move, exclude_state)
+
+
+def _all_reduce_flat(tensors: Sequence[Tensor], group: Any) -> list[Tensor]:
+    """The tensors' sums over the ranks, in one collective."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat, group=group)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+class LinearCKA(_Float64Metric):
+    """Linear CKA of two streams of features, exact: the value of `linear_cka` on all samples at once.
+
+    Independent of batch size, batch order, number of ranks and how the samples are shared out over them. Holds
+    float64 moments about the running mean: `8 (d_x^2 + d_y^2 + d_x d_y)` bytes and O(d). See
+    `lit_cka.functional.moments`. Both estimators need the same state; `debiased` only chooses the ratio.
+
+    - `update(X, Y)`: features (n, d_x) and (n, d_y) of the same samples, any floating dtype, any `n` (0 included).
+    - `compute()`: float64 scalar, see `linear_cka`. NaN for constant or non-finite features, and as long as there
+      are fewer than 2 samples (4 if debiased).
+
+    Args:
+        num_features_x: `d_x`; None takes it from the first batch.
+        num_features_y: `d_y`; None takes it from the first batch.
+        debiased: use the unbiased HSIC (Song et al. 2012).
+        metric_kwargs: as for every torchmetrics `Metric`.
+
+    Raises:
+        ValueError: in `update`, on integer features, unequal `n`, or a width other than the one declared or seen.
+
+    Example:
+        >>> X = torch.arange(12.0).reshape(6, 2).sin()
+        >>> metric = LinearCKA()
+        >>> metric.update(X[:4], X[:4] + 1)
+        >>> metric.update(X[4:], X[4:] + 1)
+        >>> metric.compute()
+        tensor(1., dtype=torch.float64)
+    """
+
+    n: Tensor
+
+    def __init__(
+        self,
+        num_features_x: int | None = None,
+        num_features_y: int | None = None,
+        *,
+        debiased: bool = False,
+        **metric_kwargs: Any,
+    ) -> None:
+        super().__init__(**metric_kwargs)
+        for name, width in (("num_features_x", num_features_x), ("num_features_y", num_features_y)):
+            if width is not None and width < 1:
+                raise ValueError(f"Expected `{name}` to be a positive number of features or None, but got {width}.")
+        self.num_features_x = num_features_x
+        self.num_features_y = num_features_y
+        self.debiased = debiased
+        # An undeclared width is 0 until the first batch.
+        for name, value in empty_moments(num_features_x or 0, num_features_y or 0)._asdict().items():
+            self.add_state(name, value, dist_reduce_fx=None)
+
+    @property
+    def moments(self) -> PairedMoments:
+        """The statistics of all samples so far (of this rank, outside `sync_context`)."""
+        return PairedMoments(*(getattr(self, name) for name in PairedMoments._fields))
+
+    def _set_moments(self, moments: PairedMoments) -> None:
+        for name, value in moments._asdict().items():
+            setattr(self, name, value)
+
+    def update(self, X: Tensor, Y: Tensor) -> None:
+        """Add the paired features `X` (n, d_x) and `Y` (n, d_y)."""
+        check_features(X, Y)
+        device = self.n.device
+        self._add(paired_moments(X.to(device), Y.to(device)))
+
+    def _add(self, other: PairedMoments) -> None:
+        mine = self.moments
+        if not len(mine.mean_x) or not len(mine.mean_y):
+            mine = empty_moments(
+                len(mine.mean_x) or len(other.mean_x), len(mine.mean_y) or len(other.mean_y), mine.n.device
+            )
+        for name, expected, got in (("X", mine.mean_x, other.mean_x), ("Y", mine.mean_y, other.mean_y)):
+            if len(expected) != len(got):
+                raise ValueError(f"Expected `{name}` to have {len(expected)} features per sample, but got {len(got)}.")
+        self._set_moments(merge_moments(mine, other))
+
+    def compute(self) -> Tensor:
+        """CKA of all samples so far, on all ranks."""
+        return cka_from_moments(self.moments, debiased=self.debiased)
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add another `LinearCKA`'s samples (or its states, as a dict) to this one's."""
+        if isinstance(incoming_state, LinearCKA):
+            incoming_state = incoming_state.moments._asdict()
+        elif isinstance(incoming_state, Metric):
+            raise ValueError(f"Expected a LinearCKA or a dict of its states, but got {type(incoming_state).__name__}.")
+        incoming = PairedMoments(**incoming_state)
+        if not len(incoming.mean_x) or not len(incoming.mean_y):
+            return  # the other has seen no batch
+        self._add(PairedMoments(*(value.to(self.n.device) for value in incoming)))
+        self._computed = None
+        self._update_count += 1
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        """Called by `forward`: this metric holds the batch's states, `incoming_state` all earlier ones."""
+        earlier = PairedMoments(*(incoming_state[name] for name in PairedMoments._fields))
+        if len(earlier.mean_x) and len(earlier.mean_y):
+            self._set_moments(merge_moments(earlier, self.moments))
+
+    def _sync_dist(self, dist_sync_fn: Callable[..., Any] | None = None, process_group: Any = None) -> None:
+        """All-reduce: agree on the widths, then on the global mean, then add up the moments measured from it."""
+        group, device = process_group or self.process_group, self.n.device
+        widths = torch.tensor([self.xy.shape[0], self.xy.shape[1]], device=device)
+        dist.all_reduce(widths, dist.ReduceOp.MAX, group=group)
+        d_x, d_y = (int(width) for width in widths)
+        mine = self.moments if self.xy.numel() else empty_moments(d_x, d_y, device)
+
+        # The mean of the ranks' means keeps full precision when measured from a pivot that all ranks share.
+        pivot = torch.cat([mine.n * mine.mean_x, mine.n * mine.mean_y, mine.n[None]])
+        dist.all_reduce(pivot, group=group)
+        total = pivot[-1].clamp(min=1)
+        pivot_x, pivot_y = pivot[:d_x] / total, pivot[d_x:-1] / total
+        offset = torch.cat([mine.n * (mine.mean_x - pivot_x), mine.n * (mine.mean_y - pivot_y)])
+        dist.all_reduce(offset, group=group)
+        mean_x, mean_y = pivot_x + offset[:d_x] / total, pivot_y + offset[d_x:] / total
+
+        sums = _all_reduce_flat(recentre_moments(mine, mean_x, mean_y)[3:], group)
+        self._set_moments(PairedMoments(pivot[-1], mean_x, mean_y, *sums))
+
+
+class MinibatchCKA(_Float64Metric):
+    """CKA of every layer of one model with every layer of another, from the mean of each batch's unbiased HSIC.
+
+    Nguyen et al. 2021, "Do Wide and Deep Networks Learn the Same Things?" (arXiv 2010.15327), eq. 2. State is
+    O(layers^2) whatever the widths, and any kernel will do. Unlike `LinearCKA` the value depends on the batch size
+    (less so the larger it is); give all batches the same size.
+
+    - `update(X, Y)`: one batch, the layers' features (n, d_l) as a sequence or mapping, n >= 4; `Y` None means `X`.
+    - `compute()`: float64 (layers_x, layers_y) in about [-1, 1]; NaN where a layer's mean self-HSIC is not positive.
+
+    Args:
+        kernel: "linear" or "rbf".
+        bandwidth: of the RBF kernel, as a multiple of the median distance within the batch.
+        metric_kwargs: as for every torchmetrics `Metric`.
+
+    Raises:
+        ValueError: in `update`, on integer features, fewer than 4 samples, unequal `n`, or another number of layers.
+
+    Example:
+        >>> X = [torch.arange(12.0).reshape(6, 2).sin(), torch.arange(6.0)[:, None]]
+        >>> metric = MinibatchCKA()
+        >>> metric.update(X, X)
+        >>> metric.compute().diagonal()
+        tensor([1., 1.], dtype=torch.float64)
+    """
+
+    hsic_xy: Tensor
+    hsic_xx: Tensor
+    hsic_yy: Tensor
+    num_batches: Tensor
+
+    def __init__(
+        self, kernel: Literal["linear", "rbf"] = "linear", *, bandwidth: float = 1.0, **metric_kwargs: Any
+    ) -> None:
+        super().__init__(**metric_kwargs)
+        if kernel not in ("linear", "rbf"):
+            raise ValueError(f'Expected `kernel` to be "linear" or "rbf", but got {kernel!r}.')
+        if bandwidth <= 0:
+            raise ValueError(f"Expected `bandwidth` to be positive, but got {bandwidth}.")
+        self.kernel = kernel
+        self.bandwidth = bandwidth
+        # Sums over batches; a 0 in place of the (layers, ) shapes until the first batch, which sums broadcast away.
+        for name in ("hsic_xy", "hsic_xx", "hsic_yy", "num_batches"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, X: Sequence[Tensor] | Mapping[str, Tensor], Y: Sequence[Tensor] | Mapping[str, Tensor]) -> None:
+        """Add one batch's features, one (n, d_l) per layer."""
+        grams_x, grams_y = self._grams("X", X), self._grams("Y", Y)
+        if grams_x.shape[-1] != grams_y.shape[-1]:
+            raise ValueError(
+                "Expected `X` and `Y` to hold the same samples in the same order, "
+                f"but got {grams_x.shape[-1]} and {grams_y.shape[-1]} samples."
+            )
+        shape = (len(grams_x), len(grams_y))
+        if self.hsic_xy.ndim and self.hsic_xy.shape != shape:
+            raise ValueError(f"Expected {tuple(self.hsic_xy.shape)} layers as before, but got {shape}.")
+        self.hsic_xy = self.hsic_xy + pairwise_hsic(grams_x, grams_y, unbiased=True)
+        self.hsic_xx = self.hsic_xx + torch.stack([hsic(K, K, unbiased=True) for K in grams_x])
+        self.hsic_yy = self.hsic_yy + torch.stack([hsic(L, L, unbiased=True) for L in grams_y])
+        self.num_batches = self.num_batches + 1
+
+    def _grams(self, name: str, features: Sequence[Tensor] | Mapping[str, Tensor]) -> Tensor:
+        layers = list(features.values() if isinstance(features, Mapping) else features)
+        if not layers:
+            raise ValueError(f"Expected `{name}` to hold the features of at least one layer, but got none.")
+        for layer in layers:
+            check_features(layers[0], layer)
+        if len(layers[0]) < 4:
+            raise ValueError(
+                f"Expected at least 4 samples in a batch for the unbiased HSIC, but got {len(layers[0])}. "
+                "Use a larger batch size, and drop_last=True if only the last batch is that small."
+            )
+        device = self.num_batches.device
+        if self.kernel == "rbf":
+            return torch.stack([rbf_gram(layer.to(device), bandwidth=self.bandwidth) for layer in layers])
+        return torch.stack([linear_gram(layer.to(device)) for layer in layers])
+
+    def compute(self) -> Tensor:
+        """CKA (layers_x, layers_y) of all batches so far, on all ranks."""
+        if not self.hsic_xy.ndim:
+            return torch.full((0, 0), torch.nan, dtype=torch.float64, device=self.num_batches.device)
+        scale = torch.outer(self.hsic_xx.clamp(min=0).sqrt(), self.hsic_yy.clamp(min=0).sqrt())
+        return (self.hsic_xy / scale).masked_fill(scale == 0, torch.nan)
+
+    def _sync_dist(self, dist_sync_fn: Callable[..., Any] | None = None, process_group: Any = None) -> None:
+        """All-reduce: agree on the numbers of layers, which a rank without batches does not know, then add up."""
+        group, device = process_group or self.process_group, self.num_batches.device
+        layers = torch.tensor(self.hsic_xy.shape if self.hsic_xy.ndim else (0, 0), device=device)
+        dist.all_reduce(layers, dist.ReduceOp.MAX, group=group)
+        shape = torch.Size(layers.tolist())
+        if not shape.numel():
+            return
+        shapes = {"hsic_xy": shape, "hsic_xx": shape[:1], "hsic_yy": shape[1:], "num_batches": ()}
+        sums = _all_reduce_flat([getattr(self, name).expand(size) for name, size in shapes.items()], group)
+        for name, value in zip(shapes, sums, strict=True):
+            setattr(self, name, value)

@@ -1,0 +1,154 @@
+"""Which layers of a network to look at: its repeated blocks, or those that names, globs or a callable choose."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Union
+
+from torch import nn
+from typing_extensions import TypeAlias
+
+Layers: TypeAlias = Union[str, "re.Pattern[str]", Callable[[str, nn.Module], bool], Sequence[Union[str, "re.Pattern[str]"]]]
+
+_COMPILED = "_orig_mod."
+_NORM = re.compile("norm", re.IGNORECASE)
+
+
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All submodules by name, without the root, and without the `_orig_mod.` that `torch.compile` puts in names."""
+    return {
+        name.replace(_COMPILED, "").removesuffix("._orig_mod"): module for name, module in model.named_modules() if name
+    }
+
+
+def select_layers(model: nn.Module, layers: Layers | None = None) -> list[str]:
+    """Names of the layers to track, as in `model.named_modules()` and in its order.
+
+    Args:
+        model: the network.
+        layers: None for the repeated blocks (see `repeated_blocks`); a name; a glob, where `*` stays within one dotted
+            segment and `**` crosses segments; a compiled regular expression that has to match the whole name; a
+            sequence of these; or a callable `(name, module) -> bool`.
+
+    Raises:
+        ValueError: if a name is unknown (the nearest names are suggested) or a pattern matches nothing.
+    """
+    modules = named_layers(model)
+    if layers is None:
+        return repeated_blocks(model)
+    if isinstance(layers, str) or isinstance(layers, re.Pattern):
+        layers = [layers]
+    if callable(layers):
+        chosen = {name for name, module in modules.items() if layers(name, module)}
+        if not chosen:
+            raise ValueError(f"Expected `layers` to accept at least one of {_some(modules)}, but it accepted none.")
+    else:
+        if not layers:
+            raise ValueError("Expected `layers` to name at least one layer, but got an empty sequence.")
+        chosen = set().union(*(_match(pattern, modules) for pattern in layers))
+    return [name for name in modules if name in chosen]
+
+
+def _match(pattern: str | re.Pattern[str], modules: dict[str, nn.Module]) -> set[str]:
+    if isinstance(pattern, str) and pattern in modules:
+        return {pattern}
+    if isinstance(pattern, str) and not set(pattern) & set("*?["):
+        raise ValueError(f"Unknown layer {pattern!r}. {_nearest(pattern, list(modules))}")
+    regex = pattern if isinstance(pattern, re.Pattern) else _glob(pattern)
+    found = {name for name in modules if regex.fullmatch(name)}
+    if not found:
+        shown = pattern if isinstance(pattern, str) else pattern.pattern
+        raise ValueError(f"No layer matches {shown!r}. {_nearest(shown, list(modules))}")
+    return found
+
+
+def _glob(pattern: str) -> re.Pattern[str]:
+    """`*` and `?` stay within a dotted segment, `**` crosses (and `**.` may stand for nothing), `[...]` as in fnmatch."""
+    translation = {"**.": r"(?:.+\.)?", "**": ".*", "*": r"[^.]*", "?": r"[^.]"}
+    tokens = re.findall(r"\*\*\.|\*\*|\*|\?|\[[^\]]+\]|.", pattern)
+    return re.compile(
+        "".join(
+            translation.get(token) or (token.replace("[!", "[^") if len(token) > 1 else re.escape(token))
+            for token in tokens
+        )
+    )
+
+
+def _nearest(pattern: str, names: list[str]) -> str:
+    """A sentence that suggests existing names: same ending first ("blocks.3" for "model.blocks.3"), then similar."""
+    bare = pattern.replace("*", "").strip(".")
+    near = [name for name in names if bare and name.endswith("." + bare)]
+    near += [name for name in difflib.get_close_matches(bare, names, n=5, cutoff=0.5) if name not in near]
+    if near:
+        return f"Did you mean {', '.join(map(repr, near[:5]))}?"
+    return f"The model has {_some(names)}."
+
+
+def _some(names: Sequence[str] | dict[str, nn.Module]) -> str:
+    names = list(names)
+    return ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def repeated_blocks(model: nn.Module) -> list[str]:
+    """Names of the network's repeated blocks, found from its structure alone.
+
+    Blocks are what containers (`ModuleList`, `Sequential`, `ModuleDict`) hold of a class that occurs at least twice:
+    transformer blocks, residual blocks, ConvNeXt blocks. Stages, whose parameters lie mostly in a container of their
+    own (Swin, ConvNeXt, ResNet, EfficientNet), are looked into; blocks (which may hold experts or branches) are not.
+    A network without any, such as an MLP, gets its layers with weights, normalisation and embeddings left out.
+
+    Raises:
+        ValueError: if there is no layer with weights at all.
+    """
+    blocks = list(_blocks(model, ""))
+    count = Counter(type(block) for _, block in blocks)
+    found = {name for name, block in blocks if count[type(block)] > 1}
+    modules = named_layers(model)
+    if not found:
+        found = {name for name, module in modules.items() if _is_plain_layer(module)}
+    if not found:
+        raise ValueError(f"Expected {type(model).__name__} to have layers with weights to track, but found none.")
+    return [name for name in modules if name in found]
+
+
+def _is_plain_layer(module: nn.Module) -> bool:
+    has_weights = any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+    return has_weights and not isinstance(module, nn.Embedding) and not _NORM.search(type(module).__name__)
+
+
+def _blocks(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost blocks below `module`, whatever their class, with their names."""
+    in_container = _is_container(module)
+    for name, child in module.named_children():
+        if name == "_orig_mod":
+            yield from _blocks(child, prefix)
+            continue
+        path = f"{prefix}{name}"
+        if in_container and not _is_stage(child):
+            yield path, child
+        else:
+            yield from _blocks(child, f"{path}.")
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether `module` is a list of composite modules (not of convolutions and activations, say)."""
+    children = [child for child in module.children() if _num_parameters(child)]
+    return (
+        isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
+        and bool(children)
+        and all(any(True for _ in child.children()) for child in children)
+    )
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """Whether most of the parameters lie in a list of equals that is `module` itself or one of its children."""
+    lists = [child for child in module.children() if _is_container(child) and len(set(map(type, child.children()))) == 1]
+    inner = sum(map(_num_parameters, lists))
+    return _is_container(module) or 2 * inner > _num_parameters(module) > 0
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,162 @@
+"""From a layer's output to features (n, d): which axis holds what, and how positions are pooled away.
+
+A layout is a string with one letter per axis: `N` the samples, `C` the channels (features), any other letter a
+position (tokens, height, width, time). `NTC` are the tokens of a transformer, `NCHW` the maps of a convolution.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple, Union
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import TypeAlias
+
+METHODS = ("mean", "last", "cls", "flatten")
+Pooling: TypeAlias = Union[str, Callable[[Tensor], Tensor]]
+
+_CHANNELS_FIRST = ("Conv", "BatchNorm", "GroupNorm", "InstanceNorm")  # torch modules whose channels are axis 1
+_CHANNELS_LAST = ("Linear", "LayerNorm", "RMSNorm", "Embedding", "MultiheadAttention", "Conv1D")  # whose are the last
+
+
+class PoolingSpec(NamedTuple):
+    """A pooling as asked for: one of `METHODS` or a callable, and the layout where it was given."""
+
+    method: str | Callable[[Tensor], Tensor]
+    layout: str | None
+
+
+def parse_pooling(pooling: Pooling) -> PoolingSpec:
+    """Read a pooling: "mean", "last", "cls", "flatten", each optionally with a layout ("mean:NCHW"), or a callable.
+
+    Raises:
+        ValueError: if the method is unknown, or the layout is no permutation of N, C and position letters.
+    """
+    if callable(pooling):
+        return PoolingSpec(pooling, None)
+    method, _, layout = pooling.partition(":")
+    if method not in METHODS:
+        raise ValueError(
+            f"Expected `pooling` to be one of {', '.join(map(repr, METHODS))}, with a layout after a colon if need be "
+            f'("mean:NCHW"), or a callable, but got {pooling!r}.'
+        )
+    if layout and not (re.fullmatch("[A-Z]{2,}", layout) and len(set(layout)) == len(layout) and {"N", "C"} < {*layout}):
+        raise ValueError(
+            "Expected the layout to name every axis by its own letter, N for samples, C for channels, others for "
+            f'positions ("NTC", "TNC", "NCHW", "NHWC"), but got {layout!r}.'
+        )
+    return PoolingSpec(method, layout or None)
+
+
+def pool(output: Tensor, method: str, layout: str, mask: Tensor | None = None) -> Tensor:
+    """Pool a layer's output to features (n, d).
+
+    Args:
+        output: the layer's output, its axes as in `layout`.
+        method: "mean" over the positions (those that `mask` keeps), "last" position that `mask` keeps, "cls" (the
+            first position), or "flatten" (positions and channels become one feature axis).
+        layout: one letter per axis, see the module's docstring; "NC" is returned as it is.
+        mask: (n, positions), nonzero for positions that count; None if all do.
+
+    Returns:
+        Features (n, d) in the dtype of `output`, or float64 where a mean was taken. A sample whose mask keeps
+        nothing is NaN.
+    """
+    positions = [axis for axis, letter in enumerate(layout) if letter not in "NC"]
+    tokens = output.permute(layout.index("N"), *positions, layout.index("C"))
+    if not positions:
+        return tokens
+    if method == "flatten":
+        return tokens.flatten(1)
+    tokens = tokens.flatten(1, -2)  # (n, positions, d)
+    if method == "cls":
+        return tokens[:, 0]
+    if method == "last":
+        if mask is None:
+            return tokens[:, -1]
+        last = (mask != 0).long().mul(torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1)
+        picked = tokens[torch.arange(len(tokens), device=tokens.device), last]
+        return picked.masked_fill(~(mask != 0).any(dim=1, keepdim=True), torch.nan)
+    if mask is None:
+        return tokens.mean(dim=1, dtype=torch.float64)
+    kept = (mask != 0).to(torch.float64)
+    # where, not a product: what stands at a padding position may be infinite, and 0 * inf is NaN.
+    total = torch.where(kept.bool()[:, :, None], tokens, 0).sum(dim=1, dtype=torch.float64)
+    return total / kept.sum(dim=1, keepdim=True)
+
+
+def find_layout(name: str, module: nn.Module, output: Tensor, batch_sizes: set[int]) -> str:
+    """The layout of a layer's output where shape and module leave one reading; otherwise an error that asks for it.
+
+    The evidence: the batch size of the model's inputs; `batch_first` of the module or what it holds; whether it is
+    built of modules whose channels come last (Linear, LayerNorm) or first (convolutions, BatchNorm); the widths of
+    its normalisation layers; and height equal to width.
+
+    Args:
+        name: the layer's name, for the error.
+        module: the layer.
+        output: its output.
+        batch_sizes: sizes of the first axis of the model's inputs.
+
+    Raises:
+        ValueError: if more than one layout fits, or none.
+    """
+    shape = output.shape
+    fitting = [
+        layout for layout in _candidates(output.ndim) if not batch_sizes or shape[layout.index("N")] in batch_sizes
+    ]
+    if not fitting:
+        raise ValueError(
+            f"Layer {name!r} returned shape {tuple(shape)}, and no axis that could be the samples has the inputs' "
+            f"batch size ({', '.join(map(str, sorted(batch_sizes)))}). Choose other `layers`, or pass a callable "
+            "`pooling` that returns (samples, features)."
+        )
+    for evidence in (_batch_first, _kind, _norm_widths, _square):
+        if len(fitting) > 1:
+            fitting = [layout for layout in fitting if evidence(layout, module, shape)] or fitting
+    if len(fitting) > 1:
+        choices = " or ".join(f'pooling="mean:{layout}"' for layout in fitting)
+        raise ValueError(
+            f"Layer {name!r} returned shape {tuple(shape)}, which can be read as {' or '.join(fitting)} "
+            f"(N samples, C channels, other letters positions). Say which: {choices}."
+        )
+    return fitting[0]
+
+
+def _candidates(ndim: int) -> list[str]:
+    known = {2: ["NC"], 3: ["NTC", "TNC", "NCT"], 4: ["NHWC", "NCHW"], 5: ["NTHWC", "NCTHW"]}
+    return known.get(ndim, [])
+
+
+def _batch_first(layout: str, module: nn.Module, shape: torch.Size) -> bool:
+    flags = {child.batch_first for child in module.modules() if isinstance(getattr(child, "batch_first", None), bool)}
+    library = type(module).__module__.partition(".")[0] in ("transformers", "timm")  # batch first throughout
+    if flags == {True} or (not flags and library):
+        return layout[0] == "N"
+    return layout == "TNC" if flags == {False} and "TNC" in _candidates(len(shape)) else True
+
+
+def _kind(layout: str, module: nn.Module, shape: torch.Size) -> bool:
+    kinds = {type(child).__name__ for child in module.modules()}
+    first = any(kind.startswith(_CHANNELS_FIRST) and kind != "Conv1D" for kind in kinds)
+    last = any(kind.endswith(_CHANNELS_LAST) for kind in kinds)
+    if first == last:
+        return True
+    return (layout[-1] == "C") == last
+
+
+def _norm_widths(layout: str, module: nn.Module, shape: torch.Size) -> bool:
+    widths = {
+        len(parameter)
+        for child in module.modules()
+        if "norm" in type(child).__name__.lower()
+        for parameter in child.parameters(recurse=False)
+        if parameter.ndim == 1
+    }
+    return shape[layout.index("C")] in widths
+
+
+def _square(layout: str, module: nn.Module, shape: torch.Size) -> bool:
+    return "H" not in layout or shape[layout.index("H")] == shape[layout.index("W")]

@@ -46,7 +46,12 @@ class FeatureExtractor:
     """
 
     def __init__(
-        self, model: nn.Module, layers: Layers | None = None, pooling: Pooling = "mean", *, on_call: OnCall | None = None
+        self,
+        model: nn.Module,
+        layers: Layers | None = None,
+        pooling: Pooling = "mean",
+        *,
+        on_call: OnCall | None = None,
     ) -> None:
         self.model = model
         self.layer_names = select_layers(model, layers)
@@ -55,13 +60,30 @@ class FeatureExtractor:
         self._on_call = on_call
         self._handles = ExitStack()
         self._hooked = False
-        self._layouts: dict[str, str] = {}  # found once, so that a later batch of as many samples as tokens is no riddle
+        self._layouts: dict[
+            str, str
+        ] = {}  # found once, so that a later batch of as many samples as tokens is no riddle
         self._running: list[str] = []
         self._batch_sizes: set[int] = set()
         self._masks: dict[str, Tensor | None] = {}
         self._features: dict[str, Tensor] = {}
         self._problems: dict[str, str] = {}
         self._unmatched_masks: set[str] = set()
+
+    @property
+    def running(self) -> bool:
+        """Whether a module on the way to a layer is running now."""
+        return bool(self._running)
+
+    def modules_beside(self) -> dict[str, nn.Module]:
+        """The modules that hold no layer, but stand next to one, or to a module that holds one."""
+        ancestors = self._ancestors()
+        inside = {*ancestors, *self.layer_names}
+        modules = {"": self.model, **named_layers(self.model)}
+        beside = (
+            (f"{up}.{name}" if up else name, child) for up in ancestors for name, child in modules[up].named_children()
+        )
+        return {name: child for name, child in beside if name in modules and name not in inside}
 
     def __enter__(self) -> Self:
         if self._hooked:
@@ -147,7 +169,7 @@ class FeatureExtractor:
                 )
                 return
             try:
-                with torch.no_grad(), torch.autocast(target_device(output), enabled=False):
+                with torch.no_grad(), torch.autocast(_device_type(output), enabled=False):
                     self._features[name] = self._pooled(name, module, args, output)
             except ValueError as error:
                 self._problems[name] = str(error)
@@ -208,7 +230,7 @@ class FeatureExtractor:
         return None
 
 
-def target_device(output: Any) -> str:
+def _device_type(output: Any) -> str:
     """The device type of a layer's output, "cpu" where it holds no tensor."""
     tensor = _main_tensor(output)
     return "cpu" if tensor is None else tensor.device.type

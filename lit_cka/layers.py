@@ -11,7 +11,9 @@ from typing import Union
 from torch import nn
 from typing_extensions import TypeAlias
 
-Layers: TypeAlias = Union[str, "re.Pattern[str]", Callable[[str, nn.Module], bool], Sequence[Union[str, "re.Pattern[str]"]]]
+Layers: TypeAlias = Union[
+    str, "re.Pattern[str]", Callable[[str, nn.Module], bool], Sequence[Union[str, "re.Pattern[str]"]]
+]
 
 _COMPILED = "_orig_mod."
 _NORM = re.compile("norm", re.IGNORECASE)
@@ -145,7 +147,9 @@ def _is_container(module: nn.Module) -> bool:
 
 def _is_stage(module: nn.Module) -> bool:
     """Whether most of the parameters lie in a list of equals that is `module` itself or one of its children."""
-    lists = [child for child in module.children() if _is_container(child) and len(set(map(type, child.children()))) == 1]
+    lists = [
+        child for child in module.children() if _is_container(child) and len(set(map(type, child.children()))) == 1
+    ]
     inner = sum(map(_num_parameters, lists))
     return _is_container(module) or 2 * inner > _num_parameters(module) > 0
 

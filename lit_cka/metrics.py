@@ -198,7 +198,7 @@ class MinibatchCKA(_Float64Metric):
     hsic_xy: Tensor
     hsic_xx: Tensor
     hsic_yy: Tensor
-    num_batches: Tensor
+    n: Tensor
 
     def __init__(
         self, kernel: Literal["linear", "rbf"] = "linear", *, bandwidth: float = 1.0, **metric_kwargs: Any
@@ -211,7 +211,7 @@ class MinibatchCKA(_Float64Metric):
         self.kernel = kernel
         self.bandwidth = bandwidth
         # Sums over batches; a 0 in place of the (layers, ) shapes until the first batch, which sums broadcast away.
-        for name in ("hsic_xy", "hsic_xx", "hsic_yy", "num_batches"):
+        for name in ("hsic_xy", "hsic_xx", "hsic_yy", "n"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, X: Sequence[Tensor] | Mapping[str, Tensor], Y: Sequence[Tensor] | Mapping[str, Tensor]) -> None:
@@ -228,7 +228,7 @@ class MinibatchCKA(_Float64Metric):
         self.hsic_xy = self.hsic_xy + pairwise_hsic(grams_x, grams_y, unbiased=True)
         self.hsic_xx = self.hsic_xx + torch.stack([hsic(K, K, unbiased=True) for K in grams_x])
         self.hsic_yy = self.hsic_yy + torch.stack([hsic(L, L, unbiased=True) for L in grams_y])
-        self.num_batches = self.num_batches + 1
+        self.n = self.n + grams_x.shape[-1]
 
     def _grams(self, name: str, features: Sequence[Tensor] | Mapping[str, Tensor]) -> Tensor:
         layers = list(features.values() if isinstance(features, Mapping) else features)
@@ -241,7 +241,7 @@ class MinibatchCKA(_Float64Metric):
                 f"Expected at least 4 samples in a batch for the unbiased HSIC, but got {len(layers[0])}. "
                 "Use a larger batch size, and drop_last=True if only the last batch is that small."
             )
-        device = self.num_batches.device
+        device = self.n.device
         if self.kernel == "rbf":
             return torch.stack([rbf_gram(layer.to(device), bandwidth=self.bandwidth) for layer in layers])
         return torch.stack([linear_gram(layer.to(device)) for layer in layers])
@@ -249,19 +249,19 @@ class MinibatchCKA(_Float64Metric):
     def compute(self) -> Tensor:
         """CKA (layers_x, layers_y) of all batches so far, on all ranks."""
         if not self.hsic_xy.ndim:
-            return torch.full((0, 0), torch.nan, dtype=torch.float64, device=self.num_batches.device)
+            return torch.full((0, 0), torch.nan, dtype=torch.float64, device=self.n.device)
         scale = torch.outer(self.hsic_xx.clamp(min=0).sqrt(), self.hsic_yy.clamp(min=0).sqrt())
         return (self.hsic_xy / scale).masked_fill(scale == 0, torch.nan)
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] | None = None, process_group: Any = None) -> None:
         """All-reduce: agree on the numbers of layers, which a rank without batches does not know, then add up."""
-        group, device = process_group or self.process_group, self.num_batches.device
+        group, device = process_group or self.process_group, self.n.device
         layers = torch.tensor(self.hsic_xy.shape if self.hsic_xy.ndim else (0, 0), device=device)
         dist.all_reduce(layers, dist.ReduceOp.MAX, group=group)
         shape = torch.Size(layers.tolist())
         if not shape.numel():
             return
-        shapes = {"hsic_xy": shape, "hsic_xx": shape[:1], "hsic_yy": shape[1:], "num_batches": ()}
+        shapes = {"hsic_xy": shape, "hsic_xx": shape[:1], "hsic_yy": shape[1:], "n": ()}
         sums = _all_reduce_flat([getattr(self, name).expand(size) for name, size in shapes.items()], group)
         for name, value in zip(shapes, sums, strict=True):
             setattr(self, name, value)

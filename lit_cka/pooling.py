@@ -42,7 +42,9 @@ def parse_pooling(pooling: Pooling) -> PoolingSpec:
             f"Expected `pooling` to be one of {', '.join(map(repr, METHODS))}, with a layout after a colon if need be "
             f'("mean:NCHW"), or a callable, but got {pooling!r}.'
         )
-    if layout and not (re.fullmatch("[A-Z]{2,}", layout) and len(set(layout)) == len(layout) and {"N", "C"} < {*layout}):
+    if layout and not (
+        re.fullmatch("[A-Z]{2,}", layout) and len(set(layout)) == len(layout) and {"N", "C"} < {*layout}
+    ):
         raise ValueError(
             "Expected the layout to name every axis by its own letter, N for samples, C for channels, others for "
             f'positions ("NTC", "TNC", "NCHW", "NHWC"), but got {layout!r}.'

@@ -1,0 +1,334 @@
+"""`CKACallback`: the CKA of every layer against a frozen reference, during any Lightning training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Union
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import TypedDict, override
+
+from lit_cka.layers import Layers, select_layers
+from lit_cka.pooling import Pooling, parse_pooling
+from lit_cka.reference import INITIAL, ReferenceLike, make_reference
+from lit_cka.report import draw_to_loggers, print_table, write_report
+from lit_cka.tracking import Estimator, LayerScore, Tracker
+
+Stage = Literal["validate", "test"]
+
+
+class Record(TypedDict):
+    """What one tracked validation or test gave: an entry of `CKACallback.history`."""
+
+    step: int  # optimizer steps taken
+    epoch: int
+    stage: str  # "validate" or "test"
+    dataloader: int  # its index
+    n: int  # samples; the fewest of any layer where some layers skipped batches
+    scores: dict[str, float]  # layer -> CKA, NaN where undefined
+
+
+class CKACallback(pl.Callback):
+    """Tracks how far every layer's representation moves from a frozen reference while a model is trained.
+
+    Attach it and change nothing else: `Trainer(callbacks=[CKACallback()])`. During validation (and test) the pooled
+    features of every layer are taken by forward hooks, the reference runs on the same inputs, and their linear CKA
+    over the whole set (Kornblith et al. 2019) is logged as `cka/<layer>` and, averaged, as `cka/mean`: to every
+    logger, and for `EarlyStopping` and `ModelCheckpoint` to monitor. With several dataloaders the keys end in
+    `/dataloader_idx_<i>`, as Lightning's do. The training itself is the same bit for bit as without the callback.
+
+    Args:
+        layers: which layers, named as in the LightningModule's `named_modules()`: None for the network's repeated
+            blocks, or names, globs (`*` within a dotted segment, `**` across), a compiled regular expression, or a
+            callable `(name, module) -> bool`.
+        reference: what to compare with. "initial": the weights at the start of `fit`; where only `validate` or `test`
+            is called, those before their `ckpt_path` is loaded. Or a module, the path of a checkpoint (Lightning,
+            safetensors, state dict), or a state dict.
+        pooling: from a layer's output to one vector per sample: "mean" over tokens (as the attention mask says) or
+            space, "last" token, "cls" token, "flatten", or a callable. "mean:NCHW" states the layout.
+        estimator: "exact", over all samples at once, or "minibatch", from each batch's unbiased HSIC (Nguyen et al.
+            2021), for features too wide for exact statistics.
+        debiased: of the exact estimator: use the unbiased HSIC, for fewer than about 5 samples per feature.
+        stages: any of "validate" and "test". The validations within `fit` count as "validate".
+        dataloaders: indices of the dataloaders to track; None for all.
+        every_n_validations: track the first, and then each n-th validation of a `fit`.
+        max_batches: of each dataloader, use the first so many batches only.
+        prefix: of the logged keys. Two callbacks in one trainer need different ones.
+        log_figures: draw the layers-by-time heatmap and the chart of all layers for loggers that take them, and print
+            the table at the end of `fit`.
+        thresholds: `(untouched, refined)` for the verdict per layer: untouched from the first on, refined from
+            the second on, rewritten below. For reading the table only.
+
+    Raises:
+        ValueError: before the first training batch, for an unknown layer, an ambiguous layout, a reference of another
+            architecture, and other misuse that can be known by then.
+    """
+
+    def __init__(
+        self,
+        layers: Layers | None = None,
+        reference: Union[str, "os.PathLike[str]", nn.Module, Mapping[str, Tensor]] = INITIAL,
+        pooling: Pooling = "mean",
+        estimator: Estimator = "exact",
+        debiased: bool = False,
+        stages: Sequence[Stage] = ("validate", "test"),
+        dataloaders: Sequence[int] | None = None,
+        every_n_validations: int = 1,
+        max_batches: int | None = None,
+        prefix: str = "cka",
+        log_figures: bool = True,
+        thresholds: tuple[float, float] = (0.99, 0.9),
+    ) -> None:
+        _check_options(estimator, stages, dataloaders, every_n_validations, max_batches, thresholds)
+        parse_pooling(pooling)
+        self.layers = layers
+        self.reference: ReferenceLike = reference
+        self.pooling = pooling
+        self.estimator: Estimator = estimator
+        self.debiased = debiased
+        self.stages = tuple(stages)
+        self.dataloaders = None if dataloaders is None else tuple(dataloaders)
+        self.every_n_validations = every_n_validations
+        self.max_batches = max_batches
+        self.prefix = prefix
+        self.log_figures = log_figures
+        self.thresholds = thresholds
+        self.history: list[Record] = []
+        self._tracker: Tracker | None = None
+        self._tracked: list[int] = []  # dataloaders of the evaluation that runs; empty while none is tracked
+        self._num_validations = 0
+        self._hinted = False
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The latest CKA of every layer, of the first tracked dataloader; empty before the first evaluation."""
+        if not self.history:
+            return {}
+        last = self.history[-1]
+        same = [record for record in self.history if (record["step"], record["stage"]) == (last["step"], last["stage"])]
+        first = min(record["dataloader"] for record in same)
+        return dict([record for record in same if record["dataloader"] == first][-1]["scores"])
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `cka_history.json`, `cka_history.csv` and `cka_heatmap.png` to `folder`."""
+        write_report(folder, self.history, self.thresholds)
+
+    # Set-up: the reference is taken before anything changes the weights, errors come before the first batch.
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage in ("validate", "test") and stage in self.stages and self._tracker is None:
+            self._prepare(pl_module)  # here, since `ckpt_path` is loaded later
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._num_validations = 0
+        if trainer.ckpt_path is not None and self.reference == INITIAL and self._tracker is None:
+            raise ValueError(
+                f"A training resumed from {str(trainer.ckpt_path)!r} no longer has the weights that it began with. Pass "
+                'them as `reference=`, a module or a checkpoint\'s path, instead of "initial".'
+            )
+        if self.every_n_validations > 1:
+            self._warn_monitors(trainer)
+        if "validate" in self.stages and self._tracker is None:
+            self._prepare(pl_module)
+
+    def _prepare(self, pl_module: pl.LightningModule) -> None:
+        layer_names = select_layers(pl_module, self.layers)
+        reference = make_reference(pl_module, self.reference, layer_names, self.pooling)
+        self._tracker = Tracker(pl_module, reference, layer_names, self.pooling, self.estimator, self.debiased)
+
+    def _warn_monitors(self, trainer: pl.Trainer) -> None:
+        for callback in trainer.callbacks:
+            monitor = getattr(callback, "monitor", None)
+            if isinstance(monitor, str) and monitor.startswith(f"{self.prefix}/"):
+                rank_zero_warn(
+                    f"{type(callback).__name__} monitors {monitor!r}, which changes only every "
+                    f"{self.every_n_validations} validations: in between it sees the old value again."
+                )
+
+    # Evaluation: the same for validation and test.
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._num_validations += 1
+            if (self._num_validations - 1) % self.every_n_validations:
+                return
+        self._begin(trainer, pl_module, "validate")
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(trainer, pl_module, "test")
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+        if stage not in self.stages:
+            return
+        if self._tracker is None:  # `validate` or `test` on its own, of a model first built in `configure_model`
+            self._prepare(pl_module)
+        assert self._tracker is not None
+        loaders = trainer.val_dataloaders if stage == "validate" else trainer.test_dataloaders
+        total = len(loaders) if isinstance(loaders, (list, tuple, dict)) else 1
+        unknown = [index for index in self.dataloaders or () if index >= total]
+        if unknown:
+            raise ValueError(f"Expected `dataloaders` to be indices below {total}, but got {unknown}.")
+        self._tracked = [index for index in range(total) if self.dataloaders is None or index in self.dataloaders]
+        self._tracker.open(total, pl_module.device)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._is_tracked(batch_idx, dataloader_idx):
+            assert self._tracker is not None
+            self._tracker.begin(batch)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._is_tracked(batch_idx, dataloader_idx):
+            assert self._tracker is not None
+            self._tracker.end(dataloader_idx)
+
+    def _is_tracked(self, batch_idx: int, dataloader_idx: int) -> bool:
+        return dataloader_idx in self._tracked and (self.max_batches is None or batch_idx < self.max_batches)
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._tracked and not trainer.sanity_checking:
+            self._conclude(trainer, pl_module, "validate")
+
+    @override
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._tracked:
+            self._conclude(trainer, pl_module, "test")
+
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
+
+    def _conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+        assert self._tracker is not None
+        values: dict[str, float] = {}
+        for dataloader in self._tracked:
+            layers = self._tracker.scores(dataloader)
+            self._hint_bias(layers)
+            record = Record(
+                step=trainer.global_step,
+                epoch=trainer.current_epoch,
+                stage=stage,
+                dataloader=dataloader,
+                n=min(layer.n for layer in layers.values()),
+                scores={name: layer.cka for name, layer in layers.items()},
+            )
+            self.history.append(record)
+            suffix = f"/dataloader_idx_{dataloader}" if len(self._tracked) > 1 else ""
+            named = {**record["scores"], "mean": _mean(record["scores"])}
+            values.update({f"{self.prefix}/{name}{suffix}": value for name, value in named.items()})
+        # All ranks have the same values already, so there is nothing to synchronise.
+        pl_module.log_dict(
+            {key: torch.tensor(value, device=pl_module.device) for key, value in values.items()},
+            on_step=False,
+            on_epoch=True,
+            add_dataloader_idx=False,
+            batch_size=1,
+            rank_zero_only=False,
+        )
+        if self.log_figures:
+            draw_to_loggers(trainer, self.history, self.prefix, list(values))
+
+    def _hint_bias(self, layers: dict[str, LayerScore]) -> None:
+        small = [name for name, layer in layers.items() if layer.n < 5 * layer.d]
+        if small and not self._hinted and not self.debiased and self.estimator == "exact":
+            self._hinted = True
+            layer = layers[small[0]]
+            rank_zero_warn(
+                f"CKA is biased upward where there are fewer than about 5 samples per feature: {small[0]!r} has {layer.d} "
+                f"features and was measured on {layer.n} samples. Use CKACallback(debiased=True), or more samples."
+            )
+
+    # The end, good or bad: no hook stays behind.
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._finish()
+
+    @override
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._finish()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._finish()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._finish()
+
+    def _finish(self) -> None:
+        self._tracked = []
+        if self._tracker is not None:
+            self._tracker.close()
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if "validate" in self.stages and not self.history and not trainer.fast_dev_run:
+            rank_zero_warn("CKACallback has tracked nothing: no validation ran during `fit`.")
+        elif self.log_figures and trainer.is_global_zero:
+            print_table(self.history, self.thresholds)
+
+    # State: primitives alone, so that checkpoints load with `weights_only`.
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(prefix=self.prefix)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": [dict(record) for record in self.history]}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = [Record(**record) for record in state_dict["history"]]
+
+
+def _mean(scores: dict[str, float]) -> float:
+    """Mean over the layers where CKA is defined."""
+    defined = [score for score in scores.values() if score == score]
+    return sum(defined) / len(defined) if defined else float("nan")
+
+
+def _check_options(
+    estimator: str,
+    stages: Sequence[str],
+    dataloaders: Sequence[int] | None,
+    every_n_validations: int,
+    max_batches: int | None,
+    thresholds: tuple[float, float],
+) -> None:
+    if estimator not in ("exact", "minibatch"):
+        raise ValueError(f'Expected `estimator` to be "exact" or "minibatch", but got {estimator!r}.')
+    if isinstance(stages, str) or not stages or not set(stages) <= {"validate", "test"}:
+        raise ValueError(f'Expected `stages` to be a sequence of "validate" and "test", but got {stages!r}.')
+    if dataloaders is not None and (not dataloaders or any(index < 0 for index in dataloaders)):
+        raise ValueError(
+            f"Expected `dataloaders` to be a sequence of indices from 0 on or None, but got {dataloaders}."
+        )
+    for name, value in (("every_n_validations", every_n_validations), ("max_batches", max_batches)):
+        if value is not None and value < 1:
+            raise ValueError(f"Expected `{name}` to be at least 1, but got {value}.")
+    if not 1 >= thresholds[0] >= thresholds[1]:
+        raise ValueError(
+            f"Expected `thresholds` to be (untouched, refined), the first the larger, but got {thresholds}."
+        )

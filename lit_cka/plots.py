@@ -1,0 +1,60 @@
+"""Arrays in, figures out. Imports matplotlib when a figure is made, and never touches its global state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def layer_time_heatmap(
+    values: NDArray[np.float64], layer_names: Sequence[str], times: Sequence[str], *, title: str, xlabel: str
+) -> Figure:
+    """Heatmap of CKA in [0, 1]: one row per layer (the first at the bottom), one column per point in time.
+
+    Args:
+        values: (layers, times); NaN is left grey, values below 0 (debiased) are drawn as 0.
+        layer_names: row labels.
+        times: column labels; as many are shown as fit.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    num_layers, num_times = values.shape
+    label_width = 0.075 * max(map(len, layer_names))
+    grid_width, grid_height = min(max(0.34 * num_times, 3.2), 11), min(max(0.3 * num_layers, 1.6), 12)
+    figure = Figure(figsize=(grid_width + label_width + 1.3, grid_height + 1.0), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_facecolor("0.85")
+    image = axes.imshow(values.clip(0, 1), vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
+    rows = range(0, num_layers, math.ceil(num_layers / 40))
+    axes.set_yticks(rows, [layer_names[row] for row in rows], fontsize=8)
+    longest = max(map(len, times))
+    columns = range(0, num_times, math.ceil(num_times * (0.08 * longest + 0.12) / grid_width))
+    axes.set_xticks(columns, [times[column] for column in columns], fontsize=8)
+    axes.set_xlabel(xlabel)
+    axes.set_title(title, fontsize=10)
+    if num_times <= 12 and num_layers <= 30:
+        for (row, column), value in np.ndenumerate(values):
+            if value == value:
+                color = "black" if value > 0.6 else "white"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+    figure.colorbar(image, ax=axes, label="CKA with the reference", pad=0.02)
+    return figure
+
+
+def figure_pixels(figure: Figure) -> NDArray[np.uint8]:
+    """The figure as an image (height, width, 3)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()

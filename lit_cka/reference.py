@@ -1,0 +1,296 @@
+"""The frozen reference: what kinds there are, and how it runs on the very inputs that the live model gets."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, Union
+
+import numpy as np
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import TypeAlias
+
+from lit_cka.checkpoints import load_state_dict, strip_wrappers
+from lit_cka.features import FeatureExtractor, tensors_in
+from lit_cka.layers import named_layers
+from lit_cka.pooling import Pooling
+
+ReferenceLike: TypeAlias = Union[str, "os.PathLike[str]", nn.Module, Mapping[str, Tensor]]
+INITIAL = "initial"
+
+
+def make_reference(live: nn.Module, spec: ReferenceLike, layer_names: list[str], pooling: Pooling) -> Reference:
+    """Build the frozen reference of `live`.
+
+    Args:
+        live: the model in training, whose layers are `layer_names`.
+        spec: "initial" for a copy of the weights as they are now; another module, which has the layers under the same
+            names, or under those they have in a submodule of `live`; the path of a checkpoint, see
+            `lit_cka.checkpoints.load_state_dict`; or a state dict.
+        layer_names: the layers to compare, as in `live.named_modules()`.
+        pooling: as for `FeatureExtractor`.
+
+    Raises:
+        ValueError: if the reference has another architecture, or `live` can't be copied.
+        FileNotFoundError: if there is no file at the path.
+    """
+    if isinstance(spec, nn.Module):
+        return _from_module(live, spec, layer_names, pooling)
+    if isinstance(spec, Mapping):
+        return _from_weights(live, strip_wrappers(spec), layer_names, pooling)
+    if spec == INITIAL:
+        return Reference(live, snapshot(live), None, layer_names, pooling)
+    return _from_weights(live, load_state_dict(spec), layer_names, pooling)
+
+
+def snapshot(model: nn.Module) -> nn.Module:
+    """A frozen copy of `model` in eval mode that shares no tensor with it; datasets and trainers aren't copied.
+
+    Raises:
+        ValueError: if the model holds something that can't be copied.
+    """
+    kept = (Dataset, DataLoader)
+    values = [value for module in model.modules() for value in vars(module).values()]
+    values += [item for value in values if isinstance(value, (list, tuple)) for item in value]
+    memo: dict[int, Any] = {id(value): value for value in values if isinstance(value, kept)}
+    try:
+        with torch.inference_mode(False):
+            copied = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} could not be copied to keep its weights as the reference "
+            f"({type(error).__name__}: {error}). Pass `reference=` a module or the path of a checkpoint."
+        ) from error
+    for name in ("log", "log_dict"):  # a LightningModule's forward may log: the copy must not
+        if hasattr(copied, name):
+            setattr(copied, name, lambda *args, **kwargs: None)
+    return copied.requires_grad_(False).eval()
+
+
+def _prefixes(layer_names: list[str]) -> list[str]:
+    """Names of the submodules that hold all of the layers, from the root on ("")."""
+    common = os.path.commonprefix([name.split(".")[:-1] for name in layer_names])
+    return [".".join(common[:length]) for length in range(len(common) + 1)]
+
+
+def _below(prefix: str, name: str) -> str:
+    return name[len(prefix) + 1 :] if prefix else name
+
+
+def _from_module(live: nn.Module, module: nn.Module, layer_names: list[str], pooling: Pooling) -> Reference:
+    modules = named_layers(module)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in _tensors_of(live).values()}
+    if any(tensor.untyped_storage().data_ptr() in storages for tensor in _tensors_of(module).values()):
+        module = snapshot(module)  # it is the live model, or shares weights with it
+    for prefix in _prefixes(layer_names):
+        if all(_below(prefix, name) in modules for name in layer_names):
+            return Reference(live, module.eval(), prefix or None, layer_names, pooling)
+    raise ValueError(
+        f"The reference {type(module).__name__} has another architecture: expected it to have the layers "
+        f"{layer_names[:3]}{' ...' if len(layer_names) > 3 else ''}, or those of a submodule, but it has "
+        f"{list(modules)[:6]} ..."
+    )
+
+
+def _from_weights(live: nn.Module, weights: dict[str, Tensor], layer_names: list[str], pooling: Pooling) -> Reference:
+    """A copy of `live`, or of the submodule that the weights fit best, with these weights."""
+    modules = {"": live, **named_layers(live)}
+    trials = []
+    for prefix in _prefixes(layer_names):
+        expected = strip_wrappers(modules[prefix].state_dict())
+        # The file may come from a wrapper module of another name: "net.blocks.0.weight" for "blocks.0.weight".
+        for start in ("", *{f"{name.split('.')[0]}." for name in weights if "." in name}):
+            found = {name[len(start) :]: value for name, value in weights.items() if name.startswith(start)}
+            fitting = {name: found[name] for name in expected if name in found and _same_shape(found, expected, name)}
+            trials.append((len(fitting), prefix, expected, found, fitting))
+    _, prefix, expected, found, fitting = max(trials, key=lambda trial: trial[0])
+    _require_up_to_last_layer(expected, found, fitting, [_below(prefix, name) for name in layer_names])
+    module = snapshot(modules[prefix])
+    # Loading by name into the copy, whose names may hold the `_orig_mod.` of compiled parts.
+    with torch.no_grad():
+        for name, tensor in strip_wrappers_keep_tensors(module).items():
+            if name in fitting:
+                tensor.copy_(fitting[name])
+    return Reference(live, module, prefix or None, layer_names, pooling)
+
+
+def _same_shape(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> bool:
+    return found[name].shape == expected[name].shape
+
+
+def strip_wrappers_keep_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The module's own parameters and buffers, by the names of `strip_wrappers`."""
+    return strip_wrappers(module.state_dict(keep_vars=True))
+
+
+def _require_up_to_last_layer(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], fitting: Mapping[str, Tensor], layer_names: list[str]
+) -> None:
+    """Raise unless all weights are there, but for those registered after the last layer, such as another head's."""
+    names = list(expected)
+    inside = [i for i, name in enumerate(names) if name.startswith(tuple(f"{layer}." for layer in layer_names))]
+    needed = names[: inside[-1] + 1] if inside else names
+    lacking = [name for name in needed if name not in fitting and not name.endswith("num_batches_tracked")]
+    if lacking:
+        shown = "; ".join(
+            f"{name} {tuple(expected[name].shape)}, "
+            + (f"found {tuple(found[name].shape)}" if name in found else "missing")
+            for name in lacking[:5]
+        )
+        raise ValueError(
+            f"The reference's weights are of another architecture: {len(lacking)} of the {len(needed)} tensors up to the "
+            f"last tracked layer don't fit. Expected {shown}{'; ...' if len(lacking) > 5 else ''}."
+        )
+
+
+class Reference:
+    """A frozen model that runs on the inputs the live model is called with, just before the live model does.
+
+    `on_call` is for `FeatureExtractor`: it reports each call of the modules around the layers. The reference runs at
+    the outermost of these calls (or, with `prefix`, at that submodule's), so that it sees the raw inputs, in the same
+    autocast context, whatever the batch's format and whatever the model does to it.
+    """
+
+    def __init__(
+        self, live: nn.Module, module: nn.Module, prefix: str | None, layer_names: list[str], pooling: Pooling
+    ) -> None:
+        self.module = module
+        self._live = live
+        self._prefix = prefix
+        self._layer_names = layer_names
+        self._pooling = pooling
+        self._extractors: dict[str, FeatureExtractor] = {}
+        self._features: dict[str, Tensor] = {}
+        self._problems: dict[str, str] = {}
+        self._batch_storages: set[int] = set()
+        self._trained_before = ""
+        self._running = False
+
+    def begin(self, batch: Any) -> None:
+        """Prepare for a step on `batch`."""
+        self._features, self._problems, self._trained_before = {}, {}, ""
+        self._batch_storages = {tensor.untyped_storage().data_ptr() for tensor in tensors_in(batch)}
+
+    def drain(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The features (n, d) of the step by layer, and the layers that failed with the reasons."""
+        return self._features, self._problems
+
+    def close(self) -> None:
+        """Remove all hooks from the reference."""
+        for extractor in self._extractors.values():
+            extractor.__exit__()
+        self._extractors.clear()
+
+    def on_call(self, name: str, outermost: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run on the arguments of this call of the live model's module `name`, if it is the one to follow."""
+        if self._running:
+            raise FollowsLiveWeightsError(name or "the model")
+        if name != self._prefix if self._prefix is not None else not outermost:
+            return
+        layer_names = [layer for layer in self._layer_names if not name or layer.startswith(f"{name}.")]
+        if self._is_fed_by_trained_modules(args, kwargs):
+            self._problems.update(dict.fromkeys(layer_names, _FED.format(name, self._trained_before)))
+            return
+        self._run(name, layer_names, args, kwargs)
+        self._trained_before = name
+
+    def on_call_beside(self, name: str, module: nn.Module) -> None:
+        """Note that a module that holds no tracked layer ran, while none of those around the layers did."""
+        if not self._running and any(parameter.requires_grad for parameter in module.parameters()):
+            self._trained_before = name
+
+    def _is_fed_by_trained_modules(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether an input may be computed by the live model: then the reference would see half of the training."""
+        if not self._trained_before or self._prefix is not None:
+            return False
+        inputs = [tensor for tensor in tensors_in((args, kwargs)) if tensor.is_floating_point()]
+        return any(tensor.untyped_storage().data_ptr() not in self._batch_storages for tensor in inputs)
+
+    def _run(self, name: str, layer_names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        root = _below(self._prefix, name) if self._prefix is not None else name
+        module = {"": self.module, **named_layers(self.module)}[root]
+        first = name not in self._extractors
+        if first:
+            live = {"": self._live, **named_layers(self._live)}[name]
+            with torch.inference_mode(False):
+                module.to(next(iter(_tensors_of(live).values())).device)
+            below = [_below(name, layer) for layer in layer_names]
+            self._extractors[name] = FeatureExtractor(module, below, self._pooling).__enter__()
+        # The model may change its inputs in place: the reference gets its own.
+        args, kwargs = apply_to_collection((args, kwargs), Tensor, torch.clone)
+        guard = _LiveWeightGuard(self._live) if first else nullcontext()
+        self._running = True
+        try:
+            with torch.no_grad(), preserved_rng(), guard:
+                module(*args, **kwargs)
+        except FollowsLiveWeightsError:
+            raise
+        except Exception as error:
+            raise RuntimeError(
+                f"The reference {type(module).__name__} failed on the inputs of {name or 'the module'!r} "
+                f"({type(error).__name__}: {error})."
+            ) from error
+        finally:
+            self._running = False
+        features, problems = self._extractors[name].drain()
+        prefix = f"{name}." if name else ""
+        self._features.update({prefix + layer: value for layer, value in features.items()})
+        self._problems.update({prefix + layer: f"In the reference: {text}" for layer, text in problems.items()})
+
+
+_FED = (
+    "The step calls {!r} on what the separately called, trained module {!r} returned, so the reference can't be run on "
+    "the raw inputs. Give the module a `forward` that calls both and use it in the step, or pass other `layers`."
+)
+
+
+class FollowsLiveWeightsError(ValueError):
+    """The reference reads weights of the model in training."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"The reference follows the live weights: running it used {name!r} of the model in training, so every CKA "
+            "would be 1. Something in the model (a patched `forward`, a closure) holds on to the original. Pass "
+            "`reference=` a freshly built module or the path of a checkpoint."
+        )
+
+
+class _LiveWeightGuard(TorchDispatchMode):
+    """Raises when any operation reads a tensor of the live model."""
+
+    def __init__(self, live: nn.Module) -> None:
+        super().__init__()
+        self._names = {tensor.untyped_storage().data_ptr(): name for name, tensor in _tensors_of(live).items()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tensors_in((args, kwargs or {})):
+            name = self._names.get(tensor.untyped_storage().data_ptr())
+            if name is not None:
+                raise FollowsLiveWeightsError(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Leave the random states of Python, NumPy, and torch (CPU and current GPU) as they were."""
+    states = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers that hold data, by name."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: tensor for name, tensor in tensors.items() if tensor.numel() and tensor.device.type != "meta"}

@@ -1,0 +1,138 @@
+"""What a tracked training leaves to look at: pictures in the loggers, a table, and files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from lit_cka import plots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+History = Sequence[Mapping[str, Any]]
+
+_STYLES = {"untouched": "green", "refined": "yellow", "rewritten": "red", "undefined": "magenta"}
+
+
+def verdict(cka: float, thresholds: tuple[float, float]) -> str:
+    """One word for a layer: "untouched", "refined" or "rewritten" by the thresholds, "undefined" for NaN.
+
+    Example:
+        >>> [verdict(cka, (0.99, 0.9)) for cka in (0.999, 0.965, 0.267)]
+        ['untouched', 'refined', 'rewritten']
+    """
+    if cka != cka:
+        return "undefined"
+    untouched, refined = thresholds
+    return "untouched" if cka >= untouched else "refined" if cka >= refined else "rewritten"
+
+
+def first_series(history: History) -> list[Mapping[str, Any]]:
+    """The records to draw: those of the first tracked dataloader, of validation where there was one, else of test."""
+    stage = "validate" if any(record["stage"] == "validate" for record in history) else "test"
+    records = [record for record in history if record["stage"] == stage]
+    first = min((record["dataloader"] for record in records), default=0)
+    return [record for record in records if record["dataloader"] == first]
+
+
+def heatmap(history: History) -> Figure:
+    """The layers-by-time heatmap of `first_series`."""
+    records = first_series(history)
+    layer_names = list(records[-1]["scores"])
+    values = np.array([[record["scores"].get(name, np.nan) for record in records] for name in layer_names])
+    times = [str(record["step"]) for record in records]
+    return plots.layer_time_heatmap(values, layer_names, times, title="CKA of each layer", xlabel="optimizer step")
+
+
+def draw_to_loggers(trainer: pl.Trainer, history: History, prefix: str, keys: Sequence[str]) -> None:
+    """Give the heatmap, and once per run the chart of all layers, to the loggers that can show them."""
+    if not trainer.is_global_zero:
+        return
+    pixels = None
+    for logger in trainer.loggers:
+        # By what they can do: TensorBoard's writer, and W&B's logger. Others have the scalars.
+        writer = getattr(logger, "experiment", None)
+        takes_charts, takes_images = hasattr(writer, "add_custom_scalars"), hasattr(writer, "add_image")
+        if not (takes_images or hasattr(logger, "log_image")):
+            continue
+        if pixels is None:
+            pixels = plots.figure_pixels(heatmap(history))
+        if takes_charts and not getattr(writer, f"_lit_cka_{prefix}", False):
+            # Tags are regular expressions there, matched as prefixes: unanchored, blocks.1 would show blocks.10 too.
+            tags = [f"^{re.escape(key)}$" for key in keys]
+            writer.add_custom_scalars({prefix: {f"{prefix} of all layers": ["Multiline", tags]}})
+            setattr(writer, f"_lit_cka_{prefix}", True)
+        if takes_images:
+            writer.add_image(f"{prefix}/heatmap", pixels, trainer.global_step, dataformats="HWC")
+        else:
+            logger.log_image(key=f"{prefix}/heatmap", images=[pixels])
+
+
+def print_table(history: History, thresholds: tuple[float, float], console: Console | None = None) -> None:
+    """Print a table of layers: first, lowest and last CKA, with a verdict on the last."""
+    records = first_series(history)
+    if not records:
+        return
+    last = records[-1]
+    table = Table(
+        title=f"CKA with the reference, n = {last['n']} samples",
+        caption=f"untouched >= {thresholds[0]:g} > refined >= {thresholds[1]:g} > rewritten",
+    )
+    table.add_column("layer", no_wrap=True)
+    for column in (f"step {records[0]['step']}", "lowest", f"step {last['step']}"):
+        table.add_column(column, justify="right")
+    table.add_column("verdict")
+    for name, cka in last["scores"].items():
+        word = verdict(cka, thresholds)
+        series = [record["scores"].get(name, np.nan) for record in records]
+        lowest = min((value for value in series if value == value), default=np.nan)
+        table.add_row(name, f"{series[0]:.4f}", f"{lowest:.4f}", f"{cka:.4f}", f"[{_STYLES[word]}]{word}[/]")
+    (console or Console()).print(table)
+
+
+def write_report(folder: str | os.PathLike[str], history: History, thresholds: tuple[float, float]) -> None:
+    """Write `cka_history.json`, `cka_history.csv` (a row per record and layer) and `cka_heatmap.png`, atomically.
+
+    Raises:
+        ValueError: if nothing has been tracked.
+    """
+    if not history:
+        raise ValueError("Expected a tracked validation or test to report, but there has been none.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # NaN is no JSON: undefined scores are null there.
+    cleaned = [
+        {**record, "scores": {name: None if cka != cka else cka for name, cka in record["scores"].items()}}
+        for record in history
+    ]
+    _write(folder / "cka_history.json", json.dumps(cleaned, indent=2).encode())
+    rows = io.StringIO()
+    writer = csv.writer(rows)
+    columns = ("step", "epoch", "stage", "dataloader", "n")
+    writer.writerow([*columns, "layer", "cka", "verdict"])
+    for record in history:
+        for name, cka in record["scores"].items():
+            writer.writerow([*(record[column] for column in columns), name, cka, verdict(cka, thresholds)])
+    _write(folder / "cka_history.csv", rows.getvalue().encode())
+    png = io.BytesIO()
+    heatmap(history).savefig(png, format="png")
+    _write(folder / "cka_heatmap.png", png.getvalue())
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All or nothing: a reader, or a killed run, never sees half a file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Union
+from typing import Any, Literal, Union, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import TypedDict, override
 
@@ -71,7 +71,7 @@ class CKACallback(pl.Callback):
     def __init__(
         self,
         layers: Layers | None = None,
-        reference: Union[str, "os.PathLike[str]", nn.Module, Mapping[str, Tensor]] = INITIAL,
+        reference: Union[str, os.PathLike[str], nn.Module, Mapping[str, Tensor]] = INITIAL,
         pooling: Pooling = "mean",
         estimator: Estimator = "exact",
         debiased: bool = False,
@@ -129,7 +129,7 @@ class CKACallback(pl.Callback):
         self._num_validations = 0
         if trainer.ckpt_path is not None and self.reference == INITIAL and self._tracker is None:
             raise ValueError(
-                f"A training resumed from {str(trainer.ckpt_path)!r} no longer has the weights that it began with. Pass "
+                f"A training resumed from {str(trainer.ckpt_path)!r} no longer has the weights it began with. Pass "
                 'them as `reference=`, a module or a checkpoint\'s path, instead of "initial".'
             )
         if self.every_n_validations > 1:
@@ -143,7 +143,7 @@ class CKACallback(pl.Callback):
         self._tracker = Tracker(pl_module, reference, layer_names, self.pooling, self.estimator, self.debiased)
 
     def _warn_monitors(self, trainer: pl.Trainer) -> None:
-        for callback in trainer.callbacks:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
             monitor = getattr(callback, "monitor", None)
             if isinstance(monitor, str) and monitor.startswith(f"{self.prefix}/"):
                 rank_zero_warn(
@@ -253,8 +253,8 @@ class CKACallback(pl.Callback):
             self._hinted = True
             layer = layers[small[0]]
             rank_zero_warn(
-                f"CKA is biased upward where there are fewer than about 5 samples per feature: {small[0]!r} has {layer.d} "
-                f"features and was measured on {layer.n} samples. Use CKACallback(debiased=True), or more samples."
+                f"CKA is biased upward where there are fewer than about 5 samples per feature: {small[0]!r} has "
+                f"{layer.d} features and was measured on {layer.n} samples. Use CKACallback(debiased=True)."
             )
 
     # The end, good or bad: no hook stays behind.
@@ -282,7 +282,7 @@ class CKACallback(pl.Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if "validate" in self.stages and not self.history and not trainer.fast_dev_run:
+        if "validate" in self.stages and not self.history and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn("CKACallback has tracked nothing: no validation ran during `fit`.")
         elif self.log_figures and trainer.is_global_zero:
             print_table(self.history, self.thresholds)
@@ -300,7 +300,7 @@ class CKACallback(pl.Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = [Record(**record) for record in state_dict["history"]]
+        self.history = [cast(Record, dict(record)) for record in state_dict["history"]]
 
 
 def _mean(scores: dict[str, float]) -> float:

@@ -1,4 +1,4 @@
-"""Weights from files: safetensors, plain state dicts, Lightning and other training checkpoints. Nothing is unpickled."""
+"""Weights from files: safetensors, plain state dicts, Lightning and other training checkpoints; no unpickling."""
 
 from __future__ import annotations
 

@@ -147,7 +147,9 @@ class FeatureExtractor:
             if outermost:
                 self._batch_sizes = _leading_sizes((args, kwargs))
             self._running.append(name)
-            self._masks.update({name: mask for mask in _find_mask(type(target), args, kwargs)})
+            takes_mask, mask = _find_mask(type(target), args, kwargs)
+            if takes_mask:
+                self._masks[name] = mask
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if module is target and self._running and self._running[-1] == name:
@@ -156,7 +158,12 @@ class FeatureExtractor:
         # Before the user's own pre-hooks, so that the inputs are seen as they came.
         first = target.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
         last = target.register_forward_hook(after, always_call=True)
-        return lambda: (first.remove(), last.remove())[0]
+
+        def remove() -> None:
+            first.remove()
+            last.remove()
+
+        return remove
 
     def _hook_layer(self, name: str, target: nn.Module) -> Callable[[], None]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -185,7 +192,7 @@ class FeatureExtractor:
         if callable(self._method):
             features = self._method(tensor)
             if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
-                got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+                got = str(tuple(features.shape)) if isinstance(features, Tensor) else type(features).__name__
                 raise ValueError(
                     f"Expected `pooling` to return floating-point features (samples, features) for layer {name!r} of "
                     f"output shape {tuple(tensor.shape)}, but got {got}."
@@ -214,7 +221,10 @@ class FeatureExtractor:
         """The innermost (n, tokens) mask around the layer; None where there is none, or it is for other tokens."""
         if tensor.ndim != 3:
             return None
-        shape = (tensor.shape[layout.index("N")], next(tensor.shape[layout.index(a)] for a in layout if a not in "NC"))
+        shape = (
+            tensor.shape[layout.index("N")],
+            next(tensor.shape[axis] for axis, letter in enumerate(layout) if letter not in "NC"),
+        )
         around = [ancestor for ancestor in self._masks if ancestor == "" or name.startswith(f"{ancestor}.")]
         for ancestor in sorted(around, key=len, reverse=True):
             mask = self._masks[ancestor]
@@ -262,12 +272,12 @@ def _leading_sizes(value: Any) -> set[int]:
 
 
 @cache
-def _signature(module_type: type[nn.Module]) -> inspect.Signature:
+def _signature(module_type: Any) -> inspect.Signature:
     return inspect.signature(module_type.forward)
 
 
-def _find_mask(module_type: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor | None]:
-    """The mask that a module is called with: [] if it takes none, [None] if it takes one and got none."""
+def _find_mask(module_type: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Tensor | None]:
+    """Whether a module takes a mask, and the mask that it is called with."""
     try:
         arguments = dict(_signature(module_type).bind(None, *args, **kwargs).arguments)
     except (TypeError, ValueError):
@@ -280,5 +290,5 @@ def _find_mask(module_type: type[nn.Module], args: tuple[Any, ...], kwargs: dict
             mask = arguments.get(name)
             if isinstance(mask, Tensor) and mask.dtype == torch.bool and not marks_tokens:
                 mask = ~mask
-            return [mask if isinstance(mask, Tensor) else None]
-    return []
+            return True, mask if isinstance(mask, Tensor) else None
+    return False, None

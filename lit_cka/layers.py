@@ -6,10 +6,9 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Union
+from typing import TypeAlias, Union
 
 from torch import nn
-from typing_extensions import TypeAlias
 
 Layers: TypeAlias = Union[
     str, "re.Pattern[str]", Callable[[str, nn.Module], bool], Sequence[Union[str, "re.Pattern[str]"]]
@@ -41,7 +40,7 @@ def select_layers(model: nn.Module, layers: Layers | None = None) -> list[str]:
     modules = named_layers(model)
     if layers is None:
         return repeated_blocks(model)
-    if isinstance(layers, str) or isinstance(layers, re.Pattern):
+    if isinstance(layers, (str, re.Pattern)):
         layers = [layers]
     if callable(layers):
         chosen = {name for name, module in modules.items() if layers(name, module)}
@@ -68,7 +67,7 @@ def _match(pattern: str | re.Pattern[str], modules: dict[str, nn.Module]) -> set
 
 
 def _glob(pattern: str) -> re.Pattern[str]:
-    """`*` and `?` stay within a dotted segment, `**` crosses (and `**.` may stand for nothing), `[...]` as in fnmatch."""
+    """`*` and `?` stay within a dotted segment, `**` crosses (`**.` may stand for nothing), `[...]` as in fnmatch."""
     translation = {"**.": r"(?:.+\.)?", "**": ".*", "*": r"[^.]*", "?": r"[^.]"}
     tokens = re.findall(r"\*\*\.|\*\*|\*|\?|\[[^\]]+\]|.", pattern)
     return re.compile(

@@ -38,7 +38,8 @@ class _Float64Metric(Metric):
             # Apple's backend has no float64: the statistics stay on the CPU there, and `update` brings them features.
             return tensor.to("cpu" if device.type == "mps" else device)
 
-        return super()._apply(move, exclude_state)
+        super()._apply(move, exclude_state)
+        return self
 
 
 def _all_reduce_flat(tensors: Sequence[Tensor], group: Any) -> list[Tensor]:
@@ -79,6 +80,9 @@ class LinearCKA(_Float64Metric):
     """
 
     n: Tensor
+    xx: Tensor
+    yy: Tensor
+    xy: Tensor
 
     def __init__(
         self,

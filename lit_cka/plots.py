@@ -22,6 +22,8 @@ def layer_time_heatmap(
         values: (layers, times); NaN is left grey, values below 0 (debiased) are drawn as 0.
         layer_names: row labels.
         times: column labels; as many are shown as fit.
+        title: of the figure.
+        xlabel: what the times are.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -57,4 +59,5 @@ def figure_pixels(figure: Figure) -> NDArray[np.uint8]:
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
     canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
+    pixels: NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
+    return pixels

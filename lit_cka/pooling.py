@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple, Union
+from typing import NamedTuple, TypeAlias, Union
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import TypeAlias
 
 METHODS = ("mean", "last", "cls", "flatten")
 Pooling: TypeAlias = Union[str, Callable[[Tensor], Tensor]]

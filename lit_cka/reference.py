@@ -7,7 +7,8 @@ import os
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, Union
+from itertools import takewhile
+from typing import Any, TypeAlias, Union
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
-from typing_extensions import TypeAlias
 
 from lit_cka.checkpoints import load_state_dict, strip_wrappers
 from lit_cka.features import FeatureExtractor, tensors_in
@@ -76,7 +76,8 @@ def snapshot(model: nn.Module) -> nn.Module:
 
 def _prefixes(layer_names: list[str]) -> list[str]:
     """Names of the submodules that hold all of the layers, from the root on ("")."""
-    common = os.path.commonprefix([name.split(".")[:-1] for name in layer_names])
+    parents = zip(*(name.split(".")[:-1] for name in layer_names), strict=False)
+    common = [segments[0] for segments in takewhile(lambda segments: len(set(segments)) == 1, parents)]
     return [".".join(common[:length]) for length in range(len(common) + 1)]
 
 
@@ -145,8 +146,8 @@ def _require_up_to_last_layer(
             for name in lacking[:5]
         )
         raise ValueError(
-            f"The reference's weights are of another architecture: {len(lacking)} of the {len(needed)} tensors up to the "
-            f"last tracked layer don't fit. Expected {shown}{'; ...' if len(lacking) > 5 else ''}."
+            f"The reference's weights are of another architecture: {len(lacking)} of the {len(needed)} tensors up to "
+            f"the last tracked layer don't fit. Expected {shown}{'; ...' if len(lacking) > 5 else ''}."
         )
 
 
@@ -266,7 +267,7 @@ class _LiveWeightGuard(TorchDispatchMode):
     """Raises when any operation reads a tensor of the live model."""
 
     def __init__(self, live: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._names = {tensor.untyped_storage().data_ptr(): name for name, tensor in _tensors_of(live).items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

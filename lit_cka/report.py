@@ -63,7 +63,7 @@ def draw_to_loggers(trainer: pl.Trainer, history: History, prefix: str, keys: Se
     pixels = None
     for logger in trainer.loggers:
         # By what they can do: TensorBoard's writer, and W&B's logger. Others have the scalars.
-        writer = getattr(logger, "experiment", None)
+        writer: Any = getattr(logger, "experiment", None)
         takes_charts, takes_images = hasattr(writer, "add_custom_scalars"), hasattr(writer, "add_image")
         if not (takes_images or hasattr(logger, "log_image")):
             continue
@@ -77,7 +77,9 @@ def draw_to_loggers(trainer: pl.Trainer, history: History, prefix: str, keys: Se
         if takes_images:
             writer.add_image(f"{prefix}/heatmap", pixels, trainer.global_step, dataformats="HWC")
         else:
-            logger.log_image(key=f"{prefix}/heatmap", images=[pixels])
+            logger.log_image(  # type: ignore[attr-defined]  # W&B's own
+                key=f"{prefix}/heatmap", images=[pixels]
+            )
 
 
 def print_table(history: History, thresholds: tuple[float, float], console: Console | None = None) -> None:

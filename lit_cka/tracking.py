@@ -129,8 +129,8 @@ class Tracker:
         if isinstance(metric, LinearCKA):
             if 24 * d * d > _MAX_STATE_BYTES:
                 raise ValueError(
-                    f"Layer {name!r} has {d} features per sample, whose statistics would take {24 * d * d / 1e9:.0f} GB. "
-                    'Pool them (pooling="mean"), leave the layer out, or use estimator="minibatch".'
+                    f"Layer {name!r} has {d} features per sample, whose statistics would take "
+                    f'{24 * d * d / 1e9:.0f} GB. Pool them (pooling="mean"), leave it out, or use estimator="minibatch".'
                 )
             metric.update(live, reference)
         elif len(live) < 4:

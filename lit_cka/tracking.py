@@ -130,7 +130,7 @@ class Tracker:
             if 24 * d * d > _MAX_STATE_BYTES:
                 raise ValueError(
                     f"Layer {name!r} has {d} features per sample, whose statistics would take "
-                    f'{24 * d * d / 1e9:.0f} GB. Pool them (pooling="mean"), leave it out, or use estimator="minibatch".'
+                    f'{24 * d * d / 1e9:.0f} GB. Pool them (pooling="mean"), or use estimator="minibatch".'
                 )
             metric.update(live, reference)
         elif len(live) < 4:

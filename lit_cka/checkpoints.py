@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,58 @@ def strip_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     while stripped := next((w for w in _WRAPPERS if all(name.startswith(prefix + w) for name in names)), None):
         prefix += stripped
     return {name[len(prefix) :].replace("_orig_mod.", ""): value for name, value in weights.items()}
+
+
+def fitting_weights(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of `weights` that are expected, by name and shape, under the names expected.
+
+    The names in the file may start with a segment that the model doesn't have ("net.blocks.0.weight" for
+    "blocks.0.weight"): of all readings, the one that fits the most is taken.
+    """
+    starts = dict.fromkeys(["", *(f"{name.split('.')[0]}." for name in weights if "." in name)])
+    readings = []
+    for start in starts:
+        read = {name[len(start) :]: value for name, value in weights.items() if name.startswith(start)}
+        readings.append({name: read[name] for name in expected if name in read and _same_shape(name, read, expected)})
+    return max(readings, key=len)
+
+
+def _same_shape(name: str, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    return weights[name].shape == expected[name].shape
+
+
+def require_weights(needed: Sequence[str], expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError that lists which of the `needed` names aren't in `weights`, unless all are."""
+    lacking = [name for name in needed if name not in weights and not name.endswith("num_batches_tracked")]
+    if lacking:
+        shown = ", ".join(f"{name} {tuple(expected[name].shape)}" for name in lacking[:5])
+        raise ValueError(
+            f"The weights are of another architecture: {len(lacking)} of the {len(needed)} tensors needed are missing "
+            f"or have another shape. Expected {shown}{', ...' if len(lacking) > 5 else ''}."
+        )
+
+
+def load_into(module: nn.Module, weights: Mapping[str, Tensor], *, optional: tuple[str, ...] = ()) -> list[str]:
+    """Copy weights into a module, by name, whatever wrapper they were saved in.
+
+    Args:
+        module: the module. Its own tensors are written to, in their dtype.
+        weights: from `load_state_dict`. What the module has no place for (a text tower, say) is left out.
+        optional: beginnings of the names that may be missing or have another shape, such as a head's.
+
+    Returns:
+        The optional names that were not loaded.
+
+    Raises:
+        ValueError: if other weights are missing or have another shape; the module is unchanged then.
+    """
+    own = strip_wrappers(module.state_dict(keep_vars=True))
+    fitting = fitting_weights(own, weights)
+    require_weights([name for name in own if not name.startswith(optional)], own, fitting)
+    with torch.no_grad():
+        for name, value in fitting.items():
+            own[name].copy_(value)
+    return [name for name in own if name not in fitting]
 
 
 def _first_line(error: Exception) -> str:

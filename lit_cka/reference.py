@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
-from lit_cka.checkpoints import load_state_dict, strip_wrappers
+from lit_cka.checkpoints import fitting_weights, load_into, load_state_dict, require_weights, strip_wrappers
 from lit_cka.features import FeatureExtractor, tensors_in
 from lit_cka.layers import named_layers
 from lit_cka.pooling import Pooling
@@ -103,52 +103,19 @@ def _from_module(live: nn.Module, module: nn.Module, layer_names: list[str], poo
 def _from_weights(live: nn.Module, weights: dict[str, Tensor], layer_names: list[str], pooling: Pooling) -> Reference:
     """A copy of `live`, or of the submodule that the weights fit best, with these weights."""
     modules = {"": live, **named_layers(live)}
-    trials = []
+    fits = {}
     for prefix in _prefixes(layer_names):
-        expected = strip_wrappers(modules[prefix].state_dict())
-        # The file may come from a wrapper module of another name: "net.blocks.0.weight" for "blocks.0.weight".
-        for start in ("", *{f"{name.split('.')[0]}." for name in weights if "." in name}):
-            found = {name[len(start) :]: value for name, value in weights.items() if name.startswith(start)}
-            fitting = {name: found[name] for name in expected if name in found and _same_shape(found, expected, name)}
-            trials.append((len(fitting), prefix, expected, found, fitting))
-    _, prefix, expected, found, fitting = max(trials, key=lambda trial: trial[0])
-    _require_up_to_last_layer(expected, found, fitting, [_below(prefix, name) for name in layer_names])
-    module = snapshot(modules[prefix])
-    # Loading by name into the copy, whose names may hold the `_orig_mod.` of compiled parts.
-    with torch.no_grad():
-        for name, tensor in strip_wrappers_keep_tensors(module).items():
-            if name in fitting:
-                tensor.copy_(fitting[name])
-    return Reference(live, module, prefix or None, layer_names, pooling)
-
-
-def _same_shape(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> bool:
-    return found[name].shape == expected[name].shape
-
-
-def strip_wrappers_keep_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The module's own parameters and buffers, by the names of `strip_wrappers`."""
-    return strip_wrappers(module.state_dict(keep_vars=True))
-
-
-def _require_up_to_last_layer(
-    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], fitting: Mapping[str, Tensor], layer_names: list[str]
-) -> None:
-    """Raise unless all weights are there, but for those registered after the last layer, such as another head's."""
+        fits[prefix] = fitting_weights(strip_wrappers(modules[prefix].state_dict()), weights)
+    prefix = max(fits, key=lambda prefix: len(fits[prefix]))
+    expected = strip_wrappers(modules[prefix].state_dict())
+    # All weights have to be there, but for those registered after the last layer, such as another head's.
+    layers = tuple(f"{_below(prefix, name)}." for name in layer_names)
+    last = max((i for i, name in enumerate(expected) if name.startswith(layers)), default=len(expected) - 1)
     names = list(expected)
-    inside = [i for i, name in enumerate(names) if name.startswith(tuple(f"{layer}." for layer in layer_names))]
-    needed = names[: inside[-1] + 1] if inside else names
-    lacking = [name for name in needed if name not in fitting and not name.endswith("num_batches_tracked")]
-    if lacking:
-        shown = "; ".join(
-            f"{name} {tuple(expected[name].shape)}, "
-            + (f"found {tuple(found[name].shape)}" if name in found else "missing")
-            for name in lacking[:5]
-        )
-        raise ValueError(
-            f"The reference's weights are of another architecture: {len(lacking)} of the {len(needed)} tensors up to "
-            f"the last tracked layer don't fit. Expected {shown}{'; ...' if len(lacking) > 5 else ''}."
-        )
+    require_weights(names[: last + 1], expected, fits[prefix])
+    module = snapshot(modules[prefix])
+    load_into(module, fits[prefix], optional=tuple(names[last + 1 :]))
+    return Reference(live, module, prefix or None, layer_names, pooling)
 
 
 class Reference:

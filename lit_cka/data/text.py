@@ -1,0 +1,167 @@
+"""Labelled text from files (csv, json lines, parquet) or from a dataset on the hub, tokenized for the model."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+_SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
+
+
+def read_labelled_text(path: str | Path, text_column: str, label_column: str) -> list[tuple[str, int]]:
+    """Rows `(text, label)` of a csv (with a header), json lines or parquet file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is of another type, lacks a column, or has a label that is no whole number.
+    """
+    path = Path(path)
+    if path.suffix not in _SUFFIXES:
+        raise ValueError(f"Expected a file of type {', '.join(_SUFFIXES)}, but got {str(path)!r}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a file of labelled text at {str(path)!r}, but there is none.")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet
+        except ImportError as error:
+            raise ImportError("Reading parquet takes pyarrow: pip install 'lit-cka[hub]'.") from error
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    else:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = (
+                list(csv.DictReader(file))
+                if path.suffix == ".csv"
+                else [json.loads(row) for row in file if row.strip()]
+            )
+    return _labelled(rows, str(path), text_column, label_column)
+
+
+def _labelled(rows: Sequence[Any], source: str, text_column: str, label_column: str) -> list[tuple[str, int]]:
+    for column in (text_column, label_column):
+        if len(rows) and column not in rows[0]:
+            raise ValueError(f"Expected {source!r} to have a column {column!r}, but it has {list(rows[0])}.")
+    labelled = []
+    for number, row in enumerate(rows):
+        try:
+            labelled.append((str(row[text_column]), int(row[label_column])))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"Expected labels to be whole numbers from 0 on, but row {number} of {source!r} has "
+                f"{row[label_column]!r}."
+            ) from error
+    if not labelled:
+        raise ValueError(f"Expected {source!r} to hold labelled text, but it has no rows.")
+    return labelled
+
+
+class TextDataModule(pl.LightningDataModule):
+    """Labelled text, tokenized by the model's own tokenizer and padded to the longest of each batch.
+
+    Name either files or a dataset that `datasets.load_dataset` knows (extra `hub`): a name on the hub, or a folder.
+
+    Args:
+        dataset: name or folder for `load_dataset`, such as "stanfordnlp/imdb".
+        train: file to train on; with `dataset`, the split ("train", "train[:90%]").
+        val: file or split to validate on.
+        test: file or split to test and predict on.
+        text_column: where the text is.
+        label_column: where the label is, a whole number from 0 on.
+        tokenizer: name or folder for `AutoTokenizer`; None for the model's own (`TextClassifier.tokenizer_name`).
+        max_length: tokens after which a text is cut.
+        batch_size: texts per batch.
+        num_workers: processes that tokenize.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a part that is needed was not named, or a file is not as described.
+    """
+
+    def __init__(
+        self,
+        dataset: str | None = None,
+        train: str | None = None,
+        val: str | None = None,
+        test: str | None = None,
+        text_column: str = "text",
+        label_column: str = "label",
+        tokenizer: str | None = None,
+        max_length: int = 256,
+        batch_size: int = 32,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.dataset = dataset
+        self.parts = {"train": train, "val": val, "test": test}
+        self.text_column = text_column
+        self.label_column = label_column
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+
+    @override
+    def setup(self, stage: str) -> None:
+        from transformers import AutoTokenizer
+
+        needed = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
+        missing = [part for part in needed if self.parts[part] is None]
+        if missing:
+            what = "a split of the dataset" if self.dataset else "a file"
+            raise ValueError(f"Expected {' and '.join(f'`{part}`' for part in missing)} to name {what}, but got None.")
+        self._sets = {part: self._read(part) for part in needed}
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        name = self.tokenizer or getattr(module, "tokenizer_name", None)
+        if name is None:
+            raise ValueError("Expected `tokenizer` to name a tokenizer, since the LightningModule has none.")
+        self._tokenize = AutoTokenizer.from_pretrained(name)
+
+    def _read(self, part: str) -> list[tuple[str, int]]:
+        source = self.parts[part]
+        assert source is not None
+        if self.dataset is None:
+            return read_labelled_text(source, self.text_column, self.label_column)
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise ImportError("Loading a dataset by name takes datasets: pip install 'lit-cka[hub]'.") from error
+        rows = load_dataset(self.dataset, split=source)
+        return _labelled(rows, f"{self.dataset} {source}", self.text_column, self.label_column)
+
+    def _collate(self, samples: list[tuple[str, int]]) -> dict[str, Tensor]:
+        texts, labels = zip(*samples, strict=True)
+        tokens = self._tokenize(
+            list(texts), truncation=True, max_length=self.max_length, padding=True, return_tensors="pt"
+        )
+        return {**tokens, "labels": torch.tensor(labels)}
+
+    def _loader(self, part: str) -> DataLoader[Any]:
+        return DataLoader(
+            self._sets[part],  # type: ignore[arg-type]  # a list is a map-style dataset
+            self.batch_size,
+            shuffle=part == "train",
+            num_workers=self.num_workers,
+            collate_fn=self._collate,
+        )
+
+    @override
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader("train")
+
+    @override
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._loader("val")
+
+    @override
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._loader("test")
+
+    predict_dataloader = test_dataloader

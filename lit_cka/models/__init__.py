@@ -1,0 +1,7 @@
+"""LightningModules to fine-tune: timm and open_clip image classifiers, transformers text classifiers."""
+
+from lit_cka.models.classifier import Classifier
+from lit_cka.models.images import CLIPImageClassifier, ImageClassifier
+from lit_cka.models.text import TextClassifier
+
+__all__ = ["CLIPImageClassifier", "Classifier", "ImageClassifier", "TextClassifier"]

@@ -1,0 +1,137 @@
+"""Image classifiers to fine-tune: any timm model, and the visual tower of any open_clip model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Union
+
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from lit_cka.checkpoints import load_into, load_state_dict
+from lit_cka.models.classifier import Classifier
+
+Path = Union[str, None]
+
+
+def _start_from(model: nn.Module, checkpoint: str, heads: tuple[str, ...]) -> None:
+    left = load_into(model, load_state_dict(checkpoint), optional=tuple(f"{name}." for name in heads))
+    if left:
+        rank_zero_info(f"{checkpoint} has no head of this shape, so it starts at random: {', '.join(left)}.")
+
+
+class ImageClassifier(Classifier):
+    """A timm model with a classification head. Blocks are named `model.blocks.0` and so on, after timm.
+
+    Args:
+        model_name: any name that `timm.create_model` takes, also `local-dir:/path` and `hf-hub:owner/name`.
+        num_classes: number of classes; another number than the weights have starts the head anew.
+        pretrained: take the pretrained weights of that name.
+        checkpoint: a file of weights to start from instead, see `lit_cka.checkpoints.load_state_dict`; all but the
+            head's must fit.
+        model_kwargs: further arguments for `timm.create_model` (`img_size`, `in_chans`, `drop_path_rate`, ...).
+        learning_rate: the highest, after warm-up.
+        weight_decay: of AdamW, for weights of two or more dimensions.
+        warmup: the part of the training that warm-up takes.
+
+    Raises:
+        ValueError: if the checkpoint has another architecture or is damaged.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        num_classes: int,
+        pretrained: bool = False,
+        checkpoint: Path = None,
+        model_kwargs: dict[str, Any] | None = None,
+        learning_rate: float = 1e-4,
+        weight_decay: float = 0.05,
+        warmup: float = 0.1,
+    ) -> None:
+        super().__init__(num_classes, learning_rate, weight_decay, warmup)
+        self.save_hyperparameters()
+        import timm
+
+        self.model = timm.create_model(
+            model_name, pretrained=pretrained, num_classes=num_classes, **(model_kwargs or {})
+        )
+        config = timm.data.resolve_model_data_config(self.model)
+        self.train_transform: Callable[[Any], Tensor] = timm.data.create_transform(**config, is_training=True)
+        self.eval_transform: Callable[[Any], Tensor] = timm.data.create_transform(**config, is_training=False)
+        if checkpoint is not None:
+            head = self.model.pretrained_cfg.get("classifier") or ()
+            heads = (head,) if isinstance(head, str) else tuple(head)
+            _start_from(self.model, checkpoint, heads)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (n, num_classes) of images (n, channels, height, width)."""
+        logits: Tensor = self.model(images)
+        return logits
+
+
+class _VisualTower(nn.Module):
+    """Of CLIP the visual tower alone, one level down: weights are named as in model-soups."""
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        self.visual = visual
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.visual(images)
+        return features
+
+
+class CLIPImageClassifier(Classifier):
+    """The visual tower of an open_clip model under a linear head, named and normalised as in model-soups.
+
+    Its state dict holds `model.visual.*` and `classification_head.*`. A model-soups checkpoint, whose text tower is
+    left out, with or without `module.` before its names, loads by `checkpoint`; those were trained from OpenAI's
+    weights, so name a `-quickgelu` model for them.
+
+    Args:
+        model_name: any name that `open_clip.create_model` takes ("ViT-B-32", "ViT-B-32-quickgelu", "ViT-L-14", ...).
+        num_classes: number of classes.
+        pretrained: a tag of open_clip ("openai", "laion2b_s34b_b79k", ...) or the path of CLIP weights.
+        checkpoint: a model-soups state dict, or another one of this class, to start from; its head may be missing or
+            have another number of classes, and then starts at random.
+        normalize: give the head features of unit length, as model-soups does.
+        learning_rate: the highest, after warm-up.
+        weight_decay: of AdamW, for weights of two or more dimensions.
+        warmup: the part of the training that warm-up takes.
+
+    Raises:
+        ValueError: if the checkpoint has another architecture or is damaged.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        num_classes: int,
+        pretrained: Path = None,
+        checkpoint: Path = None,
+        normalize: bool = True,
+        learning_rate: float = 3e-5,
+        weight_decay: float = 0.1,
+        warmup: float = 0.1,
+    ) -> None:
+        super().__init__(num_classes, learning_rate, weight_decay, warmup)
+        self.save_hyperparameters()
+        import open_clip
+
+        clip, self.train_transform, self.eval_transform = open_clip.create_model_and_transforms(
+            model_name, pretrained=pretrained
+        )
+        self.model = _VisualTower(clip.visual)
+        width = getattr(clip.visual, "output_dim", None) or open_clip.get_model_config(model_name)["embed_dim"]
+        self.classification_head = nn.Linear(width, num_classes)
+        self.normalize = normalize
+        if checkpoint is not None:
+            _start_from(self, checkpoint, ("classification_head",))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (n, num_classes) of images (n, 3, height, width)."""
+        features = self.model(images)
+        logits: Tensor = self.classification_head(normalize(features, dim=-1) if self.normalize else features)
+        return logits

@@ -1,0 +1,51 @@
+"""Text classifiers to fine-tune: any transformers model for sequence classification."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lit_cka.models.classifier import Classifier
+
+
+class TextClassifier(Classifier):
+    """A transformers model for sequence classification, named after transformers below `model.`.
+
+    Args:
+        model_name: a name on the hub ("distilbert-base-uncased") or a local folder in `save_pretrained` format.
+        num_classes: number of classes.
+        learning_rate: the highest, after warm-up.
+        weight_decay: of AdamW, for weights of two or more dimensions.
+        warmup: the part of the training that warm-up takes.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        num_classes: int,
+        learning_rate: float = 2e-5,
+        weight_decay: float = 0.01,
+        warmup: float = 0.1,
+    ) -> None:
+        super().__init__(num_classes, learning_rate, weight_decay, warmup)
+        self.save_hyperparameters()
+        from transformers import AutoModelForSequenceClassification
+
+        # `from_pretrained` returns the model in eval mode, and Lightning leaves modes as they are.
+        self.model = AutoModelForSequenceClassification.from_pretrained(model_name, num_labels=num_classes).train()
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Where the model's tokenizer is, for the data."""
+        name: str = self.hparams["model_name"]
+        return name
+
+    def split(self, batch: Any) -> tuple[Any, Tensor]:
+        """A batch is a mapping of the tokenizer's output and `labels`."""
+        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits (n, num_classes) of tokenized text: `input_ids` and `attention_mask` (n, tokens)."""
+        logits: Tensor = self.model(**inputs).logits
+        return logits

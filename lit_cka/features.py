@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,10 +12,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lit_cka.layers import Layers, named_layers, select_layers
+from lit_cka.masks import find_mask
 from lit_cka.pooling import Pooling, find_layout, parse_pooling, pool
-
-# Names under which models take a (samples, tokens) mask, and whether nonzero means "a real token" there.
-_MASKS = {"attention_mask": True, "src_key_padding_mask": False, "key_padding_mask": False, "padding_mask": False}
 
 OnCall = Callable[[str, bool, "tuple[Any, ...]", "dict[str, Any]"], None]
 
@@ -147,7 +143,7 @@ class FeatureExtractor:
             if outermost:
                 self._batch_sizes = _leading_sizes((args, kwargs))
             self._running.append(name)
-            takes_mask, mask = _find_mask(type(target), args, kwargs)
+            takes_mask, mask = find_mask(type(target), args, kwargs)
             if takes_mask:
                 self._masks[name] = mask
 
@@ -269,26 +265,3 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def _leading_sizes(value: Any) -> set[int]:
     return {tensor.shape[0] for tensor in tensors_in(value) if tensor.ndim}
-
-
-@cache
-def _signature(module_type: Any) -> inspect.Signature:
-    return inspect.signature(module_type.forward)
-
-
-def _find_mask(module_type: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Tensor | None]:
-    """Whether a module takes a mask, and the mask that it is called with."""
-    try:
-        arguments = dict(_signature(module_type).bind(None, *args, **kwargs).arguments)
-    except (TypeError, ValueError):
-        arguments = dict(kwargs)
-    for value in list(arguments.values()):
-        if isinstance(value, Mapping):  # **kwargs, or a batch passed as one argument
-            arguments.update({key: item for key, item in value.items() if isinstance(key, str)})
-    for name, marks_tokens in _MASKS.items():
-        if name in arguments or name in _signature(module_type).parameters:
-            mask = arguments.get(name)
-            if isinstance(mask, Tensor) and mask.dtype == torch.bool and not marks_tokens:
-                mask = ~mask
-            return True, mask if isinstance(mask, Tensor) else None
-    return False, None

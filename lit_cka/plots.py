@@ -29,18 +29,18 @@ def layer_time_heatmap(
     from matplotlib.figure import Figure
 
     num_layers, num_times = values.shape
-    label_width = 0.075 * max(map(len, layer_names))
-    grid_width, grid_height = min(max(0.34 * num_times, 3.2), 11), min(max(0.3 * num_layers, 1.6), 12)
-    figure = Figure(figsize=(grid_width + label_width + 1.3, grid_height + 1.0), layout="constrained", dpi=110)
+    label_width = 0.08 * max(map(len, layer_names))
+    grid_width, grid_height = min(max(0.34 * num_times, 3.2), 6.5), min(max(0.4 * num_layers, 2.0), 12)
+    figure = Figure(figsize=(grid_width + label_width + 1.3, grid_height + 1.0), layout="constrained", dpi=100)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_facecolor("0.85")
     image = axes.imshow(values.clip(0, 1), vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
     rows = range(0, num_layers, math.ceil(num_layers / 40))
-    axes.set_yticks(rows, [layer_names[row] for row in rows], fontsize=8)
+    axes.set_yticks(rows, [layer_names[row] for row in rows], fontsize=9)
     longest = max(map(len, times))
     columns = range(0, num_times, math.ceil(num_times * (0.08 * longest + 0.12) / grid_width))
-    axes.set_xticks(columns, [times[column] for column in columns], fontsize=8)
+    axes.set_xticks(columns, [times[column] for column in columns], fontsize=9)
     axes.set_xlabel(xlabel)
     axes.set_title(title, fontsize=10)
     if num_times <= 12 and num_layers <= 30:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import copy
 import os
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from itertools import takewhile
 from typing import Any, TypeAlias, Union
 
-import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
 from lit_cka.checkpoints import fitting_weights, load_into, load_state_dict, require_weights, strip_wrappers
 from lit_cka.features import FeatureExtractor, tensors_in
+from lit_cka.isolation import FollowsLiveWeightsError, LiveWeightGuard, preserved_rng, tensors_of
 from lit_cka.layers import named_layers
 from lit_cka.pooling import Pooling
 
@@ -87,8 +85,8 @@ def _below(prefix: str, name: str) -> str:
 
 def _from_module(live: nn.Module, module: nn.Module, layer_names: list[str], pooling: Pooling) -> Reference:
     modules = named_layers(module)
-    storages = {tensor.untyped_storage().data_ptr() for tensor in _tensors_of(live).values()}
-    if any(tensor.untyped_storage().data_ptr() in storages for tensor in _tensors_of(module).values()):
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(live).values()}
+    if any(tensor.untyped_storage().data_ptr() in storages for tensor in tensors_of(module).values()):
         module = snapshot(module)  # it is the live model, or shares weights with it
     for prefix in _prefixes(layer_names):
         if all(_below(prefix, name) in modules for name in layer_names):
@@ -188,12 +186,12 @@ class Reference:
         if first:
             live = {"": self._live, **named_layers(self._live)}[name]
             with torch.inference_mode(False):
-                module.to(next(iter(_tensors_of(live).values())).device)
+                module.to(next(iter(tensors_of(live).values())).device)
             below = [_below(name, layer) for layer in layer_names]
             self._extractors[name] = FeatureExtractor(module, below, self._pooling).__enter__()
         # The model may change its inputs in place: the reference gets its own.
         args, kwargs = apply_to_collection((args, kwargs), Tensor, torch.clone)
-        guard = _LiveWeightGuard(self._live) if first else nullcontext()
+        guard = LiveWeightGuard(self._live) if first else nullcontext()
         self._running = True
         try:
             with torch.no_grad(), preserved_rng(), guard:
@@ -217,48 +215,3 @@ _FED = (
     "The step calls {!r} on what the separately called, trained module {!r} returned, so the reference can't be run on "
     "the raw inputs. Give the module a `forward` that calls both and use it in the step, or pass other `layers`."
 )
-
-
-class FollowsLiveWeightsError(ValueError):
-    """The reference reads weights of the model in training."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(
-            f"The reference follows the live weights: running it used {name!r} of the model in training, so every CKA "
-            "would be 1. Something in the model (a patched `forward`, a closure) holds on to the original. Pass "
-            "`reference=` a freshly built module or the path of a checkpoint."
-        )
-
-
-class _LiveWeightGuard(TorchDispatchMode):
-    """Raises when any operation reads a tensor of the live model."""
-
-    def __init__(self, live: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._names = {tensor.untyped_storage().data_ptr(): name for name, tensor in _tensors_of(live).items()}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tensors_in((args, kwargs or {})):
-            name = self._names.get(tensor.untyped_storage().data_ptr())
-            if name is not None:
-                raise FollowsLiveWeightsError(name)
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Leave the random states of Python, NumPy, and torch (CPU and current GPU) as they were."""
-    states = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-
-
-def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers that hold data, by name."""
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return {name: tensor for name, tensor in tensors.items() if tensor.numel() and tensor.device.type != "meta"}

@@ -75,7 +75,9 @@ def draw_to_loggers(trainer: pl.Trainer, history: History, prefix: str, keys: Se
             writer.add_custom_scalars({prefix: {f"{prefix} of all layers": ["Multiline", tags]}})
             setattr(writer, f"_lit_cka_{prefix}", True)
         if takes_images:
-            writer.add_image(f"{prefix}/heatmap", pixels, trainer.global_step, dataformats="HWC")
+            # The step that Lightning gives the scalars of this evaluation, so that both align.
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            writer.add_image(f"{prefix}/heatmap", pixels, step, dataformats="HWC")
         else:
             logger.log_image(  # type: ignore[attr-defined]  # W&B's own
                 key=f"{prefix}/heatmap", images=[pixels]

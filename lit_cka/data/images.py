@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from typing_extensions import override
@@ -75,7 +76,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
             shuffle=part == "train",
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=True,
+            pin_memory=torch.cuda.is_available(),
         )
 
     @override

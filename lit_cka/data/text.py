@@ -72,6 +72,8 @@ class TextDataModule(pl.LightningDataModule):
         dataset: name or folder for `load_dataset`, such as "stanfordnlp/imdb".
         train: file to train on; with `dataset`, the split ("train", "train[:90%]").
         val: file or split to validate on.
+        val_samples: validate on so many of them, drawn at random but always the same; None for all. Draw rather than
+            take the first: many sets are sorted by label.
         test: file or split to test and predict on.
         text_column: where the text is.
         label_column: where the label is, a whole number from 0 on.
@@ -90,6 +92,7 @@ class TextDataModule(pl.LightningDataModule):
         dataset: str | None = None,
         train: str | None = None,
         val: str | None = None,
+        val_samples: int | None = None,
         test: str | None = None,
         text_column: str = "text",
         label_column: str = "label",
@@ -100,6 +103,7 @@ class TextDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.dataset = dataset
+        self.val_samples = val_samples
         self.parts = {"train": train, "val": val, "test": test}
         self.text_column = text_column
         self.label_column = label_column
@@ -118,6 +122,9 @@ class TextDataModule(pl.LightningDataModule):
             what = "a split of the dataset" if self.dataset else "a file"
             raise ValueError(f"Expected {' and '.join(f'`{part}`' for part in missing)} to name {what}, but got None.")
         self._sets = {part: self._read(part) for part in needed}
+        if "val" in needed and self.val_samples is not None:
+            order = torch.randperm(len(self._sets["val"]), generator=torch.Generator().manual_seed(0))
+            self._sets["val"] = [self._sets["val"][index] for index in order[: self.val_samples].tolist()]
         module = self.trainer.lightning_module if self.trainer is not None else None
         name = self.tokenizer or getattr(module, "tokenizer_name", None)
         if name is None:

@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Union, cast
+from collections.abc import Mapping, Sequence, Sized
+from typing import Any, Union, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from typing_extensions import TypedDict, override
+from typing_extensions import override
 
+from lit_cka.history import Record, Stage, latest_scores, mean_score
 from lit_cka.layers import Layers, select_layers
 from lit_cka.pooling import Pooling, parse_pooling
 from lit_cka.reference import INITIAL, ReferenceLike, make_reference
 from lit_cka.report import draw_to_loggers, print_table, write_report
 from lit_cka.tracking import Estimator, LayerScore, Tracker
-
-Stage = Literal["validate", "test"]
-
-
-class Record(TypedDict):
-    """What one tracked validation or test gave: an entry of `CKACallback.history`."""
-
-    step: int  # optimizer steps taken
-    epoch: int
-    stage: str  # "validate" or "test"
-    dataloader: int  # its index
-    n: int  # samples; the fewest of any layer where some layers skipped batches
-    scores: dict[str, float]  # layer -> CKA, NaN where undefined
 
 
 class CKACallback(pl.Callback):
@@ -106,12 +94,7 @@ class CKACallback(pl.Callback):
     @property
     def scores(self) -> dict[str, float]:
         """The latest CKA of every layer, of the first tracked dataloader; empty before the first evaluation."""
-        if not self.history:
-            return {}
-        last = self.history[-1]
-        same = [record for record in self.history if (record["step"], record["stage"]) == (last["step"], last["stage"])]
-        first = min(record["dataloader"] for record in same)
-        return dict([record for record in same if record["dataloader"] == first][-1]["scores"])
+        return latest_scores(self.history)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `cka_history.json`, `cka_history.csv` and `cka_heatmap.png` to `folder`."""
@@ -151,6 +134,32 @@ class CKACallback(pl.Callback):
                     f"{self.every_n_validations} validations: in between it sees the old value again."
                 )
 
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._tracker is not None and trainer.val_dataloaders:
+            self._which_dataloaders(trainer, "validate")  # also where there was no sanity check
+
+    def _which_dataloaders(self, trainer: pl.Trainer, stage: Stage) -> tuple[list[int], int]:
+        """The dataloaders to track, and how many there are. Raises where one is missing or has too few samples."""
+        loaders = trainer.val_dataloaders if stage == "validate" else trainer.test_dataloaders
+        if isinstance(loaders, Mapping):
+            loaders = list(loaders.values())
+        if not isinstance(loaders, (list, tuple)):
+            loaders = [loaders]
+        unknown = [index for index in self.dataloaders or () if index >= len(loaders)]
+        if unknown:
+            raise ValueError(f"Expected `dataloaders` to be indices below {len(loaders)}, but got {unknown}.")
+        tracked = [index for index in range(len(loaders)) if self.dataloaders is None or index in self.dataloaders]
+        needed = 4 if self.debiased or self.estimator == "minibatch" else 2
+        for index in tracked:
+            dataset = getattr(loaders[index], "dataset", None)
+            if isinstance(dataset, Sized) and len(dataset) < needed:
+                raise ValueError(
+                    f"CKA takes at least {needed} samples, but the dataset of {stage} dataloader {index} has "
+                    f"{len(dataset)}. Track others by `dataloaders=`, or another stage by `stages=`."
+                )
+        return tracked, len(loaders)
+
     # Evaluation: the same for validation and test.
 
     @override
@@ -171,12 +180,7 @@ class CKACallback(pl.Callback):
         if self._tracker is None:  # `validate` or `test` on its own, of a model first built in `configure_model`
             self._prepare(pl_module)
         assert self._tracker is not None
-        loaders = trainer.val_dataloaders if stage == "validate" else trainer.test_dataloaders
-        total = len(loaders) if isinstance(loaders, (list, tuple, dict)) else 1
-        unknown = [index for index in self.dataloaders or () if index >= total]
-        if unknown:
-            raise ValueError(f"Expected `dataloaders` to be indices below {total}, but got {unknown}.")
-        self._tracked = [index for index in range(total) if self.dataloaders is None or index in self.dataloaders]
+        self._tracked, total = self._which_dataloaders(trainer, stage)
         self._tracker.open(total, pl_module.device)
 
     @override
@@ -233,7 +237,7 @@ class CKACallback(pl.Callback):
             )
             self.history.append(record)
             suffix = f"/dataloader_idx_{dataloader}" if len(self._tracked) > 1 else ""
-            named = {**record["scores"], "mean": _mean(record["scores"])}
+            named = {**record["scores"], "mean": mean_score(record["scores"])}
             values.update({f"{self.prefix}/{name}{suffix}": value for name, value in named.items()})
         # All ranks have the same values already, so there is nothing to synchronise.
         pl_module.log_dict(
@@ -301,12 +305,6 @@ class CKACallback(pl.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = [cast(Record, dict(record)) for record in state_dict["history"]]
-
-
-def _mean(scores: dict[str, float]) -> float:
-    """Mean over the layers where CKA is defined."""
-    defined = [score for score in scores.values() if score == score]
-    return sum(defined) / len(defined) if defined else float("nan")
 
 
 def _check_options(

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,37 +17,15 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_cka import plots
+from lit_cka.history import Record, first_series, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-History = Sequence[Mapping[str, Any]]
-
 _STYLES = {"untouched": "green", "refined": "yellow", "rewritten": "red", "undefined": "magenta"}
 
 
-def verdict(cka: float, thresholds: tuple[float, float]) -> str:
-    """One word for a layer: "untouched", "refined" or "rewritten" by the thresholds, "undefined" for NaN.
-
-    Example:
-        >>> [verdict(cka, (0.99, 0.9)) for cka in (0.999, 0.965, 0.267)]
-        ['untouched', 'refined', 'rewritten']
-    """
-    if cka != cka:
-        return "undefined"
-    untouched, refined = thresholds
-    return "untouched" if cka >= untouched else "refined" if cka >= refined else "rewritten"
-
-
-def first_series(history: History) -> list[Mapping[str, Any]]:
-    """The records to draw: those of the first tracked dataloader, of validation where there was one, else of test."""
-    stage = "validate" if any(record["stage"] == "validate" for record in history) else "test"
-    records = [record for record in history if record["stage"] == stage]
-    first = min((record["dataloader"] for record in records), default=0)
-    return [record for record in records if record["dataloader"] == first]
-
-
-def heatmap(history: History) -> Figure:
+def heatmap(history: Sequence[Record]) -> Figure:
     """The layers-by-time heatmap of `first_series`."""
     records = first_series(history)
     layer_names = list(records[-1]["scores"])
@@ -56,7 +34,7 @@ def heatmap(history: History) -> Figure:
     return plots.layer_time_heatmap(values, layer_names, times, title="CKA of each layer", xlabel="optimizer step")
 
 
-def draw_to_loggers(trainer: pl.Trainer, history: History, prefix: str, keys: Sequence[str]) -> None:
+def draw_to_loggers(trainer: pl.Trainer, history: Sequence[Record], prefix: str, keys: Sequence[str]) -> None:
     """Give the heatmap, and once per run the chart of all layers, to the loggers that can show them."""
     if not trainer.is_global_zero:
         return
@@ -84,7 +62,7 @@ def draw_to_loggers(trainer: pl.Trainer, history: History, prefix: str, keys: Se
             )
 
 
-def print_table(history: History, thresholds: tuple[float, float], console: Console | None = None) -> None:
+def print_table(history: Sequence[Record], thresholds: tuple[float, float], console: Console | None = None) -> None:
     """Print a table of layers: first, lowest and last CKA, with a verdict on the last."""
     records = first_series(history)
     if not records:
@@ -106,7 +84,7 @@ def print_table(history: History, thresholds: tuple[float, float], console: Cons
     (console or Console()).print(table)
 
 
-def write_report(folder: str | os.PathLike[str], history: History, thresholds: tuple[float, float]) -> None:
+def write_report(folder: str | os.PathLike[str], history: Sequence[Record], thresholds: tuple[float, float]) -> None:
     """Write `cka_history.json`, `cka_history.csv` (a row per record and layer) and `cka_heatmap.png`, atomically.
 
     Raises:
@@ -124,11 +102,11 @@ def write_report(folder: str | os.PathLike[str], history: History, thresholds: t
     _write(folder / "cka_history.json", json.dumps(cleaned, indent=2).encode())
     rows = io.StringIO()
     writer = csv.writer(rows)
-    columns = ("step", "epoch", "stage", "dataloader", "n")
-    writer.writerow([*columns, "layer", "cka", "verdict"])
+    writer.writerow(["step", "epoch", "stage", "dataloader", "n", "layer", "cka", "verdict"])
     for record in history:
+        values = [value for key, value in record.items() if key != "scores"]
         for name, cka in record["scores"].items():
-            writer.writerow([*(record[column] for column in columns), name, cka, verdict(cka, thresholds)])
+            writer.writerow([*values, name, cka, verdict(cka, thresholds)])
     _write(folder / "cka_history.csv", rows.getvalue().encode())
     png = io.BytesIO()
     heatmap(history).savefig(png, format="png")

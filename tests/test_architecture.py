@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lit_cka"
 ROWS = [
     {"functional"},
-    {"metrics", "layers", "pooling", "plots", "checkpoints", "masks"},
+    {"metrics", "layers", "pooling", "plots", "checkpoints", "masks", "history"},
     {"features"},
     {"isolation"},
     {"reference"},

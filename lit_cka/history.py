@@ -1,0 +1,58 @@
+"""The history of a tracked training: its records, and how they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from typing_extensions import TypedDict
+
+Stage = Literal["validate", "test"]
+
+
+class Record(TypedDict):
+    """What one tracked validation or test gave: an entry of `CKACallback.history`."""
+
+    step: int  # optimizer steps taken
+    epoch: int
+    stage: str  # "validate" or "test"
+    dataloader: int  # its index
+    n: int  # samples; the fewest of any layer where some layers skipped batches
+    scores: dict[str, float]  # layer -> CKA, NaN where undefined
+
+
+def latest_scores(history: Sequence[Record]) -> dict[str, float]:
+    """The last evaluation's CKA of every layer, of its first tracked dataloader; empty for an empty history."""
+    if not history:
+        return {}
+    last = history[-1]
+    same = [record for record in history if (record["step"], record["stage"]) == (last["step"], last["stage"])]
+    first = min(record["dataloader"] for record in same)
+    return dict([record for record in same if record["dataloader"] == first][-1]["scores"])
+
+
+def mean_score(scores: dict[str, float]) -> float:
+    """Mean over the layers where CKA is defined; NaN if it is for none."""
+    defined = [score for score in scores.values() if score == score]
+    return sum(defined) / len(defined) if defined else float("nan")
+
+
+def first_series(history: Sequence[Record]) -> list[Record]:
+    """The records to draw: those of the first tracked dataloader, of validation where there was one, else of test."""
+    stage = "validate" if any(record["stage"] == "validate" for record in history) else "test"
+    records = [record for record in history if record["stage"] == stage]
+    first = min((record["dataloader"] for record in records), default=0)
+    return [record for record in records if record["dataloader"] == first]
+
+
+def verdict(cka: float, thresholds: tuple[float, float]) -> str:
+    """One word for a layer: "untouched", "refined" or "rewritten" by the thresholds, "undefined" for NaN.
+
+    Example:
+        >>> [verdict(cka, (0.99, 0.9)) for cka in (0.999, 0.965, 0.267)]
+        ['untouched', 'refined', 'rewritten']
+    """
+    if cka != cka:
+        return "undefined"
+    untouched, refined = thresholds
+    return "untouched" if cka >= untouched else "refined" if cka >= refined else "rewritten"

@@ -15,7 +15,7 @@ from typing_extensions import override
 from lit_cka.history import Record, Stage, latest_scores, mean_score
 from lit_cka.layers import Layers, select_layers
 from lit_cka.pooling import Pooling, parse_pooling
-from lit_cka.reference import INITIAL, ReferenceLike, make_reference
+from lit_cka.reference import INITIAL, Reference, ReferenceLike, make_reference
 from lit_cka.report import draw_to_loggers, print_table, write_report
 from lit_cka.tracking import Estimator, LayerScore, Tracker
 
@@ -104,25 +104,34 @@ class CKACallback(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage in ("validate", "test") and stage in self.stages and self._tracker is None:
+        if self._tracker is not None and self._tracker.live is not pl_module:
+            if stage == "fit":  # a new training
+                self._tracker, self.history = None, []
+            else:  # say, the best checkpoint loaded into another module: compare it with what the training began from
+                self._prepare(pl_module, self._tracker.reference.of(pl_module))
+        is_built = any(True for _ in pl_module.parameters())  # otherwise it will be in `configure_model`
+        if stage in ("validate", "test") and stage in self.stages and self._tracker is None and is_built:
             self._prepare(pl_module)  # here, since `ckpt_path` is loaded later
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._num_validations = 0
-        if trainer.ckpt_path is not None and self.reference == INITIAL and self._tracker is None:
-            raise ValueError(
-                f"A training resumed from {str(trainer.ckpt_path)!r} no longer has the weights it began with. Pass "
-                'them as `reference=`, a module or a checkpoint\'s path, instead of "initial".'
-            )
+        self._require_initial_weights(trainer)
         if self.every_n_validations > 1:
             self._warn_monitors(trainer)
         if "validate" in self.stages and self._tracker is None:
             self._prepare(pl_module)
 
-    def _prepare(self, pl_module: pl.LightningModule) -> None:
+    def _require_initial_weights(self, trainer: pl.Trainer) -> None:
+        if trainer.ckpt_path is not None and self.reference == INITIAL and self._tracker is None:
+            raise ValueError(
+                f"With the weights of {str(trainer.ckpt_path)!r} loaded, those that the training began with are gone. "
+                'Pass them as `reference=`, a module or a checkpoint\'s path, instead of "initial".'
+            )
+
+    def _prepare(self, pl_module: pl.LightningModule, reference: Reference | None = None) -> None:
         layer_names = select_layers(pl_module, self.layers)
-        reference = make_reference(pl_module, self.reference, layer_names, self.pooling)
+        reference = reference or make_reference(pl_module, self.reference, layer_names, self.pooling)
         self._tracker = Tracker(pl_module, reference, layer_names, self.pooling, self.estimator, self.debiased)
 
     def _warn_monitors(self, trainer: pl.Trainer) -> None:
@@ -178,6 +187,7 @@ class CKACallback(pl.Callback):
         if stage not in self.stages:
             return
         if self._tracker is None:  # `validate` or `test` on its own, of a model first built in `configure_model`
+            self._require_initial_weights(trainer)
             self._prepare(pl_module)
         assert self._tracker is not None
         self._tracked, total = self._which_dataloaders(trainer, stage)

@@ -133,11 +133,16 @@ class Reference:
         self._layer_names = layer_names
         self._pooling = pooling
         self._extractors: dict[str, FeatureExtractor] = {}
+        self._guarded: set[str] = set()  # calls that were seen not to read live weights
         self._features: dict[str, Tensor] = {}
         self._problems: dict[str, str] = {}
         self._batch_storages: set[int] = set()
         self._trained_before = ""
         self._running = False
+
+    def of(self, live: nn.Module) -> Reference:
+        """The same reference for another live model of the same architecture."""
+        return Reference(live, self.module, self._prefix, self._layer_names, self._pooling)
 
     def begin(self, batch: Any) -> None:
         """Prepare for a step on `batch`."""
@@ -180,35 +185,39 @@ class Reference:
         return any(tensor.untyped_storage().data_ptr() not in self._batch_storages for tensor in inputs)
 
     def _run(self, name: str, layer_names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        root = _below(self._prefix, name) if self._prefix is not None else name
-        module = {"": self.module, **named_layers(self.module)}[root]
-        first = name not in self._extractors
-        if first:
-            live = {"": self._live, **named_layers(self._live)}[name]
-            with torch.inference_mode(False):
-                module.to(next(iter(tensors_of(live).values())).device)
-            below = [_below(name, layer) for layer in layer_names]
-            self._extractors[name] = FeatureExtractor(module, below, self._pooling).__enter__()
+        if name not in self._extractors:
+            self._extractors[name] = self._start(name, layer_names)
+        extractor = self._extractors[name]
         # The model may change its inputs in place: the reference gets its own.
         args, kwargs = apply_to_collection((args, kwargs), Tensor, torch.clone)
-        guard = LiveWeightGuard(self._live) if first else nullcontext()
+        guard = nullcontext() if name in self._guarded else LiveWeightGuard(self._live)
         self._running = True
         try:
             with torch.no_grad(), preserved_rng(), guard:
-                module(*args, **kwargs)
+                extractor.model(*args, **kwargs)
         except FollowsLiveWeightsError:
             raise
         except Exception as error:
             raise RuntimeError(
-                f"The reference {type(module).__name__} failed on the inputs of {name or 'the module'!r} "
+                f"The reference {type(extractor.model).__name__} failed on the inputs of {name or 'the module'!r} "
                 f"({type(error).__name__}: {error})."
             ) from error
         finally:
             self._running = False
-        features, problems = self._extractors[name].drain()
+        self._guarded.add(name)
+        features, problems = extractor.drain()
         prefix = f"{name}." if name else ""
         self._features.update({prefix + layer: value for layer, value in features.items()})
         self._problems.update({prefix + layer: f"In the reference: {text}" for layer, text in problems.items()})
+
+    def _start(self, name: str, layer_names: list[str]) -> FeatureExtractor:
+        """Watch the reference's module that answers to `name`, on the device of the live one."""
+        root = _below(self._prefix, name) if self._prefix is not None else name
+        module = {"": self.module, **named_layers(self.module)}[root]
+        live = {"": self._live, **named_layers(self._live)}[name]
+        with torch.inference_mode(False):
+            module.to(next(iter(tensors_of(live).values())).device)
+        return FeatureExtractor(module, [_below(name, layer) for layer in layer_names], self._pooling).__enter__()
 
 
 _FED = (

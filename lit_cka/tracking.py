@@ -51,7 +51,7 @@ class Tracker:
     ) -> None:
         self.reference = reference
         self.layer_names = layer_names
-        self._live = live
+        self.live = live
         self._estimator = estimator
         self._debiased = debiased
         self._extractor = FeatureExtractor(live, layer_names, pooling, on_call=reference.on_call)

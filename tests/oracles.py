@@ -1,0 +1,74 @@
+"""Textbook forms in NumPy, float64, with the n x n matrices written out, and features to try them on.
+
+Nothing here is shared with `lit_cka`: HSIC by the centring matrix H = I - 11'/n (Gretton et al. 2005), its unbiased
+estimator by zeroed diagonals and vectors of ones (Song et al. 2012, eq. 5), CKA as their ratio (Kornblith et al. 2019).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.spatial.distance import cdist
+from torch import Tensor
+
+
+def float64(features: Tensor) -> np.ndarray:
+    """The same values, in NumPy and float64."""
+    return features.detach().to(torch.float64).numpy()
+
+
+def linear_gram(features: np.ndarray) -> np.ndarray:
+    # Both estimators ignore where the features are measured from. Centred, since products of far-off features would
+    # leave the oracle itself without digits.
+    centred = features - features.mean(axis=0)
+    return centred @ centred.T
+
+
+def rbf_gram(features: np.ndarray, bandwidth: float = 1.0) -> np.ndarray:
+    distances = cdist(features, features)
+    median = np.median(distances[np.triu_indices(len(features), k=1)])
+    return np.exp(-(distances**2) / (2 * (bandwidth * median) ** 2))
+
+
+def biased_hsic(K: np.ndarray, L: np.ndarray) -> float:
+    n = len(K)
+    H = np.eye(n) - np.ones((n, n)) / n
+    return np.trace(K @ H @ L @ H) / (n - 1) ** 2
+
+
+def unbiased_hsic(K: np.ndarray, L: np.ndarray) -> float:
+    n = len(K)
+    K, L, one = K - np.diag(np.diag(K)), L - np.diag(np.diag(L)), np.ones(n)
+    trace = np.trace(K @ L)
+    sums = (one @ K @ one) * (one @ L @ one) / ((n - 1) * (n - 2))
+    return (trace + sums - 2 / (n - 2) * (one @ K @ L @ one)) / (n * (n - 3))
+
+
+def cka(K: np.ndarray, L: np.ndarray, debiased: bool) -> float:
+    hsic = unbiased_hsic if debiased else biased_hsic
+    return hsic(K, L) / np.sqrt(hsic(K, K) * hsic(L, L))
+
+
+def linear_cka(X: Tensor, Y: Tensor, debiased: bool) -> float:
+    return cka(linear_gram(float64(X)), linear_gram(float64(Y)), debiased)
+
+
+def paired_features(
+    n: int,
+    d_x: int,
+    d_y: int,
+    *,
+    related: bool = True,
+    offset: float = 3.0,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Features whose columns have spreads around 1, a few large, and means `offset` times as far from 0."""
+    rng = np.random.default_rng(seed)
+    X = rng.standard_normal((n, d_x)) * rng.gamma(1.0, size=d_x)
+    Y = rng.standard_normal((n, d_y))
+    if related:
+        Y += 2 * X @ rng.standard_normal((d_x, d_y)) / np.sqrt(d_x)
+    X += offset * rng.standard_normal(d_x)
+    Y += offset * rng.standard_normal(d_y)
+    return torch.from_numpy(X).to(dtype), torch.from_numpy(Y).to(dtype)

@@ -552,7 +552,8 @@ def test_nested_batches_that_are_changed_on_the_way(tmp_path: Path) -> None:
     assert callback.scores == close(hand_cka(before, module, BLOCKS, loader(), run=run))
 
 
-def test_a_layer_whose_output_is_overwritten(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_whose_output_is_overwritten(tmp_path: Path, dtype: torch.dtype) -> None:
     class Overwriting(Net):
         def forward(self, x: Tensor) -> Tensor:
             for block in self.blocks:
@@ -565,9 +566,13 @@ def test_a_layer_whose_output_is_overwritten(tmp_path: Path) -> None:
             return nn.functional.cross_entropy(Net.forward(self.net, batch[0]), batch[1])
 
     module, callback = Trained(Overwriting()), CKACallback()
-    before = frozen(module)
-    trainer(tmp_path, callback).fit(module, train_loader(), loader())
-    assert callback.scores == close(hand_cka(before, module, BLOCKS, loader()))
+    before = frozen(module).to(dtype)
+    trainer(tmp_path, callback, precision="32-true" if dtype == torch.float32 else "64-true").fit(
+        module, train_loader(), loader()
+    )
+    assert callback.scores == close(
+        hand_cka(before, module, BLOCKS, loader(), run=lambda model, batch: model(batch[0].to(dtype)))
+    )
 
 
 def test_a_forward_that_logs(tmp_path: Path) -> None:

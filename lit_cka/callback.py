@@ -8,6 +8,7 @@ from typing import Any, Union, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
@@ -89,6 +90,8 @@ class CKACallback(pl.Callback):
         self._tracker: Tracker | None = None
         self._tracked: list[int] = []  # dataloaders of the evaluation that runs; empty while none is tracked
         self._num_validations = 0
+        self._fitted = False
+        self._stage = ""
         self._hinted = False
 
     @property
@@ -104,13 +107,14 @@ class CKACallback(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._stage = stage
         if self._tracker is not None and self._tracker.live is not pl_module:
             if stage == "fit":  # a new training
-                self._tracker, self.history = None, []
+                self._tracker, self._fitted, self.history = None, False, []
             else:  # say, the best checkpoint loaded into another module: compare it with what the training began from
                 self._prepare(pl_module, self._tracker.reference.of(pl_module))
-        is_built = any(True for _ in pl_module.parameters())  # otherwise it will be in `configure_model`
-        if stage in ("validate", "test") and stage in self.stages and self._tracker is None and is_built:
+        is_built = not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model"))
+        if stage in self.stages and self._tracker is None and is_built:
             self._prepare(pl_module)  # here, since `ckpt_path` is loaded later
 
     @override
@@ -119,11 +123,12 @@ class CKACallback(pl.Callback):
         self._require_initial_weights(trainer)
         if self.every_n_validations > 1:
             self._warn_monitors(trainer)
-        if "validate" in self.stages and self._tracker is None:
+        if not self._fitted:
             self._prepare(pl_module)
+            self._fitted = True
 
     def _require_initial_weights(self, trainer: pl.Trainer) -> None:
-        if trainer.ckpt_path is not None and self.reference == INITIAL and self._tracker is None:
+        if trainer.ckpt_path is not None and self.reference == INITIAL and not self._fitted:
             raise ValueError(
                 f"With the weights of {str(trainer.ckpt_path)!r} loaded, those that the training began with are gone. "
                 'Pass them as `reference=`, a module or a checkpoint\'s path, instead of "initial".'
@@ -145,7 +150,7 @@ class CKACallback(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._tracker is not None and trainer.val_dataloaders:
+        if self._tracker is not None and trainer.val_dataloaders is not None and "validate" in self.stages:
             self._which_dataloaders(trainer, "validate")  # also where there was no sanity check
 
     def _which_dataloaders(self, trainer: pl.Trainer, stage: Stage) -> tuple[list[int], int]:
@@ -153,8 +158,9 @@ class CKACallback(pl.Callback):
         loaders = trainer.val_dataloaders if stage == "validate" else trainer.test_dataloaders
         if isinstance(loaders, Mapping):
             loaders = list(loaders.values())
-        if not isinstance(loaders, (list, tuple)):
-            loaders = [loaders]
+        combined = trainer._evaluation_loop._combined_loader
+        if not isinstance(loaders, (list, tuple)) or (combined is not None and combined._mode != "sequential"):
+            loaders = [loaders]  # one after the other they are several, side by side one
         unknown = [index for index in self.dataloaders or () if index >= len(loaders)]
         if unknown:
             raise ValueError(f"Expected `dataloaders` to be indices below {len(loaders)}, but got {unknown}.")
@@ -199,7 +205,7 @@ class CKACallback(pl.Callback):
     ) -> None:
         if self._is_tracked(batch_idx, dataloader_idx):
             assert self._tracker is not None
-            self._tracker.begin(batch)
+            self._tracker.begin()
 
     @override
     def on_validation_batch_end(
@@ -262,7 +268,7 @@ class CKACallback(pl.Callback):
             draw_to_loggers(trainer, self.history, self.prefix, list(values))
 
     def _hint_bias(self, layers: dict[str, LayerScore]) -> None:
-        small = [name for name, layer in layers.items() if layer.n < 5 * layer.d]
+        small = [name for name, layer in layers.items() if layer.n < 5 * layer.d and layer.cka == layer.cka]
         if small and not self._hinted and not self.debiased and self.estimator == "exact":
             self._hinted = True
             layer = layers[small[0]]
@@ -314,6 +320,8 @@ class CKACallback(pl.Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.history and self._stage != "fit":
+            return  # `test(ckpt_path="best")` after `fit`: the checkpoint's history is a part of the own one
         self.history = [cast(Record, dict(record)) for record in state_dict["history"]]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+# How torch names what it did not unpickle, in a text of many lines.
+_PICKLED = re.compile(r"(?:Unsupported global: GLOBAL|Trying to load unsupported GLOBAL) (\S+)")
 _WRAPPERS = ("module.", "_orig_mod.")  # put before names by DataParallel / DDP and by torch.compile
 _NESTED = ("state_dict", "model_state_dict", "model")  # where Lightning, open_clip, timm and others keep the weights
 
@@ -37,21 +40,21 @@ def load_state_dict(path: str | os.PathLike[str], *, weights_only: bool = True) 
         raise FileNotFoundError(f"Expected a checkpoint file at {str(path)!r}, but there is none.")
     if path.suffix == ".safetensors":
         try:
-            return strip_wrappers(load_file(path))
+            content: Any = load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{str(path)!r} is damaged or no safetensors file: {error}.") from error
+        return strip_wrappers(_weights_in(content, path))
     try:
         content = torch.load(path, map_location="cpu", weights_only=weights_only)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" not in str(error) and "was not an allowed global" not in str(error):
-            raise ValueError(f"{str(path)!r} is damaged or no checkpoint: {_first_line(error)}") from error
+    except Exception as error:  # whatever bytes do to an unpickler
+        pickled = _PICKLED.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if pickled is None:
+            raise ValueError(f"{str(path)!r} is damaged or no checkpoint ({type(error).__name__}).") from error
         raise ValueError(
-            f"{str(path)!r} holds pickled objects besides weights, and unpickling runs code of the file's author. If "
-            "you trust it, read it with `lit_cka.checkpoints.load_state_dict(path, weights_only=False)` and pass the "
-            f"result instead of the path. ({_first_line(error)})"
+            f"{str(path)!r} holds pickled objects besides weights ({pickled[1]}), and unpickling runs code of the "
+            "file's author. If you trust it, read it with `lit_cka.checkpoints.load_state_dict(path, "
+            "weights_only=False)` and pass the result instead of the path."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{str(path)!r} is damaged or no checkpoint: {_first_line(error)}") from error
     return strip_wrappers(_weights_in(content, path))
 
 
@@ -73,7 +76,9 @@ def strip_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights under the names they have without DDP and `torch.compile` around the model."""
     names = list(weights)
     prefix = ""
-    while stripped := next((w for w in _WRAPPERS if all(name.startswith(prefix + w) for name in names)), None):
+    while names and (
+        stripped := next((w for w in _WRAPPERS if all(name.startswith(prefix + w) for name in names)), None)
+    ):
         prefix += stripped
     return {name[len(prefix) :].replace("_orig_mod.", ""): value for name, value in weights.items()}
 
@@ -98,7 +103,8 @@ def _same_shape(name: str, weights: Mapping[str, Tensor], expected: Mapping[str,
 
 def require_weights(needed: Sequence[str], expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     """Raise a ValueError that lists which of the `needed` names aren't in `weights`, unless all are."""
-    lacking = [name for name in needed if name not in weights and not name.endswith("num_batches_tracked")]
+    needed = [name for name in needed if not name.endswith("num_batches_tracked")]
+    lacking = [name for name in needed if name not in weights]
     if lacking:
         shown = ", ".join(f"{name} {tuple(expected[name].shape)}" for name in lacking[:5])
         raise ValueError(
@@ -128,7 +134,3 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], *, optional: tup
         for name, value in fitting.items():
             own[name].copy_(value)
     return [name for name in own if name not in fitting]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

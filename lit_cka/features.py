@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import Self
 
 from lit_cka.layers import Layers, named_layers, select_layers
@@ -16,6 +17,7 @@ from lit_cka.masks import find_mask
 from lit_cka.pooling import Pooling, find_layout, parse_pooling, pool
 
 OnCall = Callable[[str, bool, "tuple[Any, ...]", "dict[str, Any]"], None]
+OnReturn = Callable[[str, bool, Any], None]
 
 
 class FeatureExtractor:
@@ -36,6 +38,7 @@ class FeatureExtractor:
             that the innermost module around the layer was called with.
         on_call: called as `(name, outermost, args, kwargs)` before the model, or a module on the way from it to a
             layer, runs. `outermost` tells that no other of these modules is running.
+        on_return: called as `(name, outermost, output)` when it has run.
 
     Raises:
         ValueError: if `layers` matches nothing or `pooling` is unknown; see `collect` for what fails later.
@@ -48,38 +51,24 @@ class FeatureExtractor:
         pooling: Pooling = "mean",
         *,
         on_call: OnCall | None = None,
+        on_return: OnReturn | None = None,
     ) -> None:
         self.model = model
         self.layer_names = select_layers(model, layers)
         self.enabled = True
         self._method, self._layout = parse_pooling(pooling)
         self._on_call = on_call
+        self._on_return = on_return
         self._handles = ExitStack()
         self._hooked = False
-        self._layouts: dict[
-            str, str
-        ] = {}  # found once, so that a later batch of as many samples as tokens is no riddle
+        # Found once, so that a later batch of as many samples as tokens is no riddle.
+        self._layouts: dict[str, str] = {}
         self._running: list[str] = []
         self._batch_sizes: set[int] = set()
         self._masks: dict[str, Tensor | None] = {}
         self._features: dict[str, Tensor] = {}
         self._problems: dict[str, str] = {}
         self._unmatched_masks: set[str] = set()
-
-    @property
-    def running(self) -> bool:
-        """Whether a module on the way to a layer is running now."""
-        return bool(self._running)
-
-    def modules_beside(self) -> dict[str, nn.Module]:
-        """The modules that hold no layer, but stand next to one, or to a module that holds one."""
-        ancestors = self._ancestors()
-        inside = {*ancestors, *self.layer_names}
-        modules = {"": self.model, **named_layers(self.model)}
-        beside = (
-            (f"{up}.{name}" if up else name, child) for up in ancestors for name, child in modules[up].named_children()
-        )
-        return {name: child for name, child in beside if name in modules and name not in inside}
 
     def __enter__(self) -> Self:
         if self._hooked:
@@ -109,15 +98,19 @@ class FeatureExtractor:
             raise ValueError(next(iter(problems.values())))
         return features
 
-    def drain(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """As `collect`, but return `(features, problems)`: the sound layers' features, and the other layers' errors."""
-        for name in self.layer_names:
+    def drain(self, *, require_all: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """As `collect`, but return `(features, problems)`: the sound layers' features, and the other layers' errors.
+
+        Args:
+            require_all: count it as an error if a layer has not run.
+        """
+        for name in self.layer_names if require_all else ():
             if name not in self._features and name not in self._problems:
                 self._problems[name] = (
                     f"Layer {name!r} has not run. Either the model does not use it, or its `forward` is called "
                     "directly, past the hooks, or not at all; leave it out of `layers`."
                 )
-        features = {name: self._features[name] for name in self.layer_names if name not in self._problems}
+        features = {name: value for name, value in self._features.items() if name not in self._problems}
         problems = self._problems
         self._clear()
         return features, problems
@@ -150,6 +143,8 @@ class FeatureExtractor:
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if module is target and self._running and self._running[-1] == name:
                 self._running.pop()
+                if self._on_return is not None:
+                    self._on_return(name, not self._running, output)
 
         # Before the user's own pre-hooks, so that the inputs are seen as they came.
         first = target.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
@@ -193,6 +188,8 @@ class FeatureExtractor:
                     f"Expected `pooling` to return floating-point features (samples, features) for layer {name!r} of "
                     f"output shape {tuple(tensor.shape)}, but got {got}."
                 )
+        elif tensor.is_nested:
+            features = _pooled_nested(tensor, self._method)
         else:
             layout = self._find_layout(name, module, tensor, self._batch_sizes or _leading_sizes(args))
             mask = self._mask(name, layout, tensor) if self._method in ("mean", "last") else None
@@ -210,8 +207,14 @@ class FeatureExtractor:
             return self._layout
         known = self._layouts.get(name)
         if known is None or len(known) != tensor.ndim or tensor.shape[known.index("N")] not in batch_sizes:
-            known = self._layouts[name] = find_layout(name, module, tensor, batch_sizes)
+            known = self._layouts[name] = find_layout(name, module, tensor, batch_sizes, self._around(name))
         return known
+
+    def _around(self, name: str) -> list[nn.Module]:
+        """The modules that hold the layer, the innermost first."""
+        modules = {"": self.model, **named_layers(self.model)}
+        segments = name.split(".")
+        return [modules[".".join(segments[:length])] for length in reversed(range(len(segments)))]
 
     def _mask(self, name: str, layout: str, tensor: Tensor) -> Tensor | None:
         """The innermost (n, tokens) mask around the layer; None where there is none, or it is for other tokens."""
@@ -234,6 +237,14 @@ class FeatureExtractor:
                     stacklevel=2,
                 )
         return None
+
+
+def _pooled_nested(tensor: Tensor, method: str) -> Tensor:
+    """Pool what torch's own encoder packs as a nested tensor: samples (tokens, d) without their padding."""
+    samples = list(tensor.unbind())
+    padded = pad_sequence(samples, batch_first=True)
+    lengths = torch.tensor([len(sample) for sample in samples], device=padded.device)
+    return pool(padded, method, "NTC", torch.arange(padded.shape[1], device=padded.device) < lengths[:, None])
 
 
 def _device_type(output: Any) -> str:

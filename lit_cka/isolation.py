@@ -34,11 +34,48 @@ class LiveWeightGuard(TorchDispatchMode):
         self._names = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors_of(live).items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tensors_in((args, kwargs or {})):
+        for tensor in plain_tensors_in((args, kwargs or {})):
             name = self._names.get(tensor.untyped_storage().data_ptr())
             if name is not None:
                 raise FollowsLiveWeightsError(name)
         return func(*args, **(kwargs or {}))
+
+
+class Provenance(TorchDispatchMode):
+    """Notes, while active, which tensors are computed from trained weights of a model: for one step, by storage."""
+
+    def __init__(self, live: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        trained = (
+            (name, tensor) for name, tensor in live.named_parameters() if tensor.requires_grad and tensor.numel()
+        )
+        self._origins = {tensor.untyped_storage().data_ptr(): name for name, tensor in trained}
+        self._kept: list[Tensor] = []  # so that no storage is freed and used again for another tensor
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        origin = self.origin((args, kwargs or {}))
+        if origin is not None:
+            self.note(output, origin)
+        return output
+
+    def origin(self, value: Any) -> str | None:
+        """Name of a trained weight that some tensor in `value` is, or is computed from; None if there is none."""
+        names = (self._origins.get(tensor.untyped_storage().data_ptr()) for tensor in plain_tensors_in(value))
+        return next((name for name in names if name is not None), None)
+
+    def note(self, value: Any, origin: str) -> None:
+        """Note the tensors in `value` as computed from the weight `origin`."""
+        for tensor in plain_tensors_in(value):
+            self._kept.append(tensor)
+            self._origins.setdefault(tensor.untyped_storage().data_ptr(), origin)
+
+
+def plain_tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors that have a storage of their own: not nested, sparse or empty ones."""
+    for tensor in tensors_in(value):
+        if tensor.layout is torch.strided and not tensor.is_nested and tensor.device.type != "meta" and tensor.numel():
+            yield tensor
 
 
 @contextmanager

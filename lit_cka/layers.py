@@ -14,15 +14,18 @@ Layers: TypeAlias = Union[
     str, "re.Pattern[str]", Callable[[str, nn.Module], bool], Sequence[Union[str, "re.Pattern[str]"]]
 ]
 
-_COMPILED = "_orig_mod."
+_COMPILED = "_orig_mod"
 _NORM = re.compile("norm", re.IGNORECASE)
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """All submodules by name, without the root, and without the `_orig_mod.` that `torch.compile` puts in names."""
-    return {
-        name.replace(_COMPILED, "").removesuffix("._orig_mod"): module for name, module in model.named_modules() if name
-    }
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        plain = ".".join(segment for segment in name.split(".") if segment != _COMPILED)
+        if plain:
+            layers.setdefault(plain, module)  # of a compiled module and the one inside it, the outer
+    return layers
 
 
 def select_layers(model: nn.Module, layers: Layers | None = None) -> list[str]:
@@ -104,9 +107,13 @@ def repeated_blocks(model: nn.Module) -> list[str]:
     Raises:
         ValueError: if there is no layer with weights at all.
     """
+    found: set[str] = set()
     blocks = list(_blocks(model, ""))
-    count = Counter(type(block) for _, block in blocks)
-    found = {name for name, block in blocks if count[type(block)] > 1}
+    while blocks:
+        count = Counter(type(block) for _, block in blocks)
+        found |= {name for name, block in blocks if count[type(block)] > 1}
+        # What occurs once is no block, but may hold some: a whole network in a container.
+        blocks = [inner for name, block in blocks if count[type(block)] == 1 for inner in _blocks(block, f"{name}.")]
     modules = named_layers(model)
     if not found:
         found = {name for name, module in modules.items() if _is_plain_layer(module)}
@@ -124,7 +131,7 @@ def _blocks(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """The outermost blocks below `module`, whatever their class, with their names."""
     in_container = _is_container(module)
     for name, child in module.named_children():
-        if name == "_orig_mod":
+        if name == _COMPILED:
             yield from _blocks(child, prefix)
             continue
         path = f"{prefix}{name}"

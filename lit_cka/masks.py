@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 # Names under which models take a (samples, tokens) mask, and whether nonzero means "a real token" there.
@@ -31,7 +30,7 @@ def find_mask(module_type: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for name, marks_tokens in _MASKS.items():
         if name in arguments or name in _signature(module_type).parameters:
             mask = arguments.get(name)
-            if isinstance(mask, Tensor) and mask.dtype == torch.bool and not marks_tokens:
-                mask = ~mask
+            if isinstance(mask, Tensor) and not marks_tokens:
+                mask = mask == 0  # of booleans, true is padding; of numbers to add to scores, minus infinity
             return True, mask if isinstance(mask, Tensor) else None
     return False, None

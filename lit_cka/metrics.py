@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -29,6 +30,29 @@ class _Float64Metric(Metric):
     is_differentiable = False
     higher_is_better = None
     full_state_update = False
+
+    def __init__(self, **metric_kwargs: Any) -> None:
+        # A cached value would keep a rank without new batches out of the collectives that the others wait in.
+        super().__init__(**{"compute_with_cache": False, **metric_kwargs})
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the samples of another metric of this class (or its states, as a dict) to this one's."""
+        if isinstance(incoming_state, type(self)):
+            incoming_state = {name: getattr(incoming_state, name) for name in incoming_state._defaults}
+        elif isinstance(incoming_state, Metric):
+            raise ValueError(
+                f"Expected a {type(self).__name__} or a dict of its states, but got {type(incoming_state).__name__}."
+            )
+        self._merge({name: value.to(self.n.device) for name, value in incoming_state.items()})
+        self._update_count += 1
+
+    @abstractmethod
+    def _merge(self, states: dict[str, Tensor]) -> None:
+        """Add the samples that these states describe to this metric's."""
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        """Called by `forward`: this metric holds the batch's states, `incoming_state` all earlier ones."""
+        self._merge(incoming_state)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Self:
         def move(tensor: Tensor) -> Tensor:
@@ -75,8 +99,8 @@ class LinearCKA(_Float64Metric):
         >>> metric = LinearCKA()
         >>> metric.update(X[:4], X[:4] + 1)
         >>> metric.update(X[4:], X[4:] + 1)
-        >>> metric.compute()
-        tensor(1., dtype=torch.float64)
+        >>> print(f"{metric.compute():.6f}")
+        1.000000
     """
 
     n: Tensor
@@ -133,24 +157,10 @@ class LinearCKA(_Float64Metric):
         """CKA of all samples so far, on all ranks."""
         return cka_from_moments(self.moments, debiased=self.debiased)
 
-    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add another `LinearCKA`'s samples (or its states, as a dict) to this one's."""
-        if isinstance(incoming_state, LinearCKA):
-            incoming_state = incoming_state.moments._asdict()
-        elif isinstance(incoming_state, Metric):
-            raise ValueError(f"Expected a LinearCKA or a dict of its states, but got {type(incoming_state).__name__}.")
-        incoming = PairedMoments(**incoming_state)
-        if not len(incoming.mean_x) or not len(incoming.mean_y):
-            return  # the other has seen no batch
-        self._add(PairedMoments(*(value.to(self.n.device) for value in incoming)))
-        self._computed = None
-        self._update_count += 1
-
-    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        """Called by `forward`: this metric holds the batch's states, `incoming_state` all earlier ones."""
-        earlier = PairedMoments(*(incoming_state[name] for name in PairedMoments._fields))
-        if len(earlier.mean_x) and len(earlier.mean_y):
-            self._set_moments(merge_moments(earlier, self.moments))
+    def _merge(self, states: dict[str, Tensor]) -> None:
+        other = PairedMoments(**states)
+        if len(other.mean_x) and len(other.mean_y):  # otherwise it has seen no batch
+            self._add(other)
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] | None = None, process_group: Any = None) -> None:
         """All-reduce: agree on the widths, then on the global mean, then add up the moments measured from it."""
@@ -195,8 +205,8 @@ class MinibatchCKA(_Float64Metric):
         >>> X = [torch.arange(12.0).reshape(6, 2).sin(), torch.arange(6.0)[:, None]]
         >>> metric = MinibatchCKA()
         >>> metric.update(X, X)
-        >>> metric.compute().diagonal()
-        tensor([1., 1.], dtype=torch.float64)
+        >>> print(f"{metric.compute()[0, 0]:.6f}")
+        1.000000
     """
 
     hsic_xy: Tensor
@@ -249,6 +259,13 @@ class MinibatchCKA(_Float64Metric):
         if self.kernel == "rbf":
             return torch.stack([rbf_gram(layer.to(device), bandwidth=self.bandwidth) for layer in layers])
         return torch.stack([linear_gram(layer.to(device)) for layer in layers])
+
+    def _merge(self, states: dict[str, Tensor]) -> None:
+        shape, other = self.hsic_xy.shape, states["hsic_xy"].shape
+        if len(shape) and len(other) and shape != other:
+            raise ValueError(f"Expected {tuple(shape)} layers as before, but got {tuple(other)}.")
+        for name, value in states.items():
+            setattr(self, name, getattr(self, name) + value)
 
     def compute(self) -> Tensor:
         """CKA (layers_x, layers_y) of all batches so far, on all ranks."""

@@ -47,8 +47,13 @@ def layer_time_heatmap(
         for (row, column), value in np.ndenumerate(values):
             if value == value:
                 color = "black" if value > 0.6 else "white"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
-    figure.colorbar(image, ax=axes, label="CKA with the reference", pad=0.02)
+                axes.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=7, color=color)
+    figure.colorbar(
+        image,
+        ax=axes,
+        label=f"CKA with the reference{' (grey: undefined)' if np.isnan(values).any() else ''}",
+        pad=0.02,
+    )
     return figure
 
 

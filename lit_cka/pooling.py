@@ -7,7 +7,7 @@ position (tokens, height, width, time). `NTC` are the tokens of a transformer, `
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias, Union
 
 import torch
@@ -88,33 +88,39 @@ def pool(output: Tensor, method: str, layout: str, mask: Tensor | None = None) -
     return total / kept.sum(dim=1, keepdim=True)
 
 
-def find_layout(name: str, module: nn.Module, output: Tensor, batch_sizes: set[int]) -> str:
+def find_layout(
+    name: str, module: nn.Module, output: Tensor, batch_sizes: set[int], around: Sequence[nn.Module] = ()
+) -> str:
     """The layout of a layer's output where shape and module leave one reading; otherwise an error that asks for it.
 
-    The evidence: the batch size of the model's inputs; `batch_first` of the module or what it holds; whether it is
-    built of modules whose channels come last (Linear, LayerNorm) or first (convolutions, BatchNorm); the widths of
-    its normalisation layers; and height equal to width.
+    The evidence: the batch size of the model's inputs; `batch_first` of what the module holds or is held by;
+    whether it is built of modules whose channels come last (Linear, LayerNorm) or first (convolutions, BatchNorm);
+    the widths of its normalisation layers; and height equal to width.
 
     Args:
         name: the layer's name, for the error.
         module: the layer.
         output: its output.
         batch_sizes: sizes of the first axis of the model's inputs.
+        around: the modules that hold the layer, the innermost first.
 
     Raises:
         ValueError: if more than one layout fits, or none.
     """
     shape = output.shape
-    fitting = [
-        layout for layout in _candidates(output.ndim) if not batch_sizes or shape[layout.index("N")] in batch_sizes
-    ]
+    batch_first = next((found for held in (module, *around) if (found := _batch_first(held)) is not None), None)
+    # A model with its samples on the second axis has them there in its inputs, too, where sizes tell nothing then.
+    sizes = set(shape) if batch_first is False else batch_sizes or set(shape)
+    fitting = [layout for layout in _candidates(output.ndim) if shape[layout.index("N")] in sizes]
+    if batch_first is not None and output.ndim > 2:
+        fitting = [layout for layout in fitting if (layout[0] == "N") is batch_first] or fitting
     if not fitting:
         raise ValueError(
             f"Layer {name!r} returned shape {tuple(shape)}, and no axis that could be the samples has the inputs' "
             f"batch size ({', '.join(map(str, sorted(batch_sizes)))}). Choose other `layers`, or pass a callable "
             "`pooling` that returns (samples, features)."
         )
-    for evidence in (_batch_first, _kind, _norm_widths, _square):
+    for evidence in (_kind, _norm_widths, _square):
         if len(fitting) > 1:
             fitting = [layout for layout in fitting if evidence(layout, module, shape)] or fitting
     if len(fitting) > 1:
@@ -131,12 +137,13 @@ def _candidates(ndim: int) -> list[str]:
     return known.get(ndim, [])
 
 
-def _batch_first(layout: str, module: nn.Module, shape: torch.Size) -> bool:
-    flags = {child.batch_first for child in module.modules() if isinstance(getattr(child, "batch_first", None), bool)}
-    library = type(module).__module__.partition(".")[0] in ("transformers", "timm")  # batch first throughout
-    if flags == {True} or (not flags and library):
-        return layout[0] == "N"
-    return layout == "TNC" if flags == {False} and "TNC" in _candidates(len(shape)) else True
+def _batch_first(module: nn.Module) -> bool | None:
+    """Whether the samples are the first axis, by the attribute of that name or by library; None if nothing tells."""
+    values = (getattr(child, "batch_first", None) for child in module.modules())
+    flags = {value for value in values if isinstance(value, bool)}
+    if not flags and type(module).__module__.partition(".")[0] in ("transformers", "timm"):
+        return True  # throughout
+    return flags.pop() if len(flags) == 1 else None
 
 
 def _kind(layout: str, module: nn.Module, shape: torch.Size) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from itertools import takewhile
 from typing import Any, TypeAlias, Union
 
+import lightning.pytorch as pl
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lit_cka.checkpoints import fitting_weights, load_into, load_state_dict, require_weights, strip_wrappers
 from lit_cka.features import FeatureExtractor, tensors_in
-from lit_cka.isolation import FollowsLiveWeightsError, LiveWeightGuard, preserved_rng, tensors_of
+from lit_cka.isolation import FollowsLiveWeightsError, LiveWeightGuard, Provenance, preserved_rng, tensors_of
 from lit_cka.layers import named_layers
 from lit_cka.pooling import Pooling
 
@@ -54,10 +55,7 @@ def snapshot(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if the model holds something that can't be copied.
     """
-    kept = (Dataset, DataLoader)
-    values = [value for module in model.modules() for value in vars(module).values()]
-    values += [item for value in values if isinstance(value, (list, tuple)) for item in value]
-    memo: dict[int, Any] = {id(value): value for value in values if isinstance(value, kept)}
+    memo: dict[int, Any] = {id(held): held for held in _held_data(model)}
     try:
         with torch.inference_mode(False):
             copied = copy.deepcopy(model, memo)
@@ -66,10 +64,30 @@ def snapshot(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} could not be copied to keep its weights as the reference "
             f"({type(error).__name__}: {error}). Pass `reference=` a module or the path of a checkpoint."
         ) from error
-    for name in ("log", "log_dict"):  # a LightningModule's forward may log: the copy must not
-        if hasattr(copied, name):
-            setattr(copied, name, lambda *args, **kwargs: None)
+    if isinstance(model, pl.LightningModule):  # a forward may look at the trainer, and may log: the copy must not
+        vars(copied)["_trainer"] = model._trainer
+        vars(copied)["log"] = vars(copied)["log_dict"] = lambda *args, **kwargs: None
     return copied.requires_grad_(False).eval()
+
+
+def _held_data(model: nn.Module) -> Sequence[object]:
+    """Datasets and the like that the model's modules hold, in containers and plain objects too: not to be copied."""
+    data, seen = [], set()
+    todo: list[Any] = [vars(module) for module in model.modules()]
+    while todo:
+        value = todo.pop()
+        if id(value) in seen or isinstance(value, (Tensor, str, bytes, type)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, (Dataset, DataLoader, pl.LightningDataModule, pl.Trainer)):
+            data.append(value)
+        elif isinstance(value, Mapping):
+            todo += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            todo += value
+        elif not isinstance(value, nn.Module) and hasattr(value, "__dict__") and not callable(value):
+            todo.append(vars(value))
+    return data
 
 
 def _prefixes(layer_names: list[str]) -> list[str]:
@@ -100,6 +118,8 @@ def _from_module(live: nn.Module, module: nn.Module, layer_names: list[str], poo
 
 def _from_weights(live: nn.Module, weights: dict[str, Tensor], layer_names: list[str], pooling: Pooling) -> Reference:
     """A copy of `live`, or of the submodule that the weights fit best, with these weights."""
+    if not weights:
+        raise ValueError("Expected the reference's weights to be a state dict, but got an empty one.")
     modules = {"": live, **named_layers(live)}
     fits = {}
     for prefix in _prefixes(layer_names):
@@ -119,9 +139,9 @@ def _from_weights(live: nn.Module, weights: dict[str, Tensor], layer_names: list
 class Reference:
     """A frozen model that runs on the inputs the live model is called with, just before the live model does.
 
-    `on_call` is for `FeatureExtractor`: it reports each call of the modules around the layers. The reference runs at
-    the outermost of these calls (or, with `prefix`, at that submodule's), so that it sees the raw inputs, in the same
-    autocast context, whatever the batch's format and whatever the model does to it.
+    `on_call` and `on_return` are for `FeatureExtractor`: they report the calls of the modules around the layers. The
+    reference runs at the outermost of these calls (or, with `prefix`, at that submodule's), so that it sees the raw
+    inputs, in the same autocast context, whatever the batch's format and whatever the model does to it.
     """
 
     def __init__(
@@ -136,53 +156,75 @@ class Reference:
         self._guarded: set[str] = set()  # calls that were seen not to read live weights
         self._features: dict[str, Tensor] = {}
         self._problems: dict[str, str] = {}
-        self._batch_storages: set[int] = set()
-        self._trained_before = ""
-        self._running = False
+        self._provenance: Provenance | None = None
+        self._watching = self._running = self._first = False
 
     def of(self, live: nn.Module) -> Reference:
         """The same reference for another live model of the same architecture."""
         return Reference(live, self.module, self._prefix, self._layer_names, self._pooling)
 
-    def begin(self, batch: Any) -> None:
-        """Prepare for a step on `batch`."""
-        self._features, self._problems, self._trained_before = {}, {}, ""
-        self._batch_storages = {tensor.untyped_storage().data_ptr() for tensor in tensors_in(batch)}
+    def begin(self, *, first: bool) -> None:
+        """Prepare for a step. In the first one, what goes wrong is raised, and what the inputs come from is checked."""
+        self._features, self._problems = {}, {}
+        self._first = first
+        self._provenance = Provenance(self._live) if first and self._prefix is None else None
+        self._watch_step(True)
 
-    def drain(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The features (n, d) of the step by layer, and the layers that failed with the reasons."""
+    def end(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Finish the step: the features (n, d) by layer, and the layers that failed with the reasons."""
+        self._watch_step(False)
+        self._provenance = None
         return self._features, self._problems
 
     def close(self) -> None:
-        """Remove all hooks from the reference."""
+        """Remove all hooks from the reference; also after a step that failed."""
+        self.end()
         for extractor in self._extractors.values():
             extractor.__exit__()
         self._extractors.clear()
+
+    def _watch_step(self, active: bool) -> None:
+        """Have what happens outside of the modules around the layers noted, or not."""
+        if self._provenance is not None and active != self._watching:
+            self._watching = active
+            if active:
+                self._provenance.__enter__()  # type: ignore[no-untyped-call]
+            else:
+                self._provenance.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def on_call(self, name: str, outermost: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run on the arguments of this call of the live model's module `name`, if it is the one to follow."""
         if self._running:
             raise FollowsLiveWeightsError(name or "the model")
+        if outermost:
+            self._watch_step(False)
         if name != self._prefix if self._prefix is not None else not outermost:
             return
         layer_names = [layer for layer in self._layer_names if not name or layer.startswith(f"{name}.")]
-        if self._is_fed_by_trained_modules(args, kwargs):
-            self._problems.update(dict.fromkeys(layer_names, _FED.format(name, self._trained_before)))
+        origin = self._provenance.origin((args, kwargs)) if self._provenance is not None else None
+        if origin is not None:
+            self._problems.update(dict.fromkeys(layer_names, _FED.format(name or "the module", origin)))
             return
-        self._run(name, layer_names, args, kwargs)
-        self._trained_before = name
+        try:
+            self._run(name, layer_names, args, kwargs)
+        except FollowsLiveWeightsError:
+            raise
+        except Exception as error:
+            message = (
+                f"The reference failed on the inputs of {name or 'the module'!r} ({type(error).__name__}: {error})."
+            )
+            if self._first:
+                raise RuntimeError(message) from error
+            self._problems.update(dict.fromkeys(layer_names, message))
 
-    def on_call_beside(self, name: str, module: nn.Module) -> None:
-        """Note that a module that holds no tracked layer ran, while none of those around the layers did."""
-        if not self._running and any(parameter.requires_grad for parameter in module.parameters()):
-            self._trained_before = name
-
-    def _is_fed_by_trained_modules(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether an input may be computed by the live model: then the reference would see half of the training."""
-        if not self._trained_before or self._prefix is not None:
-            return False
-        inputs = [tensor for tensor in tensors_in((args, kwargs)) if tensor.is_floating_point()]
-        return any(tensor.untyped_storage().data_ptr() not in self._batch_storages for tensor in inputs)
+    def on_return(self, name: str, outermost: bool, output: Any) -> None:
+        """Note what the live model's module `name` returned, and have the rest of the step watched."""
+        if outermost and self._provenance is not None:
+            weights = {"": self._live, **named_layers(self._live)}[name].named_parameters()
+            trained = next((weight for weight, parameter in weights if parameter.requires_grad), None)
+            if trained is not None:
+                self._provenance.note(list(tensors_in(output)), f"{name}.{trained}" if name else trained)
+            self._watch_step(True)
 
     def _run(self, name: str, layer_names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name not in self._extractors:
@@ -191,21 +233,14 @@ class Reference:
         # The model may change its inputs in place: the reference gets its own.
         args, kwargs = apply_to_collection((args, kwargs), Tensor, torch.clone)
         guard = nullcontext() if name in self._guarded else LiveWeightGuard(self._live)
-        self._running = True
+        self._running = extractor.enabled = True
         try:
             with torch.no_grad(), preserved_rng(), guard:
                 extractor.model(*args, **kwargs)
-        except FollowsLiveWeightsError:
-            raise
-        except Exception as error:
-            raise RuntimeError(
-                f"The reference {type(extractor.model).__name__} failed on the inputs of {name or 'the module'!r} "
-                f"({type(error).__name__}: {error})."
-            ) from error
         finally:
-            self._running = False
+            self._running = extractor.enabled = False
+            features, problems = extractor.drain(require_all=False)
         self._guarded.add(name)
-        features, problems = extractor.drain()
         prefix = f"{name}." if name else ""
         self._features.update({prefix + layer: value for layer, value in features.items()})
         self._problems.update({prefix + layer: f"In the reference: {text}" for layer, text in problems.items()})
@@ -217,10 +252,12 @@ class Reference:
         live = {"": self._live, **named_layers(self._live)}[name]
         with torch.inference_mode(False):
             module.to(next(iter(tensors_of(live).values())).device)
-        return FeatureExtractor(module, [_below(name, layer) for layer in layer_names], self._pooling).__enter__()
+        extractor = FeatureExtractor(module, [_below(name, layer) for layer in layer_names], self._pooling).__enter__()
+        extractor.enabled = False
+        return extractor
 
 
 _FED = (
-    "The step calls {!r} on what the separately called, trained module {!r} returned, so the reference can't be run on "
-    "the raw inputs. Give the module a `forward` that calls both and use it in the step, or pass other `layers`."
+    "The step calls {!r} on what it computed from the trained weight {!r} before, so the reference can't be run on the "
+    "raw inputs. Give the module a `forward` that does both and use it in the step, or pass other `layers`."
 )

@@ -47,11 +47,8 @@ def draw_to_loggers(trainer: pl.Trainer, history: Sequence[Record], prefix: str,
             continue
         if pixels is None:
             pixels = plots.figure_pixels(heatmap(history))
-        if takes_charts and not getattr(writer, f"_lit_cka_{prefix}", False):
-            # Tags are regular expressions there, matched as prefixes: unanchored, blocks.1 would show blocks.10 too.
-            tags = [f"^{re.escape(key)}$" for key in keys]
-            writer.add_custom_scalars({prefix: {f"{prefix} of all layers": ["Multiline", tags]}})
-            setattr(writer, f"_lit_cka_{prefix}", True)
+        if takes_charts:
+            _add_chart(writer, prefix, keys)
         if takes_images:
             # The step that Lightning gives the scalars of this evaluation, so that both align.
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
@@ -60,6 +57,15 @@ def draw_to_loggers(trainer: pl.Trainer, history: Sequence[Record], prefix: str,
             logger.log_image(  # type: ignore[attr-defined]  # W&B's own
                 key=f"{prefix}/heatmap", images=[pixels]
             )
+
+
+def _add_chart(writer: Any, prefix: str, keys: Sequence[str]) -> None:
+    """Put the chart of all layers into TensorBoard's layout, of which the last one written replaces all earlier."""
+    layout = vars(writer).setdefault("_lit_cka_layout", {})
+    if prefix not in layout:
+        # Tags are regular expressions there, matched as prefixes: unanchored, blocks.1 would show blocks.10 too.
+        layout[prefix] = {f"{prefix} of all layers": ["Multiline", [f"^{re.escape(key)}$" for key in keys]]}
+        writer.add_custom_scalars(layout)
 
 
 def print_table(history: Sequence[Record], thresholds: tuple[float, float], console: Console | None = None) -> None:
@@ -72,15 +78,17 @@ def print_table(history: Sequence[Record], thresholds: tuple[float, float], cons
         title=f"CKA with the reference, n = {last['n']} samples",
         caption=f"untouched >= {thresholds[0]:g} > refined >= {thresholds[1]:g} > rewritten",
     )
-    table.add_column("layer", no_wrap=True)
-    for column in (f"step {records[0]['step']}", "lowest", f"step {last['step']}"):
-        table.add_column(column, justify="right")
-    table.add_column("verdict")
+    table.add_column("layer", overflow="fold")
+    columns = [f"step {records[0]['step']}", "lowest"] if len(records) > 1 else []
+    for column in (*columns, f"step {last['step']}"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
     for name, cka in last["scores"].items():
         word = verdict(cka, thresholds)
         series = [record["scores"].get(name, np.nan) for record in records]
         lowest = min((value for value in series if value == value), default=np.nan)
-        table.add_row(name, f"{series[0]:.4f}", f"{lowest:.4f}", f"{cka:.4f}", f"[{_STYLES[word]}]{word}[/]")
+        values = [series[0], lowest, cka] if columns else [cka]
+        table.add_row(name, *(f"{value:.4f}" for value in values), f"[{_STYLES[word]}]{word}[/]")
     (console or Console()).print(table)
 
 

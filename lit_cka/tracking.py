@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -54,7 +54,9 @@ class Tracker:
         self.live = live
         self._estimator = estimator
         self._debiased = debiased
-        self._extractor = FeatureExtractor(live, layer_names, pooling, on_call=reference.on_call)
+        self._extractor = FeatureExtractor(
+            live, layer_names, pooling, on_call=reference.on_call, on_return=reference.on_return
+        )
         self._hooks = ExitStack()
         self._metrics: list[dict[str, LinearCKA | MinibatchCKA]] = []
         self._widths: dict[str, int] = {}
@@ -69,19 +71,17 @@ class Tracker:
         ]
         self._hooks.enter_context(self._extractor)
         self._extractor.enabled = False
-        for name, module in self._extractor.modules_beside().items():
-            self._hooks.callback(self._hook_beside(name, module))
 
     def close(self) -> None:
         """Remove all hooks from the live model and the reference. The statistics stay."""
         self._hooks.close()
         self.reference.close()
 
-    def begin(self, batch: Any) -> None:
-        """Watch the step on `batch` that follows."""
+    def begin(self) -> None:
+        """Watch the step that follows."""
         self._extractor.drain()  # what a step that failed may have left
-        self.reference.begin(batch)
         self._extractor.enabled = True
+        self.reference.begin(first=not self._ran_once)
 
     def end(self, dataloader: int) -> None:
         """Add what the step since `begin` showed to the statistics of the dataloader with this index.
@@ -92,19 +92,24 @@ class Tracker:
         """
         self._extractor.enabled = False
         live, problems = self._extractor.drain()
-        reference, reference_problems = self.reference.drain()
+        reference, reference_problems = self.reference.end()
         problems = {**reference_problems, **problems}
-        for name in live:
-            if name not in reference and name not in problems:
-                problems[name] = f"The reference did not run for layer {name!r}: no module around it was called."
-        if problems and not self._ran_once:
-            raise ValueError(next(iter(problems.values())))
-        self._ran_once = True
+        for name in live.keys() - reference.keys() - problems.keys():
+            problems[name] = (
+                f"The reference did not run for layer {name!r}, since no module around it was called: the step calls "
+                "it by itself. Give the module a `forward` that calls its parts, and use that in the step."
+            )
         for name in self.layer_names:
+            if name not in problems:
+                try:
+                    self._update(self._metrics[dataloader][name], name, live[name], reference[name])
+                except ValueError as error:
+                    problems[name] = f"Layer {name!r} can't be used: {error}"
+            if name in problems and not self._ran_once:
+                raise ValueError(problems[name])
             if name in problems:
                 self._warn_once(name, "skipped", f"{problems[name]} This batch is left out for the layer.")
-                continue
-            self._update(self._metrics[dataloader][name], name, live[name], reference[name])
+        self._ran_once = True
 
     def scores(self, dataloader: int) -> dict[str, LayerScore]:
         """CKA of every layer over all batches since `open`, on all ranks; NaN with one warning where undefined."""
@@ -134,16 +139,9 @@ class Tracker:
                 )
             metric.update(live, reference)
         elif len(live) < 4:
-            self._warn_once(name, "small", "Batches of fewer than 4 samples are left out of the minibatch estimator.")
+            self._warn_once("", "small", "Batches of fewer than 4 samples are left out of the minibatch estimator.")
         else:
             metric.update([live], [reference])
-
-    def _hook_beside(self, name: str, target: nn.Module) -> Any:
-        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if module is target and self._extractor.enabled and not self._extractor.running:
-                self.reference.on_call_beside(name, module)
-
-        return target.register_forward_pre_hook(before).remove
 
     def _warn_once(self, name: str, kind: str, text: str) -> None:
         if (name, kind) not in self._warned:

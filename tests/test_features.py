@@ -309,8 +309,6 @@ def test_hooks_are_removed_after_an_exception(error: type[BaseException]) -> Non
     with pytest.raises(error), FeatureExtractor(model):
         model(torch.randn(3, 4))
     assert num_hooks(model) == 0
-    with FeatureExtractor(model) as extractor:
-        assert not extractor.running
 
 
 def test_after_a_forward_pass_that_failed_the_next_is_sound() -> None:
@@ -318,7 +316,6 @@ def test_after_a_forward_pass_that_failed_the_next_is_sound() -> None:
     with FeatureExtractor(model) as extractor:
         with pytest.raises(RuntimeError, match="mat1 and mat2"):
             model(torch.randn(3, 7))
-        assert not extractor.running
         for n in (3, 2):
             extractor.drain()
             model(torch.randn(n, 4))
@@ -401,15 +398,19 @@ def test_a_disabled_extractor_sees_nothing() -> None:
 
 def test_calls_on_the_way_to_a_layer_are_reported() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
-    seen = []
+    seen: list[Any] = []
+    returned: list[Any] = []
 
     def on_call(name: str, outermost: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append((name, outermost, args[0].shape, kwargs))
 
-    with FeatureExtractor(model, "1.0", on_call=on_call) as extractor:
-        assert list(extractor.modules_beside()) == ["0", "1.1"]
+    def on_return(name: str, outermost: bool, output: Tensor) -> None:
+        returned.append((name, outermost, output.shape))
+
+    with FeatureExtractor(model, "1.0", on_call=on_call, on_return=on_return):
         model(torch.randn(3, 4))
         model[1](torch.randn(5, 4))
+    assert returned == [("1", False, (3, 4)), ("", True, (3, 4)), ("1", True, (5, 4))]
     assert seen == [("", True, (3, 4), {}), ("1", False, (3, 4), {}), ("1", True, (5, 4), {})]
 
 

@@ -107,7 +107,7 @@ def test_bad_options(arguments: dict[str, float], message: str) -> None:
 def test_learning_rate_warms_up_and_decays_and_biases_do_not_decay(tmp_path: Path) -> None:
     module = ImageClassifier("vit_tiny_patch16_224", 2, model_kwargs=VIT, learning_rate=1.0, warmup=0.25)
     data = [(torch.randn(2, 3, 16, 16), torch.tensor([0, 1]))] * 8
-    trainer = pl.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, accelerator="cpu", barebones=True)
+    trainer = pl.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, accelerator="cpu")
     rates: list[float] = []
     module.on_train_batch_start = lambda *_: rates.append(trainer.optimizers[0].param_groups[0]["lr"])  # type: ignore
     loader = torch.utils.data.DataLoader(data, batch_size=None)

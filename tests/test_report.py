@@ -115,7 +115,8 @@ def test_the_table() -> None:
 def test_the_table_in_a_narrow_terminal_shows_the_verdicts() -> None:
     name = "base_model.model.distilbert.transformer.layer.11"
     shown = rows(table([record(4, {name: 0.97}), record(123456, {name: 0.8})], width=80))
-    assert shown == {name: ["0.9700", "0.8000", "0.8000", "rewritten"]}
+    assert "".join(shown) == name  # folded over several lines
+    assert next(iter(shown.values())) == ["0.9700", "0.8000", "0.8000", "rewritten"]
 
 
 def test_the_table_at_the_end_of_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,7 +194,7 @@ def test_the_heatmap_shows_layers_by_time() -> None:
     expected = [[entry["scores"][f"model.blocks.{i}"] for entry in history] for i in range(5)]
     np.testing.assert_allclose(drawn(history), expected)
     assert axes.images[0].get_clim() == (0, 1)
-    assert {text.get_text() for text in axes.texts} >= {"1.00", "0.85"}
+    assert {text.get_text() for text in axes.texts} >= {"1.000", "0.850"}
     bottom, top = axes.get_ylim()
     assert bottom < top  # the first layer is at the bottom
 
@@ -202,7 +203,7 @@ def test_undefined_and_negative_values_in_the_heatmap() -> None:
     history = [record(1, {"a": NAN, "b": -0.1}), record(2, {"a": 0.5, "b": 1.0})]
     np.testing.assert_array_equal(drawn(history), [[NAN, 0.5], [0, 1]])
     figure = heatmap(history)
-    assert {text.get_text() for text in figure.axes[0].texts} == {"-0.10", "0.50", "1.00"}
+    assert {text.get_text() for text in figure.axes[0].texts} == {"-0.100", "0.500", "1.000"}
 
 
 @pytest.mark.parametrize(("num_layers", "num_times"), [(1, 1), (3, 2), (12, 12), (48, 60), (200, 1000)])

@@ -29,6 +29,8 @@ def rbf_gram(X: Tensor, *, bandwidth: float = 1.0) -> Tensor:
     if n < 2:
         return torch.ones_like(gram)
     rows, columns = torch.triu_indices(n, n, offset=1, device=X.device)
-    median = distances[..., rows, columns].sqrt().median(dim=-1).values[..., None, None]
+    ordered = distances[..., rows, columns].sqrt().sort(dim=-1).values
+    count = ordered.shape[-1]  # torch's own median is the lower of the middle two
+    median = ((ordered[..., (count - 1) // 2] + ordered[..., count // 2]) / 2)[..., None, None]
     scale = (2 * (bandwidth * median).square()).masked_fill(median == 0, 1.0)
     return (-distances / scale).exp()

@@ -130,7 +130,7 @@ class Tracker:
         return LinearCKA(debiased=self._debiased, sync_on_compute=False)
 
     def _update(self, metric: LinearCKA | MinibatchCKA, name: str, live: Tensor, reference: Tensor) -> None:
-        d = self._widths[name] = max(live.shape[1], reference.shape[1])
+        d = max(live.shape[1], reference.shape[1])
         if isinstance(metric, LinearCKA):
             if 24 * d * d > _MAX_STATE_BYTES:
                 raise ValueError(
@@ -142,6 +142,7 @@ class Tracker:
             self._warn_once("", "small", "Batches of fewer than 4 samples are left out of the minibatch estimator.")
         else:
             metric.update([live], [reference])
+        self._widths[name] = d
 
     def _warn_once(self, name: str, kind: str, text: str) -> None:
         if (name, kind) not in self._warned:

@@ -76,7 +76,11 @@ def test_text_classification(tmp_path: Path, source: str, monkeypatch: pytest.Mo
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     model = small_models.tiny_distilbert(tmp_path / "model")
     files = small_models.text_files(tmp_path / "set")
-    options = [f"--model.init_args.model_name={model}", "--trainer.val_check_interval=0.5"]
+    options = [
+        f"--model.init_args.model_name={model}",
+        "--trainer.val_check_interval=0.5",
+        "--data.init_args.batch_size=8",
+    ]
     if source == "files":
         options += ["--data.init_args.dataset=null"]
         options += [f"--data.init_args.{part}={file}" for part, file in files.items()]
@@ -116,9 +120,10 @@ def test_pretraining_needs_a_place_for_its_weights(tmp_path: Path) -> None:
 def test_demo(tmp_path: Path) -> None:
     """As in the README, but for the number of epochs: a pre-training, then a tracked fine-tuning, and what it says."""
     pretrain = (CONFIGS / "digits_pretrain.yaml").read_text()
-    (tmp_path / "pretrain.yaml").write_text(pretrain + "\n# shorter:\n")
+    assert "max_epochs: 20" in pretrain
+    (tmp_path / "pretrain.yaml").write_text(pretrain.replace("max_epochs: 20", "max_epochs: 5"))
     command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", "configs/digits.yaml"]
-    command += ["--trainer.max_epochs=3"]
+    command += ["--trainer.max_epochs=4", "--pretrain=pretrain.yaml"]
     done = subprocess.run(
         command, cwd=tmp_path, text=True, capture_output=True, timeout=280, env={**os.environ, "COLUMNS": "120"}
     )

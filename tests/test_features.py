@@ -53,6 +53,15 @@ def test_text_without_a_mask_counts_every_token(name: str) -> None:
         torch.testing.assert_close(layer, pooled(hidden, "mean"), rtol=0, atol=1e-12)
 
 
+def test_a_mask_of_an_earlier_call_is_forgotten() -> None:
+    model, x = ByAttentionMask(), torch.randn(3, 5, 4)
+    with FeatureExtractor(model, "layer") as extractor:
+        model(x, MASK)
+        extractor.collect()
+        output = model.layer(x)
+        torch.testing.assert_close(extractor.collect()["layer"], pooled(output, "mean"))
+
+
 def test_a_mask_of_an_earlier_batch_is_forgotten() -> None:
     model, batch = networks.build("Llama"), networks.texts([6, 2])
     with torch.no_grad(), FeatureExtractor(model, "layers.0") as extractor:
@@ -299,7 +308,7 @@ def test_hooks_are_removed_after_the_block() -> None:
             x = torch.randn(3, 4)
             model(x)
             torch.testing.assert_close(extractor.collect()["used"], model.used(x).double())
-            extractor.drain()
+            model.used(x)  # never collected, and forgotten
         assert num_hooks(model) == 0
 
 
@@ -350,6 +359,7 @@ def test_a_copy_made_while_hooked_does_not_report() -> None:
         with pytest.raises(ValueError, match="Layer '0' has not run"):
             extractor.collect()
         x = torch.randn(3, 4)
+        twin(torch.randn(9, 4))
         model(x)
         twin(torch.randn(9, 4))
         torch.testing.assert_close(extractor.collect()["0"], model[0](x).double())
@@ -412,6 +422,16 @@ def test_calls_on_the_way_to_a_layer_are_reported() -> None:
         model[1](torch.randn(5, 4))
     assert returned == [("1", False, (3, 4)), ("", True, (3, 4)), ("1", True, (5, 4))]
     assert seen == [("", True, (3, 4), {}), ("1", False, (3, 4), {}), ("1", True, (5, 4), {})]
+
+
+def test_calls_are_reported_with_the_inputs_as_they_came() -> None:
+    """And not as a hook of the user's has changed them."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.register_forward_pre_hook(lambda module, args: (args[0][:2],))
+    seen: list[torch.Size] = []
+    with FeatureExtractor(model, "0", on_call=lambda name, outermost, args, kwargs: seen.append(args[0].shape)):
+        model(torch.randn(3, 4))
+    assert seen == [(3, 4)]
 
 
 # Masks

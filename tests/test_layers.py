@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -47,6 +48,13 @@ def test_a_whole_network_in_a_container_is_no_block() -> None:
     assert select_layers(nn.Sequential(model, head)) == [f"0.{block}" for block in networks.BLOCKS["BERT"]]
 
 
+@pytest.mark.parametrize("name", ["BERT", "open_clip ViT", "timm ResNet"])
+def test_neither_are_two_networks_of_one_class(name: str) -> None:
+    """Question and passage, say, or student and teacher."""
+    model = nn.ModuleDict({"first": networks.build(name), "second": networks.build(name)})
+    assert select_layers(model) == [f"{tower}.{block}" for tower in model for block in networks.BLOCKS[name]]
+
+
 def test_blocks_of_torchvision_and_torch() -> None:
     assert repeated_blocks(resnet18()) == [f"layer{stage}.{block}" for stage in range(1, 5) for block in range(2)]
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
@@ -55,21 +63,34 @@ def test_blocks_of_torchvision_and_torch() -> None:
     assert repeated_blocks(nn.Transformer(8, 2, 2, 2, 16, batch_first=True)) == both
 
 
-class Experts(nn.Module):
-    """A block whose weights lie for the most part in a list of its own."""
+class Branched(nn.Module):
+    """A block that holds a container of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, branches: nn.Module) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(4, 2)
-        self.branches = nn.ModuleDict({"first": nn.Linear(4, 40), "second": nn.Linear(4, 40)})
+        self.branches = branches
 
 
-@pytest.mark.parametrize("container", [nn.ModuleList, lambda blocks: nn.Sequential(*blocks)])
-def test_blocks_are_not_looked_into(container: type) -> None:
-    blocks = container([Experts() for _ in range(3)])
-    assert repeated_blocks(nn.ModuleDict({"stem": nn.Linear(4, 4), "blocks": blocks})) == [
-        f"blocks.{i}" for i in range(3)
-    ]
+def wide(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 4))
+
+
+@pytest.mark.parametrize("container", [nn.ModuleList, lambda blocks: nn.Sequential(*blocks)], ids=["list", "sequence"])
+@pytest.mark.parametrize(
+    "branches",
+    [
+        lambda: nn.ModuleDict({"first": nn.Linear(4, 40), "second": nn.Linear(4, 40)}),
+        lambda: nn.ModuleList([wide(40), Block()]),
+        lambda: nn.ModuleList([wide(1), wide(1)]),
+        lambda: nn.ModuleList([wide(40) for _ in range(4)]),
+    ],
+    ids=["layers", "different branches", "small adapters", "experts"],
+)
+def test_blocks_are_not_looked_into(branches: Callable[[], nn.Module], container: type) -> None:
+    blocks = container([Branched(branches()) for _ in range(3)])
+    model = nn.ModuleDict({"stem": nn.Linear(4, 4), "blocks": blocks})
+    assert repeated_blocks(model) == ["blocks.0", "blocks.1", "blocks.2"]
 
 
 def test_stages_are_looked_into_and_what_lies_between_them_left_out() -> None:
@@ -86,12 +107,16 @@ def test_blocks_in_a_dictionary() -> None:
 
 
 def test_a_block_that_does_not_repeat_is_left_out() -> None:
-    model = nn.Sequential(Block(), Block(), Experts())
+    model = nn.Sequential(Block(), Block(), Branched(Block()))
     assert repeated_blocks(model) == ["0", "1"]
 
 
+def test_dropout_between_the_blocks_is_no_matter() -> None:
+    assert repeated_blocks(nn.Sequential(Block(), nn.Dropout(), Block())) == ["0", "2"]
+
+
 def test_a_network_without_blocks_gets_its_layers_with_weights() -> None:
-    inner = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    inner = nn.Sequential(nn.Linear(3, 3), nn.PReLU())
     plain = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.LayerNorm([3, 3]), inner, nn.Conv1d(3, 3, 1))
     assert repeated_blocks(plain) == ["1", "3.0", "4"]
     assert repeated_blocks(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))) == ["0", "2"]
@@ -144,6 +169,8 @@ def test_a_dot_in_a_glob_is_a_dot() -> None:
     model = nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(2, 2)}), "axb": nn.Linear(2, 2), "a+b": nn.Linear(2, 2)})
     assert select_layers(model, "a.?") == ["a.b"]
     assert select_layers(model, "a+*") == ["a+b"]
+    assert select_layers(model, "a?b") == ["axb", "a+b"]
+    assert select_layers(model, "a*b") == ["axb", "a+b"]
 
 
 @pytest.mark.parametrize(
@@ -174,9 +201,12 @@ def test_names_are_those_before_compiling() -> None:
     compiled = torch.compile(Network())
     assert select_layers(compiled) == BLOCKS
     assert select_layers(compiled, "blocks.1") == ["blocks.1"]
-    assert select_layers(compiled, "*") == ["stem", "blocks", "head"]
     blockwise = Network()
     for index, block in enumerate(blockwise.blocks):
         blockwise.blocks[index] = torch.compile(block)
     assert select_layers(blockwise) == BLOCKS
     assert select_layers(blockwise, "**.fc1") == [f"{block}.fc1" for block in BLOCKS]
+
+
+def test_the_wrapper_of_a_compiled_model_is_no_layer() -> None:
+    assert select_layers(torch.compile(Network()), "*") == ["stem", "blocks", "head"]

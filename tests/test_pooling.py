@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lit_cka.features import FeatureExtractor
 from lit_cka.pooling import PoolingSpec, find_layout, parse_pooling, pool
@@ -110,6 +111,7 @@ def test_poolings(pooling: str, expected: tuple[str, str | None]) -> None:
         ("mean:NT", "Expected the layout .* but got 'NT'"),
         ("mean:NTTC", "Expected the layout .* but got 'NTTC'"),
         ("mean:ntc", "Expected the layout .* but got 'ntc'"),
+        ("mean:NtC", "Expected the layout .* but got 'NtC'"),
         ("mean:N TC", "Expected the layout .* but got 'N TC'"),
     ],
 )
@@ -141,6 +143,7 @@ def encoder_layer(width: int, batch_first: bool) -> nn.Module:
         (CONV, (3, 7, 7, 7), 3, "NCHW"),
         (nn.BatchNorm2d(7), (3, 7, 7, 7), 3, "NCHW"),
         (nn.LayerNorm(7), (3, 7, 7, 7), 3, "NHWC"),
+        (Conv1D(7, 7), (3, 7, 7), 3, "NTC"),  # of transformers' GPT-2: a linear layer
         (nn.Conv3d(6, 6, 1), (3, 6, 6, 6, 6), 3, "NCTHW"),
         (LINEAR, (3, 6, 6, 6, 6), 3, "NTHWC"),
         # A module of both kinds: the width of its norms, or height and width being equal.
@@ -215,6 +218,26 @@ def test_a_whole_model_with_samples_or_tokens_first(batch_first: bool, num_token
     torch.testing.assert_close(features_of(model, "layers.1", "mean", tokens), expected)
 
 
+class AttentionPooled(nn.Module):
+    """Samples first, in blocks of its own; only the head behind them, by torch's default, takes tokens first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6)) for _ in range(2))
+        self.head = nn.MultiheadAttention(6, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        for block in self.blocks:
+            tokens = tokens + block(tokens)
+        return self.head(*[tokens.transpose(0, 1)] * 3)[0].mean(0)
+
+
+def test_a_head_that_takes_tokens_first_says_nothing_of_the_blocks() -> None:
+    model, tokens = AttentionPooled(), torch.randn(4, 5, 6)
+    expected = model.blocks[0](tokens).double().mean(1)
+    torch.testing.assert_close(features_of(model, "blocks.0", "mean", tokens), expected)
+
+
 def test_an_open_layout_is_resolved_by_naming_it() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
     tokens = torch.randn(5, 5, 6)
@@ -264,6 +287,21 @@ def test_a_callable_pools_as_it_likes() -> None:
     features = features_of(model, "0", lambda output: output.amax(dim=1), tokens)
     assert features.dtype == torch.float64
     torch.testing.assert_close(features, model(tokens).amax(dim=1).double())
+
+
+def test_a_callable_runs_without_gradients_and_in_the_layer_s_precision() -> None:
+    model, weight = nn.Sequential(nn.Linear(6, 6)), nn.Parameter(torch.randn(6, 6))
+    outputs = []
+
+    def project(output: Tensor) -> Tensor:
+        outputs.append(output)
+        return output.float().mean(1) @ weight
+
+    with torch.autocast("cpu", torch.bfloat16):
+        features = features_of(model, "0", project, torch.randn(4, 5, 6))
+    assert not features.requires_grad
+    assert not outputs[0].requires_grad
+    assert torch.equal(features, (outputs[0].float().mean(1) @ weight).double())  # not a product in bfloat16
 
 
 @pytest.mark.parametrize(

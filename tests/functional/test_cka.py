@@ -148,6 +148,14 @@ def test_constants_that_differ_by_rounding_are_nan(n: int, debiased: bool) -> No
 
 
 @ESTIMATORS
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e6 + 0.1, 0.0])
+def test_a_constant_gram_matrix_is_nan(value: float, debiased: bool) -> None:
+    K = torch.full((33, 33), value, dtype=torch.float64)
+    assert cka_from_gram(K, linear_gram(paired_features(33, 3, 3)[0]), debiased=debiased).isnan()
+    assert hsic(K, K, unbiased=debiased) == 0
+
+
+@ESTIMATORS
 def test_a_gram_matrix_that_is_constant_up_to_rounding_is_nan(debiased: bool) -> None:
     """What `X @ X.T` of constant features, not centred, comes to in float64."""
     rounding = torch.randn(20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e-16

@@ -59,10 +59,18 @@ def test_leading_dimensions_are_a_batch(gram: type) -> None:
     torch.testing.assert_close(gram(X), looped)
 
 
-def test_identical_samples_have_constant_gram_matrices() -> None:
-    X = torch.full((6, 4), 0.1)
-    assert torch.equal(linear_gram(X), torch.zeros(6, 6, dtype=torch.float64))
-    assert torch.equal(rbf_gram(X), torch.ones(6, 6, dtype=torch.float64))
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e6 + 0.1])
+def test_identical_samples_have_constant_gram_matrices(value: float) -> None:
+    X = torch.full((33, 4), value, dtype=torch.float64)
+    assert torch.equal(linear_gram(X), torch.zeros(33, 33, dtype=torch.float64))
+    assert torch.equal(rbf_gram(X), torch.ones(33, 33, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_samples_that_occur_twice_have_no_negative_distance(seed: int) -> None:
+    """Their squared distance, a difference of products, may come out just below 0, and its root as NaN."""
+    X = paired_features(3, 5, 5, seed=seed)[0].repeat(2, 1)
+    np.testing.assert_allclose(rbf_gram(X), oracles.rbf_gram(float64(X)), atol=1e-9)
 
 
 def test_mostly_identical_samples_keep_their_distances() -> None:

@@ -48,7 +48,7 @@ def test_a_whole_network_in_a_container_is_no_block() -> None:
     assert select_layers(nn.Sequential(model, head)) == [f"0.{block}" for block in networks.BLOCKS["BERT"]]
 
 
-@pytest.mark.parametrize("name", ["BERT", "open_clip ViT", "timm ResNet"])
+@pytest.mark.parametrize("name", ["BERT", "open_clip ViT"])
 def test_neither_are_two_networks_of_one_class(name: str) -> None:
     """Question and passage, say, or student and teacher."""
     model = nn.ModuleDict({"first": networks.build(name), "second": networks.build(name)})

@@ -207,14 +207,11 @@ class FeatureExtractor:
             return self._layout
         known = self._layouts.get(name)
         if known is None or len(known) != tensor.ndim or tensor.shape[known.index("N")] not in batch_sizes:
-            known = self._layouts[name] = find_layout(name, module, tensor, batch_sizes, self._around(name))
+            known = self._layouts[name] = find_layout(name, module, tensor, batch_sizes, self._parent(name))
         return known
 
-    def _around(self, name: str) -> list[nn.Module]:
-        """The modules that hold the layer, the innermost first."""
-        modules = {"": self.model, **named_layers(self.model)}
-        segments = name.split(".")
-        return [modules[".".join(segments[:length])] for length in reversed(range(len(segments)))]
+    def _parent(self, name: str) -> nn.Module:
+        return {"": self.model, **named_layers(self.model)}[name.rpartition(".")[0]]
 
     def _mask(self, name: str, layout: str, tensor: Tensor) -> Tensor | None:
         """The innermost (n, tokens) mask around the layer; None where there is none, or it is for other tokens."""

@@ -16,6 +16,7 @@ Layers: TypeAlias = Union[
 
 _COMPILED = "_orig_mod"
 _NORM = re.compile("norm", re.IGNORECASE)
+_NORM_OR_ATTENTION = re.compile("norm|attention|attn", re.IGNORECASE)
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -100,8 +101,8 @@ def repeated_blocks(model: nn.Module) -> list[str]:
     """Names of the network's repeated blocks, found from its structure alone.
 
     Blocks are what containers (`ModuleList`, `Sequential`, `ModuleDict`) hold of a class that occurs at least twice:
-    transformer blocks, residual blocks, ConvNeXt blocks. Stages, whose parameters lie mostly in a container of their
-    own (Swin, ConvNeXt, ResNet, EfficientNet), are looked into; blocks (which may hold experts or branches) are not.
+    transformer blocks, residual blocks, ConvNeXt blocks. Stages (Swin, ConvNeXt, ResNet, EfficientNet) and whole
+    networks in a container are looked into; blocks, which may hold experts or branches, are not.
     A network without any, such as an MLP, gets its layers with weights, normalisation and embeddings left out.
 
     Raises:
@@ -152,12 +153,22 @@ def _is_container(module: nn.Module) -> bool:
 
 
 def _is_stage(module: nn.Module) -> bool:
-    """Whether most of the parameters lie in a list of equals that is `module` itself or one of its children."""
-    lists = [
-        child for child in module.children() if _is_container(child) and len(set(map(type, child.children()))) == 1
-    ]
-    inner = sum(map(_num_parameters, lists))
-    return _is_container(module) or 2 * inner > _num_parameters(module) > 0
+    """Whether `module` is no block but a list of blocks, or holds one: a stage, or a whole network."""
+    if _is_container(module):
+        return True
+    lists = [child for child in module.modules() if _is_container(child) and len(set(map(type, child.children()))) == 1]
+    if any(len(blocks) > 1 and _has_norm_or_attention(blocks) for blocks in map(list, map(nn.Module.children, lists))):
+        return True
+    inner = [child for child in module.children() if any(child is found for found in lists)]
+    outer = [child for child in module.children() if all(child is not found for found in lists)]
+    if 2 * sum(map(_num_parameters, inner)) <= _num_parameters(module):
+        return False
+    # Experts and branches have neither norm nor attention: those are in the block around them.
+    return _has_norm_or_attention(inner) or not _has_norm_or_attention(outer)
+
+
+def _has_norm_or_attention(modules: Sequence[nn.Module]) -> bool:
+    return any(_NORM_OR_ATTENTION.search(type(child).__name__) for module in modules for child in module.modules())
 
 
 def _num_parameters(module: nn.Module) -> int:

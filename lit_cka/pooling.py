@@ -7,7 +7,7 @@ position (tokens, height, width, time). `NTC` are the tokens of a transformer, `
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias, Union
 
 import torch
@@ -89,11 +89,11 @@ def pool(output: Tensor, method: str, layout: str, mask: Tensor | None = None) -
 
 
 def find_layout(
-    name: str, module: nn.Module, output: Tensor, batch_sizes: set[int], around: Sequence[nn.Module] = ()
+    name: str, module: nn.Module, output: Tensor, batch_sizes: set[int], parent: nn.Module | None = None
 ) -> str:
     """The layout of a layer's output where shape and module leave one reading; otherwise an error that asks for it.
 
-    The evidence: the batch size of the model's inputs; `batch_first` of what the module holds or is held by;
+    The evidence: the batch size of the model's inputs; `batch_first` of what the module or its parent holds;
     whether it is built of modules whose channels come last (Linear, LayerNorm) or first (convolutions, BatchNorm);
     the widths of its normalisation layers; and height equal to width.
 
@@ -102,18 +102,22 @@ def find_layout(
         module: the layer.
         output: its output.
         batch_sizes: sizes of the first axis of the model's inputs.
-        around: the modules that hold the layer, the innermost first.
+        parent: the module that holds the layer.
 
     Raises:
         ValueError: if more than one layout fits, or none.
     """
     shape = output.shape
-    batch_first = next((found for held in (module, *around) if (found := _batch_first(held)) is not None), None)
-    # A model with its samples on the second axis has them there in its inputs, too, where sizes tell nothing then.
-    sizes = set(shape) if batch_first is False else batch_sizes or set(shape)
+    own, parents = _batch_first(module), None if parent is None else _batch_first(parent)
+    if own is False and output.ndim == 3:
+        return "TNC"  # as it says itself; the model's inputs may be tokens first, too, where their sizes mislead
+    sizes = batch_sizes or set(shape)
     fitting = [layout for layout in _candidates(output.ndim) if shape[layout.index("N")] in sizes]
-    if batch_first is not None and output.ndim > 2:
-        fitting = [layout for layout in fitting if (layout[0] == "N") is batch_first] or fitting
+    said = own if own is not None else parents
+    if said is not None and output.ndim > 2:
+        agreeing = [layout for layout in fitting if (layout[0] == "N") is said]
+        # Against the batch size, what is around a layer makes its layout a question, no more.
+        fitting = agreeing or fitting + (["TNC"] if said is False and output.ndim == 3 else [])
     if not fitting:
         raise ValueError(
             f"Layer {name!r} returned shape {tuple(shape)}, and no axis that could be the samples has the inputs' "

@@ -97,6 +97,7 @@ def test_safetensors(prefix: str, tmp_path: Path) -> None:
         (["modules.a", "modules.b"], ["modules.a", "modules.b"]),
         (["blocks.0._orig_mod.weight", "head.weight"], ["blocks.0.weight", "head.weight"]),
         (["model.a", "model.b"], ["model.a", "model.b"]),
+        ([], []),
     ],
 )
 def test_only_wrappers_around_all_names_are_stripped(names: list[str], expected: list[str]) -> None:

@@ -331,6 +331,15 @@ def test_after_a_forward_pass_that_failed_the_next_is_sound() -> None:
             assert extractor.collect()["1"].shape == (n, 4)
 
 
+def test_a_forward_pass_that_failed_leaves_nothing_behind() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with FeatureExtractor(model) as extractor:
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            model(torch.randn(5, 7))
+        model(torch.randn(3, 4))
+        assert extractor.collect()["1"].shape == (3, 4)
+
+
 def test_entering_twice_is_an_error_that_keeps_the_first() -> None:
     model = Doubled()
     with FeatureExtractor(model, "used") as extractor:

@@ -101,6 +101,11 @@ def test_stages_are_looked_into_and_what_lies_between_them_left_out() -> None:
     assert repeated_blocks(model) == ["stages.0.blocks.0", "stages.1.blocks.0", "stages.1.blocks.1"]
 
 
+def test_stages_that_are_nothing_but_lists_of_blocks() -> None:
+    model = nn.Sequential(nn.Sequential(Block(), Block()), nn.Sequential(Block()))
+    assert repeated_blocks(model) == ["0.0", "0.1", "1.0"]
+
+
 def test_blocks_in_a_dictionary() -> None:
     model = nn.ModuleDict({"blocks": nn.ModuleDict({"first": Block(), "second": Block()}), "head": nn.Linear(4, 4)})
     assert repeated_blocks(model) == ["blocks.first", "blocks.second"]

@@ -175,6 +175,7 @@ def test_the_layout_follows_from_shape_and_module(
         (LINEAR, (35, 6), r"shape \(35, 6\), and no axis that could be the samples .* batch size \(5\)"),
         (LINEAR, (5,), r"returned shape \(5,\), and no axis that could be the samples"),
         (LINEAR, (7, 6, 5), r"returned shape \(7, 6, 5\), and no axis that could be the samples"),
+        (nn.ModuleList([encoder_layer(6, True), encoder_layer(6, False)]), (5, 5, 6), "can be read as NTC or TNC"),
     ],
 )
 def test_an_open_layout_is_an_error_that_asks_for_it(module: nn.Module, shape: tuple[int, ...], message: str) -> None:
@@ -216,6 +217,22 @@ def test_a_whole_model_with_samples_or_tokens_first(batch_first: bool, num_token
     tokens = torch.randn(4, num_tokens, 6) if batch_first else torch.randn(num_tokens, 4, 6)
     expected = model(tokens).double().mean(1 if batch_first else 0)
     torch.testing.assert_close(features_of(model, "layers.1", "mean", tokens), expected)
+
+
+class Transposing(nn.Module):
+    """Samples first outside, tokens first inside, in layers that do not say so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.layer(tokens.transpose(0, 1)).transpose(0, 1)
+
+
+def test_the_samples_are_those_of_the_model_s_inputs() -> None:
+    model, tokens = Transposing(), torch.randn(4, 5, 6)
+    torch.testing.assert_close(features_of(model, "layer", "mean", tokens), model(tokens).double().mean(1))
 
 
 class AttentionPooled(nn.Module):

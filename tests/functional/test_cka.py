@@ -274,6 +274,13 @@ def test_cka_from_gram_takes_any_kernel(debiased: bool) -> None:
     assert cka_from_gram(K.float(), L.float(), debiased=debiased).item() == pytest.approx(expected, abs=1e-5)
 
 
+@ESTIMATORS
+def test_what_is_added_to_a_gram_matrix_is_no_matter(debiased: bool) -> None:
+    K, L = (linear_gram(features) for features in paired_features(15, 4, 6))
+    expected = oracles.cka(K.numpy(), L.numpy(), debiased)
+    assert cka_from_gram(K + 1e8, L - 1e6, debiased=debiased).item() == pytest.approx(expected, abs=1e-6)
+
+
 @pytest.mark.parametrize("unbiased", [False, True], ids=["biased", "unbiased"])
 def test_pairwise_hsic_is_hsic_of_every_pair(unbiased: bool) -> None:
     Ks = torch.stack([rbf_gram(paired_features(9, 3, 2, seed=seed)[0]) for seed in range(3)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from typing import Any, Union, cast
 
 import lightning.pytorch as pl
@@ -13,6 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lit_cka.dataloaders import tracked_dataloaders
 from lit_cka.history import Record, Stage, latest_scores, mean_score
 from lit_cka.layers import Layers, select_layers
 from lit_cka.pooling import Pooling, parse_pooling
@@ -154,26 +155,8 @@ class CKACallback(pl.Callback):
             self._which_dataloaders(trainer, "validate")  # also where there was no sanity check
 
     def _which_dataloaders(self, trainer: pl.Trainer, stage: Stage) -> tuple[list[int], int]:
-        """The dataloaders to track, and how many there are. Raises where one is missing or has too few samples."""
-        loaders = trainer.val_dataloaders if stage == "validate" else trainer.test_dataloaders
-        if isinstance(loaders, Mapping):
-            loaders = list(loaders.values())
-        combined = trainer._evaluation_loop._combined_loader
-        if not isinstance(loaders, (list, tuple)) or (combined is not None and combined._mode != "sequential"):
-            loaders = [loaders]  # one after the other they are several, side by side one
-        unknown = [index for index in self.dataloaders or () if index >= len(loaders)]
-        if unknown:
-            raise ValueError(f"Expected `dataloaders` to be indices below {len(loaders)}, but got {unknown}.")
-        tracked = [index for index in range(len(loaders)) if self.dataloaders is None or index in self.dataloaders]
         needed = 4 if self.debiased or self.estimator == "minibatch" else 2
-        for index in tracked:
-            dataset = getattr(loaders[index], "dataset", None)
-            if isinstance(dataset, Sized) and len(dataset) < needed:
-                raise ValueError(
-                    f"CKA takes at least {needed} samples, but the dataset of {stage} dataloader {index} has "
-                    f"{len(dataset)}. Track others by `dataloaders=`, or another stage by `stages=`."
-                )
-        return tracked, len(loaders)
+        return tracked_dataloaders(trainer, stage, self.dataloaders, needed)
 
     # Evaluation: the same for validation and test.
 

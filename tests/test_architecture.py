@@ -12,7 +12,7 @@ ROWS = [
     {"features"},
     {"isolation"},
     {"reference"},
-    {"tracking", "report"},
+    {"tracking", "report", "dataloaders"},
     {"callback", "models", "data"},
     {"__init__"},
 ]

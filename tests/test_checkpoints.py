@@ -88,6 +88,7 @@ def test_safetensors(prefix: str, tmp_path: Path) -> None:
     assert len(loaded) == len(WEIGHTS)
 
 
+@pytest.mark.timeout(20)
 @pytest.mark.parametrize(
     ("names", "expected"),
     [

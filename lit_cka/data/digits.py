@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
+from lit_cka.data.parts import PartsDataModule
 
-class DigitsDataModule(pl.LightningDataModule):
+
+class DigitsDataModule(PartsDataModule):
     """1,797 images (1, 8, 8) in [-1, 1] of the digits 0 to 9, of which `classes` are used. Labels stay 0 to 9.
 
     Alpaydin & Kaynak 1998, by `sklearn.datasets.load_digits`. Every class is split 60 : 20 : 20 into train, val and
@@ -48,15 +49,6 @@ class DigitsDataModule(pl.LightningDataModule):
         }
 
     @override
-    def train_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
-        return DataLoader(self._sets["train"], self.batch_size, shuffle=True)
-
-    @override
-    def val_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
-        return DataLoader(self._sets["val"], 4 * self.batch_size)
-
-    @override
-    def test_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
-        return DataLoader(self._sets["test"], 4 * self.batch_size)
-
-    predict_dataloader = test_dataloader
+    def loader(self, part: str) -> DataLoader[tuple[torch.Tensor, ...]]:
+        train = part == "train"
+        return DataLoader(self._sets[part], self.batch_size if train else 4 * self.batch_size, shuffle=train)

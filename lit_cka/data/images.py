@@ -6,14 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from typing_extensions import override
 
+from lit_cka.data.parts import NEEDED, PartsDataModule
 
-class ImageFolderDataModule(pl.LightningDataModule):
+
+class ImageFolderDataModule(PartsDataModule):
     """Images from `root/train`, `root/val` and `root/test`, each with a subfolder per class (torchvision's layout).
 
     The preprocessing is the model's: the LightningModule's `train_transform` and `eval_transform`, which
@@ -44,7 +45,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        needed = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
+        needed = NEEDED[stage]
         missing = [
             str(self.root / self.folders[part]) for part in needed if not (self.root / self.folders[part]).is_dir()
         ]
@@ -69,7 +70,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
             )
         return ImageFolder(str(self.root / self.folders[part]), transform)
 
-    def _loader(self, part: str) -> DataLoader[Any]:
+    @override
+    def loader(self, part: str) -> DataLoader[Any]:
         return DataLoader(
             self._sets[part],
             self.batch_size,
@@ -78,17 +80,3 @@ class ImageFolderDataModule(pl.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
-
-    @override
-    def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader("train")
-
-    @override
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self._loader("val")
-
-    @override
-    def test_dataloader(self) -> DataLoader[Any]:
-        return self._loader("test")
-
-    predict_dataloader = test_dataloader

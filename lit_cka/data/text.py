@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
+
+from lit_cka.data.parts import NEEDED, PartsDataModule
 
 _SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
 
@@ -63,7 +64,7 @@ def _labelled(rows: Sequence[Any], source: str, text_column: str, label_column: 
     return labelled
 
 
-class TextDataModule(pl.LightningDataModule):
+class TextDataModule(PartsDataModule):
     """Labelled text, tokenized by the model's own tokenizer and padded to the longest of each batch.
 
     Name either files or a dataset that `datasets.load_dataset` knows (extra `hub`): a name on the hub, or a folder.
@@ -116,7 +117,7 @@ class TextDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         from transformers import AutoTokenizer
 
-        needed = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["test"]}[stage]
+        needed = NEEDED[stage]
         missing = [part for part in needed if self.parts[part] is None]
         if missing:
             what = "a split of the dataset" if self.dataset else "a file"
@@ -150,7 +151,8 @@ class TextDataModule(pl.LightningDataModule):
         )
         return {**tokens, "labels": torch.tensor(labels)}
 
-    def _loader(self, part: str) -> DataLoader[Any]:
+    @override
+    def loader(self, part: str) -> DataLoader[Any]:
         return DataLoader(
             self._sets[part],  # type: ignore[arg-type]  # a list is a map-style dataset
             self.batch_size,
@@ -158,17 +160,3 @@ class TextDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=self._collate,
         )
-
-    @override
-    def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader("train")
-
-    @override
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self._loader("val")
-
-    @override
-    def test_dataloader(self) -> DataLoader[Any]:
-        return self._loader("test")
-
-    predict_dataloader = test_dataloader

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,23 +41,27 @@ class LiveWeightGuard(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Provenance(TorchDispatchMode):
+class Provenance:
     """Notes, while active, which tensors are computed from trained weights of a model: for one step, by storage."""
 
     def __init__(self, live: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         trained = (
             (name, tensor) for name, tensor in live.named_parameters() if tensor.requires_grad and tensor.numel()
         )
         self._origins = {tensor.untyped_storage().data_ptr(): name for name, tensor in trained}
         self._kept: list[Tensor] = []  # so that no storage is freed and used again for another tensor
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        origin = self.origin((args, kwargs or {}))
-        if origin is not None:
-            self.note(output, origin)
-        return output
+    def watch(self, active: bool) -> None:
+        """Start noting what torch's operations compute, or stop."""
+        if active and self not in _Watch.active:
+            _Watch.active.append(self)
+            if len(_Watch.active) == 1:
+                _Watch.mode = _Watch()  # type: ignore[no-untyped-call]
+                _Watch.mode.__enter__()  # type: ignore[no-untyped-call]
+        elif not active and self in _Watch.active:
+            _Watch.active.remove(self)
+            if not _Watch.active:
+                _Watch.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def origin(self, value: Any) -> str | None:
         """Name of a trained weight that some tensor in `value` is, or is computed from; None if there is none."""
@@ -69,6 +73,21 @@ class Provenance(TorchDispatchMode):
         for tensor in plain_tensors_in(value):
             self._kept.append(tensor)
             self._origins.setdefault(tensor.untyped_storage().data_ptr(), origin)
+
+
+class _Watch(TorchDispatchMode):
+    """One mode for all that watch, since modes must be left in reverse order, and several callbacks do not do that."""
+
+    active: ClassVar[list[Provenance]] = []
+    mode: ClassVar[_Watch]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for provenance in _Watch.active:
+            origin = provenance.origin((args, kwargs or {}))
+            if origin is not None:
+                provenance.note(output, origin)
+        return output
 
 
 def plain_tensors_in(value: Any) -> Iterator[Tensor]:

@@ -190,7 +190,7 @@ class MinibatchCKA(_Float64Metric):
     O(layers^2) whatever the widths, and any kernel will do. Unlike `LinearCKA` the value depends on the batch size
     (less so the larger it is); give all batches the same size.
 
-    - `update(X, Y)`: one batch, the layers' features (n, d_l) as a sequence or mapping, n >= 4; `Y` None means `X`.
+    - `update(X, Y)`: one batch, the layers' features (n, d_l) as a sequence or mapping, n >= 4.
     - `compute()`: float64 (layers_x, layers_y) in about [-1, 1]; NaN where a layer's mean self-HSIC is not positive.
 
     Args:

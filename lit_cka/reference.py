@@ -157,7 +157,7 @@ class Reference:
         self._features: dict[str, Tensor] = {}
         self._problems: dict[str, str] = {}
         self._provenance: Provenance | None = None
-        self._watching = self._running = self._first = False
+        self._running = self._first = False
 
     def of(self, live: nn.Module) -> Reference:
         """The same reference for another live model of the same architecture."""
@@ -185,12 +185,8 @@ class Reference:
 
     def _watch_step(self, active: bool) -> None:
         """Have what happens outside of the modules around the layers noted, or not."""
-        if self._provenance is not None and active != self._watching:
-            self._watching = active
-            if active:
-                self._provenance.__enter__()  # type: ignore[no-untyped-call]
-            else:
-                self._provenance.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if self._provenance is not None:
+            self._provenance.watch(active)
 
     def on_call(self, name: str, outermost: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run on the arguments of this call of the live model's module `name`, if it is the one to follow."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models import resnet18
+from transformers import T5Config, T5Model
 
 from lit_cka.layers import Layers, repeated_blocks, select_layers
 from tests import networks
@@ -31,6 +32,9 @@ class Network(nn.Module):
         self.head = nn.Linear(4, 4)
 
 
+BLOCKS = [f"blocks.{i}" for i in range(11)]
+
+
 @pytest.mark.parametrize("name", networks.BLOCKS)
 def test_the_default_are_the_repeated_blocks(name: str) -> None:
     model = networks.build(name)
@@ -46,6 +50,9 @@ def test_a_whole_network_in_a_container_is_no_block() -> None:
     model, head = networks.build("BERT"), nn.Sequential(Block(), nn.ReLU())
     assert select_layers(nn.ModuleDict({"net": model})) == [f"net.{block}" for block in networks.BLOCKS["BERT"]]
     assert select_layers(nn.Sequential(model, head)) == [f"0.{block}" for block in networks.BLOCKS["BERT"]]
+    plain = nn.Module()
+    plain.encoder = Network()
+    assert select_layers(nn.Sequential(plain, head)) == [f"0.encoder.{block}" for block in BLOCKS]
 
 
 @pytest.mark.parametrize("name", ["BERT", "open_clip ViT"])
@@ -61,6 +68,13 @@ def test_blocks_of_torchvision_and_torch() -> None:
     assert repeated_blocks(nn.TransformerEncoder(layer, 3)) == ["layers.0", "layers.1", "layers.2"]
     both = ["encoder.layers.0", "encoder.layers.1", "decoder.layers.0", "decoder.layers.1"]
     assert repeated_blocks(nn.Transformer(8, 2, 2, 2, 16, batch_first=True)) == both
+
+
+def test_blocks_of_an_encoder_and_a_decoder() -> None:
+    """T5's blocks hold lists of their own: attention, attention across, and the layers behind."""
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+    model = T5Model(T5Config(vocab_size=networks.VOCABULARY, **sizes))
+    assert repeated_blocks(model) == ["encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1"]
 
 
 class Branched(nn.Module):
@@ -82,10 +96,12 @@ def wide(width: int) -> nn.Module:
     [
         lambda: nn.ModuleDict({"first": nn.Linear(4, 40), "second": nn.Linear(4, 40)}),
         lambda: nn.ModuleList([wide(40), Block()]),
+        lambda: nn.ModuleList([nn.TransformerEncoderLayer(4, 2, 8), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 40))]),
+        lambda: nn.ModuleList([nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 1))]),
         lambda: nn.ModuleList([wide(1), wide(1)]),
         lambda: nn.ModuleList([wide(40) for _ in range(4)]),
     ],
-    ids=["layers", "different branches", "small adapters", "experts"],
+    ids=["layers", "different branches", "branches with norms", "one branch", "small adapters", "experts"],
 )
 def test_blocks_are_not_looked_into(branches: Callable[[], nn.Module], container: type) -> None:
     blocks = container([Branched(branches()) for _ in range(3)])
@@ -130,9 +146,6 @@ def test_a_network_without_blocks_gets_its_layers_with_weights() -> None:
 def test_a_network_without_weights_is_an_error() -> None:
     with pytest.raises(ValueError, match="Expected Sequential to have layers with weights to track, but found none"):
         repeated_blocks(nn.Sequential(nn.ReLU(), nn.LayerNorm(3), nn.Embedding(3, 3)))
-
-
-BLOCKS = [f"blocks.{i}" for i in range(11)]
 
 
 @pytest.mark.parametrize(

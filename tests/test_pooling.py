@@ -219,6 +219,16 @@ def test_a_whole_model_with_samples_or_tokens_first(batch_first: bool, num_token
     torch.testing.assert_close(features_of(model, "layers.1", "mean", tokens), expected)
 
 
+def test_inside_a_model_with_tokens_first_the_layout_is_asked_for() -> None:
+    """The layer's parent takes tokens first, but the inputs' first axis has the size of the layer's."""
+    layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0)
+    model, tokens = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(5, 4, 6)
+    with pytest.raises(ValueError, match=r"Layer 'layers\.1\.norm2' .* can be read as NTC or TNC"):
+        features_of(model, "layers.1.norm2", "mean", tokens)
+    expected = model(tokens).double().mean(0)
+    torch.testing.assert_close(features_of(model, "layers.1.norm2", "mean:TNC", tokens), expected)
+
+
 class Transposing(nn.Module):
     """Samples first outside, tokens first inside, in layers that do not say so."""
 

@@ -114,7 +114,7 @@ def _hsic(cross: Tensor, ab: Tensor, a: Tensor, b: Tensor, n: Tensor, unbiased: 
         return cross / (n - 1) ** 2
     total = cross - ab + a * b / ((n - 1) * (n - 2)) - 2 * ab / (n - 2)
     # The terms cancel to 0 for equidistant samples; what rounding leaves then would become an arbitrary ratio.
-    return total.masked_fill(total.abs() <= 1e-13 * (cross + ab), 0.0) / (n * (n - 3))
+    return total.masked_fill(total.abs() <= (1e-13 + 1e-15 * n) * (cross + ab), 0.0) / (n * (n - 3))
 
 
 def _ratio(hsic_xy: Tensor, hsic_xx: Tensor, hsic_yy: Tensor) -> Tensor:

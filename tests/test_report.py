@@ -233,10 +233,16 @@ def test_import_is_light() -> None:
     torchmetrics, and thus Lightning, import matplotlib and transformers themselves where they are installed.
     """
     code = (
-        "import sys, torchmetrics, lightning.pytorch; before = set(sys.modules); import lit_cka; "
+        "import sys, torchmetrics, lightning.pytorch; before = set(sys.modules); from lit_cka import CKACallback; "
         "heavy = {'transformers', 'open_clip', 'timm', 'matplotlib', 'tensorboard', 'datasets', 'sklearn', 'peft'}; "
         "added = {name.partition('.')[0] for name in set(sys.modules) - before}; "
         "print(sorted(heavy & added | {'open_clip', 'timm', 'datasets', 'peft'} & set(sys.modules)))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+def test_the_package_alone_imports_nothing_heavy() -> None:
+    code = "import sys, lit_cka; print({'transformers', 'open_clip', 'timm', 'matplotlib', 'torch'} & set(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert ran.stdout.strip() == "set()"

@@ -118,7 +118,8 @@ class Tracker:
             with warnings.catch_warnings():  # a rank without batches takes part all the same
                 warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
                 with metric.sync_context():
-                    value, n, finite = _item(metric.compute()), int(metric.n), _is_finite(metric)
+                    # In this order: `compute` ends the synchronisation.
+                    n, finite, value = int(metric.n), _is_finite(metric), _item(metric.compute())
             if value != value:
                 self._warn_once(name, "nan", _undefined(name, n, finite, self._debiased or self._estimator != "exact"))
             scores[name] = LayerScore(value, n, self._widths.get(name, 0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,10 +16,10 @@ from lit_cka.functional.cka import cka_from_moments, hsic, pairwise_hsic
 from lit_cka.functional.kernels import linear_gram, rbf_gram
 from lit_cka.functional.moments import (
     PairedMoments,
+    add_samples,
     check_features,
     empty_moments,
     merge_moments,
-    paired_moments,
     recentre_moments,
 )
 
@@ -54,6 +54,10 @@ class _Float64Metric(Metric):
         """Called by `forward`: this metric holds the batch's states, `incoming_state` all earlier ones."""
         self._merge(incoming_state)
 
+    def _copy_state_dict(self) -> dict[str, Any]:
+        """The states to return to after a synchronisation: no copy, since no update changes a tensor in place."""
+        return {name: getattr(self, name) for name in self._defaults}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Self:
         def move(tensor: Tensor) -> Tensor:
             if tensor.dtype is not torch.float64:
@@ -66,12 +70,28 @@ class _Float64Metric(Metric):
         return self
 
 
-def _all_reduce_flat(tensors: Sequence[Tensor], group: Any) -> list[Tensor]:
+def _all_reduce_flat(tensors: Iterable[Tensor], shapes: Sequence[torch.Size], group: Any) -> list[Tensor]:
     """The tensors' sums over the ranks, in one collective."""
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat, group=group)
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+    parts = flat.split([shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _agree(sizes: Sequence[int], what: str, device: torch.device, group: Any) -> list[int]:
+    """The sizes that the ranks have; 0 on a rank means that it knows none yet.
+
+    Raises:
+        ValueError: on every rank, if two of them have different ones.
+    """
+    # In one collective: the largest, and, since 0 does not count, the negatives of the smallest.
+    unknown = -torch.iinfo(torch.int64).max
+    extremes = torch.tensor([*sizes, *(-size if size else unknown for size in sizes)], device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+    largest, smallest = extremes[: len(sizes)].tolist(), (-extremes[len(sizes) :]).tolist()
+    if any(0 < large != small for large, small in zip(largest, smallest, strict=True)):
+        raise ValueError(f"Expected the same {what} on all ranks, but got from {smallest} to {largest}.")
+    return largest
 
 
 class LinearCKA(_Float64Metric):
@@ -140,18 +160,18 @@ class LinearCKA(_Float64Metric):
         """Add the paired features `X` (n, d_x) and `Y` (n, d_y)."""
         check_features(X, Y)
         device = self.n.device
-        self._add(paired_moments(X.to(device), Y.to(device)))
+        self._set_moments(add_samples(self._like(X.shape[1], Y.shape[1]), X.to(device), Y.to(device)))
 
-    def _add(self, other: PairedMoments) -> None:
-        mine = self.moments
-        if not len(mine.mean_x) or not len(mine.mean_y):
-            mine = empty_moments(
-                len(mine.mean_x) or len(other.mean_x), len(mine.mean_y) or len(other.mean_y), mine.n.device
-            )
-        for name, expected, got in (("X", mine.mean_x, other.mean_x), ("Y", mine.mean_y, other.mean_y)):
-            if len(expected) != len(got):
-                raise ValueError(f"Expected `{name}` to have {len(expected)} features per sample, but got {len(got)}.")
-        self._set_moments(merge_moments(mine, other))
+    def _like(self, num_features_x: int, num_features_y: int) -> PairedMoments:
+        """The moments so far, with widths if they had none; an error if they have others."""
+        moments = self.moments
+        if not len(moments.mean_x) or not len(moments.mean_y):
+            d_x, d_y = len(moments.mean_x) or num_features_x, len(moments.mean_y) or num_features_y
+            moments = empty_moments(d_x, d_y, moments.n.device)
+        for name, mean, got in (("X", moments.mean_x, num_features_x), ("Y", moments.mean_y, num_features_y)):
+            if len(mean) != got:
+                raise ValueError(f"Expected `{name}` to have {len(mean)} features per sample, but got {got}.")
+        return moments
 
     def compute(self) -> Tensor:
         """CKA of all samples so far, on all ranks."""
@@ -160,27 +180,23 @@ class LinearCKA(_Float64Metric):
     def _merge(self, states: dict[str, Tensor]) -> None:
         other = PairedMoments(**states)
         if len(other.mean_x) and len(other.mean_y):  # otherwise it has seen no batch
-            self._add(other)
+            self._set_moments(merge_moments(self._like(len(other.mean_x), len(other.mean_y)), other))
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] | None = None, process_group: Any = None) -> None:
-        """All-reduce: agree on the widths, then on the global mean, then add up the moments measured from it."""
+        """All-reduce: agree on the widths, then on the global mean, then add up the moments measured from it.
+
+        Takes twice the memory of the states beside them, whatever the number of ranks.
+        """
         group, device = process_group or self.process_group, self.n.device
-        widths = torch.tensor([self.xy.shape[0], self.xy.shape[1]], device=device)
-        dist.all_reduce(widths, dist.ReduceOp.MAX, group=group)
-        d_x, d_y = (int(width) for width in widths)
+        d_x, d_y = _agree(self.xy.shape, "numbers of features", device, group)
         mine = self.moments if self.xy.numel() else empty_moments(d_x, d_y, device)
-
-        # The mean of the ranks' means keeps full precision when measured from a pivot that all ranks share.
-        pivot = torch.cat([mine.n * mine.mean_x, mine.n * mine.mean_y, mine.n[None]])
-        dist.all_reduce(pivot, group=group)
-        total = pivot[-1].clamp(min=1)
-        pivot_x, pivot_y = pivot[:d_x] / total, pivot[d_x:-1] / total
-        offset = torch.cat([mine.n * (mine.mean_x - pivot_x), mine.n * (mine.mean_y - pivot_y)])
-        dist.all_reduce(offset, group=group)
-        mean_x, mean_y = pivot_x + offset[:d_x] / total, pivot_y + offset[d_x:] / total
-
-        sums = _all_reduce_flat(recentre_moments(mine, mean_x, mean_y)[3:], group)
-        self._set_moments(PairedMoments(pivot[-1], mean_x, mean_y, *sums))
+        means = torch.cat([mine.n * mine.mean_x, mine.n * mine.mean_y, mine.n[None]])
+        dist.all_reduce(means, group=group)
+        n = means[-1]
+        mean_x, mean_y = (means[:-1] / n.clamp(min=1)).split([d_x, d_y])
+        shapes = [value.shape for value in mine[3:]]
+        sums = _all_reduce_flat(recentre_moments(mine, mean_x, mean_y)[3:], shapes, group)
+        self._set_moments(PairedMoments(n, mean_x, mean_y, *sums))
 
 
 class MinibatchCKA(_Float64Metric):
@@ -277,12 +293,10 @@ class MinibatchCKA(_Float64Metric):
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] | None = None, process_group: Any = None) -> None:
         """All-reduce: agree on the numbers of layers, which a rank without batches does not know, then add up."""
         group, device = process_group or self.process_group, self.n.device
-        layers = torch.tensor(self.hsic_xy.shape if self.hsic_xy.ndim else (0, 0), device=device)
-        dist.all_reduce(layers, dist.ReduceOp.MAX, group=group)
-        shape = torch.Size(layers.tolist())
+        shape = torch.Size(_agree(self.hsic_xy.shape or (0, 0), "numbers of layers", device, group))
         if not shape.numel():
             return
-        shapes = {"hsic_xy": shape, "hsic_xx": shape[:1], "hsic_yy": shape[1:], "n": ()}
-        sums = _all_reduce_flat([getattr(self, name).expand(size) for name, size in shapes.items()], group)
-        for name, value in zip(shapes, sums, strict=True):
+        shapes = {"hsic_xy": shape, "hsic_xx": shape[:1], "hsic_yy": shape[1:], "n": torch.Size()}
+        states = [getattr(self, name).expand(size) for name, size in shapes.items()]
+        for name, value in zip(shapes, _all_reduce_flat(states, list(shapes.values()), group), strict=True):
             setattr(self, name, value)

@@ -4,6 +4,7 @@ from lit_cka.functional.cka import cka_from_gram, cka_from_moments, hsic, linear
 from lit_cka.functional.kernels import linear_gram, rbf_gram
 from lit_cka.functional.moments import (
     PairedMoments,
+    add_samples,
     empty_moments,
     merge_moments,
     paired_moments,
@@ -12,6 +13,7 @@ from lit_cka.functional.moments import (
 
 __all__ = [
     "PairedMoments",
+    "add_samples",
     "cka_from_gram",
     "cka_from_moments",
     "empty_moments",

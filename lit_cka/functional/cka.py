@@ -56,7 +56,7 @@ def cka_from_moments(moments: PairedMoments, *, debiased: bool = False) -> Tenso
 
     Returns a float64 scalar; NaN for constant or non-finite features and for fewer than 2 samples (4 if debiased).
     """
-    n, a, b = moments.n, moments.xx.trace(), moments.yy.trace()
+    n, a, b = moments.n, moments.a, moments.b
     hsic_xy = _hsic(moments.xy.square().sum(), moments.ab, a, b, n, debiased)
     hsic_xx = _hsic(moments.xx.square().sum(), moments.aa, a, a, n, debiased)
     hsic_yy = _hsic(moments.yy.square().sum(), moments.bb, b, b, n, debiased)

@@ -18,8 +18,9 @@ from torch import Tensor
 class PairedMoments(NamedTuple):
     """Sums over `n` paired samples, with `x` and `y` measured from `mean_x` and `mean_y`. All float64.
 
-    The traces need no field of their own: `sum a = trace(xx)` and `sum b = trace(yy)`. The fields from `aa` on serve
-    the debiased estimator alone and cost O(d).
+    The fields from `aa` on serve the debiased estimator alone and cost O(d). Where `y` are the features of a frozen
+    reference, its own sums `yy`, `bb`, `by` are the same for every pass over the data, and may be left out: `yy` and
+    `by` are then of size 0. See `with_yy` of `paired_moments`.
     """
 
     n: Tensor  # ()         number of samples
@@ -28,6 +29,8 @@ class PairedMoments(NamedTuple):
     xx: Tensor  # (d_x, d_x) sum x x'
     yy: Tensor  # (d_y, d_y) sum y y'
     xy: Tensor  # (d_x, d_y) sum x y'
+    a: Tensor  # ()          sum a, the trace of xx
+    b: Tensor  # ()          sum b, the trace of yy
     aa: Tensor  # ()         sum a^2
     bb: Tensor  # ()         sum b^2
     ab: Tensor  # ()         sum a b
@@ -40,7 +43,7 @@ class PairedMoments(NamedTuple):
 def empty_moments(num_features_x: int, num_features_y: int, device: torch.device | str | None = None) -> PairedMoments:
     """The moments of no samples at all: merging them changes nothing."""
     d_x, d_y = num_features_x, num_features_y
-    shapes = [(), (d_x,), (d_y,), (d_x, d_x), (d_y, d_y), (d_x, d_y), (), (), (), (d_x,), (d_y,), (d_x,), (d_y,)]
+    shapes = [(), (d_x,), (d_y,), (d_x, d_x), (d_y, d_y), (d_x, d_y), *[()] * 5, (d_x,), (d_y,), (d_x,), (d_y,)]
     return PairedMoments(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
 
@@ -67,12 +70,13 @@ def _centred(features: Tensor) -> tuple[Tensor, Tensor]:
     return offsets - mean, pivot + mean
 
 
-def paired_moments(X: Tensor, Y: Tensor) -> PairedMoments:
+def paired_moments(X: Tensor, Y: Tensor, *, with_yy: bool = True) -> PairedMoments:
     """Moments of one batch of paired features.
 
     Args:
         X: features (n, d_x), any floating dtype; computed in float64.
         Y: features (n, d_y) of the same samples in the same order.
+        with_yy: compute `yy`, `bb`, `by` too, which depend on `Y` alone: a third of the cost.
 
     Raises:
         ValueError: if a shape or dtype is not as above.
@@ -85,14 +89,23 @@ def paired_moments(X: Tensor, Y: Tensor) -> PairedMoments:
     check_features(X, Y)
     x, y = X.detach().to(torch.float64), Y.detach().to(torch.float64)
     if len(x) == 0:
-        return empty_moments(x.shape[1], y.shape[1], x.device)
+        empty = empty_moments(x.shape[1], y.shape[1], x.device)
+        return empty if with_yy else without_yy(empty)
     x, mean_x = _centred(x)
     y, mean_y = _centred(y)
     a, b = x.square().sum(dim=1), y.square().sum(dim=1)
     n = torch.tensor(len(x), dtype=torch.float64, device=x.device)
+    none = y.new_empty(0)
+    yy, bb, by = (y.T @ y, b @ b, b @ y) if with_yy else (none, none.sum(), none)
     return PairedMoments(
-        n, mean_x, mean_y, x.T @ x, y.T @ y, x.T @ y, a @ a, b @ b, a @ b, a @ x, a @ y, b @ x, b @ y
+        n, mean_x, mean_y, x.T @ x, yy, x.T @ y, a.sum(), b.sum(), a @ a, bb, a @ b, a @ x, a @ y, b @ x, by
     )  # fmt: skip
+
+
+def without_yy(moments: PairedMoments) -> PairedMoments:
+    """The same without the sums over `y` alone."""
+    none = moments.yy.new_empty(0)
+    return moments._replace(yy=none, bb=none.sum(), by=none)
 
 
 def recentre_moments(moments: PairedMoments, mean_x: Tensor, mean_y: Tensor) -> PairedMoments:
@@ -102,25 +115,38 @@ def recentre_moments(moments: PairedMoments, mean_x: Tensor, mean_y: Tensor) -> 
     expanded with `sum x = 0`, which holds for moments about their own mean. The result is for adding to others
     measured from the same point; recentring it again would be wrong.
     """
-    n, _, _, xx, yy, xy, aa, bb, ab, ax, ay, bx, by = moments
     d, e = moments.mean_x - mean_x, moments.mean_y - mean_y
-    dd, ee = d @ d, e @ e
-    sum_a, sum_b = xx.trace(), yy.trace()
+    n = moments.n
     return PairedMoments(
         n,
         mean_x,
         mean_y,
-        xx + n * torch.outer(d, d),
-        yy + n * torch.outer(e, e),
-        xy + n * torch.outer(d, e),
-        aa + 4 * (ax @ d) + 2 * dd * sum_a + 4 * (d @ xx @ d) + n * dd * dd,
-        bb + 4 * (by @ e) + 2 * ee * sum_b + 4 * (e @ yy @ e) + n * ee * ee,
-        ab + 2 * (ay @ e) + 2 * (bx @ d) + ee * sum_a + dd * sum_b + 4 * (d @ xy @ e) + n * dd * ee,
-        ax + sum_a * d + 2 * (xx @ d) + n * dd * d,
-        ay + sum_a * e + 2 * (d @ xy) + n * dd * e,
-        bx + sum_b * d + 2 * (xy @ e) + n * ee * d,
-        by + sum_b * e + 2 * (yy @ e) + n * ee * e,
+        torch.addr(moments.xx, n * d, d),
+        torch.addr(moments.yy, n * e, e) if moments.yy.numel() else moments.yy,
+        torch.addr(moments.xy, n * d, e),
+        *_recentred_vectors(moments, d, e),
     )
+
+
+def _recentred_vectors(moments: PairedMoments, d: Tensor, e: Tensor) -> list[Tensor]:
+    """The fields from `a` on, after every `x` has moved by `d` and every `y` by `e`."""
+    n, _, _, xx, yy, xy, a, b, aa, bb, ab, ax, ay, bx, by = moments
+    dd, ee, d_xx, d_xy, xy_e = d @ d, e @ e, d @ xx, d @ xy, xy @ e
+    if len(by):
+        yy_e = yy @ e
+        bb = bb + 4 * (by @ e) + 2 * ee * b + 4 * (e @ yy_e) + n * ee * ee
+        by = by + b * e + 2 * yy_e + n * ee * e
+    return [
+        a + n * dd,
+        b + n * ee,
+        aa + 4 * (ax @ d) + 2 * dd * a + 4 * (d_xx @ d) + n * dd * dd,
+        bb,
+        ab + 2 * (ay @ e) + 2 * (bx @ d) + ee * a + dd * b + 4 * (d_xy @ e) + n * dd * ee,
+        ax + a * d + 2 * d_xx + n * dd * d,
+        ay + a * e + 2 * d_xy + n * dd * e,
+        bx + b * d + 2 * xy_e + n * ee * d,
+        by,
+    ]
 
 
 def merge_moments(first: PairedMoments, second: PairedMoments) -> PairedMoments:
@@ -131,3 +157,29 @@ def merge_moments(first: PairedMoments, second: PairedMoments) -> PairedMoments:
     mean_y = first.mean_y + share * (second.mean_y - first.mean_y)
     parts = (recentre_moments(first, mean_x, mean_y), recentre_moments(second, mean_x, mean_y))
     return PairedMoments(n, mean_x, mean_y, *(p + q for p, q in zip(parts[0][3:], parts[1][3:], strict=True)))
+
+
+def add_samples(moments: PairedMoments, X: Tensor, Y: Tensor) -> PairedMoments:
+    """`merge_moments(moments, paired_moments(X, Y))` at little more than the cost of the products of `X` and `Y`.
+
+    The samples are measured from the mean of the union at once, and that `moments` move to it is one more row of the
+    products. Sums over `y` alone are kept up if `moments` has them. Raises as `paired_moments`.
+    """
+    check_features(X, Y)
+    x, y = X.detach().to(torch.float64), Y.detach().to(torch.float64)
+    if len(x) == 0:
+        return moments
+    n = moments.n + len(x)
+    mean_x = moments.mean_x + len(x) / n * (_centred(x)[1] - moments.mean_x)
+    mean_y = moments.mean_y + len(x) / n * (_centred(y)[1] - moments.mean_y)
+    d, e = moments.mean_x - mean_x, moments.mean_y - mean_y
+    x, y = x - mean_x, y - mean_y
+    a, b = x.square().sum(dim=1), y.square().sum(dim=1)
+    with_yy = moments.yy.numel() > 0
+    sums = [a.sum(), b.sum(), a @ a, b @ b if with_yy else 0, a @ b, a @ x, a @ y, b @ x, b @ y if with_yy else 0]
+    vectors = [old + new for old, new in zip(_recentred_vectors(moments, d, e), sums, strict=True)]
+    x, y = (torch.cat([rows, (moments.n.sqrt() * moved)[None]]) for rows, moved in ((x, d), (y, e)))
+    yy = torch.addmm(moments.yy, y.T, y) if with_yy else moments.yy
+    return PairedMoments(
+        n, mean_x, mean_y, torch.addmm(moments.xx, x.T, x), yy, torch.addmm(moments.xy, x.T, y), *vectors
+    )  # fmt: skip

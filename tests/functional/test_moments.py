@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
+from itertools import product
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from lit_cka.functional import (
     PairedMoments,
+    add_samples,
     cka_from_moments,
     empty_moments,
     merge_moments,
@@ -34,6 +37,8 @@ def sums_about(X: Tensor, Y: Tensor, mean_x: np.ndarray, mean_y: np.ndarray) -> 
         "xx": sum(np.outer(row, row) for row in x),
         "yy": sum(np.outer(row, row) for row in y),
         "xy": sum(np.outer(row_x, row_y) for row_x, row_y in zip(x, y, strict=True)),
+        "a": sum(a),
+        "b": sum(b),
         "aa": sum(value * value for value in a),
         "bb": sum(value * value for value in b),
         "ab": sum(first * second for first, second in zip(a, b, strict=True)),
@@ -51,8 +56,22 @@ def assert_equal(moments: PairedMoments, expected: dict[str, np.ndarray], rtol: 
         np.testing.assert_allclose(value, expected[name], rtol=rtol, atol=rtol * scale, err_msg=name)
 
 
-def merged(batches: list[PairedMoments]) -> PairedMoments:
-    return reduce(merge_moments, batches)
+def merged(X: Tensor, Y: Tensor, sizes: list[int], with_yy: bool = True) -> PairedMoments:
+    """Every batch's own moments, merged from the first on."""
+    batches = zip(X.split(sizes), Y.split(sizes), strict=True)
+    return reduce(merge_moments, [paired_moments(x, y, with_yy=with_yy) for x, y in batches])
+
+
+def added(X: Tensor, Y: Tensor, sizes: list[int], with_yy: bool = True) -> PairedMoments:
+    """Batch after batch added to the moments so far."""
+    moments = paired_moments(X[:0], Y[:0], with_yy=with_yy)
+    for x, y in zip(X.split(sizes), Y.split(sizes), strict=True):
+        moments = add_samples(moments, x, y)
+    return moments
+
+
+BOTH_WAYS = pytest.mark.parametrize("union", [merged, added])
+Union = Callable[..., PairedMoments]
 
 
 @pytest.mark.parametrize("related", [True, False], ids=["related", "unrelated"])
@@ -96,9 +115,37 @@ def test_recentring_one_side_alone(moved: str) -> None:
         np.testing.assert_allclose(getattr(recentred, name), value, rtol=1e-11, atol=1e-10, err_msg=name)
 
 
-def test_merged_moments_are_those_of_the_union() -> None:
+@BOTH_WAYS
+def test_without_the_sums_of_y_alone_all_others_are_the_same(union: Union) -> None:
+    """As for a frozen reference, whose own sums are known from the first pass."""
     X, Y = paired_features(20, 3, 4)
-    moments = merge_moments(paired_moments(X[:13], Y[:13]), paired_moments(X[13:], Y[13:]))
+    full, part = (union(X, Y, [7, 0, 13], with_yy) for with_yy in (True, False))
+    for name, value in part._asdict().items():
+        if name in ("yy", "by"):
+            assert not value.numel()
+        elif name != "bb":
+            assert torch.equal(value, getattr(full, name)), name
+    known = paired_moments(Y, Y)
+    assert_equal(
+        part._replace(yy=known.xx, bb=known.aa, by=known.ax),
+        {name: float64(value) for name, value in full._asdict().items()},
+    )
+
+
+def test_merging_and_adding_leave_their_parts_alone() -> None:
+    X, Y = paired_features(20, 3, 4)
+    for with_yy in (True, False):
+        parts = [paired_moments(x, y, with_yy=with_yy) for x, y in ((X[:13], Y[:13]), (X[13:], Y[13:]))]
+        before = [[value.clone() for value in part] for part in parts]
+        merge_moments(*parts)
+        add_samples(parts[0], X[13:], Y[13:])
+        assert all(map(torch.equal, [*before[0], *before[1]], [*parts[0], *parts[1]]))
+
+
+@BOTH_WAYS
+def test_moments_of_parts_are_those_of_the_union(union: Union) -> None:
+    X, Y = paired_features(20, 3, 4)
+    moments = union(X, Y, [13, 7])
     assert_equal(moments, {name: float64(value) for name, value in paired_moments(X, Y)._asdict().items()})
     np.testing.assert_allclose(moments.mean_x, float64(X).mean(0), rtol=1e-14)
     np.testing.assert_allclose(moments.mean_y, float64(Y).mean(0), rtol=1e-14)
@@ -122,8 +169,9 @@ def test_no_split_into_batches_matters(data: st.DataObject) -> None:
         parts.append(merge_moments(first, second))
     assert parts[0].n == n
     whole = paired_moments(X, Y)
-    for debiased in (False, True):
-        value = cka_from_moments(parts[0], debiased=debiased).item()
+    in_turn = added(X[order], Y[order], sizes)
+    for moments, debiased in product((parts[0], in_turn), (False, True)):
+        value = cka_from_moments(moments, debiased=debiased).item()
         if np.isnan(value):  # at n = 4 or in one dimension an unbiased self-term may vanish
             assert cka_from_moments(whole, debiased=debiased).isnan()
             continue
@@ -133,41 +181,43 @@ def test_no_split_into_batches_matters(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("debiased", [False, True], ids=["plain", "debiased"])
 @pytest.mark.parametrize("offset", [0.0, 1e4, 1e6])
-def test_one_sample_at_a_time(offset: float, debiased: bool) -> None:
+@BOTH_WAYS
+def test_one_sample_at_a_time(offset: float, debiased: bool, union: Union) -> None:
     X, Y = paired_features(300, 6, 4, offset=offset, related=False)
-    singles = merged([paired_moments(x[None], y[None]) for x, y in zip(X, Y, strict=True)])
+    singles = union(X, Y, [1] * 300)
     value = cka_from_moments(singles, debiased=debiased).item()
     assert value == pytest.approx(cka_from_moments(paired_moments(X, Y), debiased=debiased).item(), abs=1e-10)
     assert value == pytest.approx(oracles.linear_cka(X, Y, debiased), abs=1e-8)
 
 
-def test_batches_with_means_of_their_own() -> None:
+@BOTH_WAYS
+def test_batches_with_means_of_their_own(union: Union) -> None:
     """Sorted by class, say: most of the variance is between the batches, and none within some of them."""
     X, Y = paired_features(40, 3, 4)
     shift = torch.arange(4.0).repeat_interleave(10)[:, None] * 100
     X, Y = X + shift, Y - shift**2
     X[:10] = X[0]
-    value = cka_from_moments(merged([paired_moments(x, y) for x, y in zip(X.split(10), Y.split(10), strict=True)]))
+    value = cka_from_moments(union(X, Y, [10] * 4))
     assert value.item() == pytest.approx(oracles.linear_cka(X, Y, False), abs=1e-10)
 
 
 @pytest.mark.parametrize("value", [0.1, 1e6 + 0.1])
-def test_constants_stay_constant_when_merged(value: float) -> None:
+@BOTH_WAYS
+def test_constants_stay_constant_when_merged(value: float, union: Union) -> None:
     X = torch.full((30, 7), value)
     _, Y = paired_features(30, 7, 7)
-    moments = merged(
-        [paired_moments(x, y) for x, y in zip(X.split([7, 1, 0, 22]), Y.split([7, 1, 0, 22]), strict=True)]
-    )
+    moments = union(X, Y, [7, 1, 0, 22])
     for debiased in (False, True):
         assert cka_from_moments(moments, debiased=debiased).isnan()
 
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 1e6 + 0.1])
-def test_a_constant_column_has_a_variance_of_exactly_zero(value: float) -> None:
+@BOTH_WAYS
+def test_a_constant_column_has_a_variance_of_exactly_zero(value: float, union: Union) -> None:
     """The mean of thirty times 0.1 is not 0.1 in floating point."""
     X, Y = paired_features(30, 3, 4)
     X[:, 1] = value
-    moments = merged([paired_moments(x, y) for x, y in zip(X.split([19, 11]), Y.split([19, 11]), strict=True)])
+    moments = union(X, Y, [19, 11])
     assert not moments.xx[1].any()
     assert not moments.xy[1].any()
     assert moments.mean_x[1] == value
@@ -180,6 +230,7 @@ def test_no_samples_change_nothing() -> None:
         merge_moments(moments, nothing),
         merge_moments(nothing, moments),
         merge_moments(moments, paired_moments(X[:0], Y[:0])),
+        add_samples(moments, X[:0], Y[:0]),
     ):
         for name, value in union._asdict().items():
             assert torch.equal(value, getattr(moments, name)), name

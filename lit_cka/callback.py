@@ -13,7 +13,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lit_cka.dataloaders import tracked_dataloaders
+from lit_cka.cache import CacheDtype, ReferenceCache
+from lit_cka.dataloaders import num_first_samples, tracked_dataloaders
 from lit_cka.history import Record, Stage, latest_scores, mean_score
 from lit_cka.layers import Layers, select_layers
 from lit_cka.pooling import Pooling, parse_pooling
@@ -47,6 +48,10 @@ class CKACallback(pl.Callback):
         dataloaders: indices of the dataloaders to track; None for all.
         every_n_validations: track the first, and then each n-th validation of a `fit`.
         max_batches: of each dataloader, use the first so many batches only.
+        cache_memory: GiB of CPU memory, per process, for the reference's features. The reference runs on a batch
+            once, as long as they fit and the batch stays the same. 0 to run it every time.
+        cache_dtype: "float64", or "bfloat16" to fit four times as much: it is refused, with a warning, where it would
+            change a score by more than 1e-4.
         prefix: of the logged keys. Two callbacks in one trainer need different ones.
         log_figures: draw the layers-by-time heatmap and the chart of all layers for loggers that take them, and print
             the table at the end of `fit`.
@@ -69,11 +74,18 @@ class CKACallback(pl.Callback):
         dataloaders: Sequence[int] | None = None,
         every_n_validations: int = 1,
         max_batches: int | None = None,
+        cache_memory: float = 4.0,
+        cache_dtype: CacheDtype = "float64",
         prefix: str = "cka",
         log_figures: bool = True,
         thresholds: tuple[float, float] = (0.99, 0.9),
     ) -> None:
         _check_options(estimator, stages, dataloaders, every_n_validations, max_batches, thresholds)
+        if cache_memory < 0 or cache_dtype not in ("float64", "bfloat16"):
+            raise ValueError(
+                'Expected `cache_memory` to be GiB from 0 on and `cache_dtype` to be "float64" or "bfloat16", but got '
+                f"{cache_memory} and {cache_dtype!r}."
+            )
         parse_pooling(pooling)
         self.layers = layers
         self.reference: ReferenceLike = reference
@@ -84,6 +96,8 @@ class CKACallback(pl.Callback):
         self.dataloaders = None if dataloaders is None else tuple(dataloaders)
         self.every_n_validations = every_n_validations
         self.max_batches = max_batches
+        self.cache_memory = cache_memory
+        self.cache_dtype: CacheDtype = cache_dtype
         self.prefix = prefix
         self.log_figures = log_figures
         self.thresholds = thresholds
@@ -138,7 +152,8 @@ class CKACallback(pl.Callback):
     def _prepare(self, pl_module: pl.LightningModule, reference: Reference | None = None) -> None:
         layer_names = select_layers(pl_module, self.layers)
         reference = reference or make_reference(pl_module, self.reference, layer_names, self.pooling)
-        self._tracker = Tracker(pl_module, reference, layer_names, self.pooling, self.estimator, self.debiased)
+        cache = reference.cache or ReferenceCache(self.cache_memory * 2**30, self.cache_dtype)
+        self._tracker = Tracker(pl_module, reference, layer_names, self.pooling, self.estimator, self.debiased, cache)
 
     def _warn_monitors(self, trainer: pl.Trainer) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
@@ -180,7 +195,7 @@ class CKACallback(pl.Callback):
             self._prepare(pl_module)
         assert self._tracker is not None
         self._tracked, total = self._which_dataloaders(trainer, stage)
-        self._tracker.open(total, pl_module.device)
+        self._tracker.open(stage, total, pl_module.device)
 
     @override
     def on_validation_batch_start(
@@ -188,7 +203,7 @@ class CKACallback(pl.Callback):
     ) -> None:
         if self._is_tracked(batch_idx, dataloader_idx):
             assert self._tracker is not None
-            self._tracker.begin()
+            self._tracker.begin(dataloader_idx, batch_idx, rehearsal=trainer.sanity_checking)
 
     @override
     def on_validation_batch_end(
@@ -202,7 +217,8 @@ class CKACallback(pl.Callback):
     ) -> None:
         if self._is_tracked(batch_idx, dataloader_idx):
             assert self._tracker is not None
-            self._tracker.end(dataloader_idx)
+            stage: Stage = "test" if trainer.testing else "validate"
+            self._tracker.end(num_first_samples(trainer, stage, dataloader_idx, batch_idx))
 
     def _is_tracked(self, batch_idx: int, dataloader_idx: int) -> bool:
         return dataloader_idx in self._tracked and (self.max_batches is None or batch_idx < self.max_batches)

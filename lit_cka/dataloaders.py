@@ -1,10 +1,13 @@
-"""Which of a trainer's evaluation dataloaders to track."""
+"""Which of a trainer's evaluation dataloaders to track, and which of their samples are no repetitions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Sized
+from typing import Any, cast
 
 import lightning.pytorch as pl
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.utils.data import BatchSampler, DistributedSampler
 
 from lit_cka.history import Stage
 
@@ -23,12 +26,7 @@ def tracked_dataloaders(
     Raises:
         ValueError: if there is none with an index, or one is known to have fewer samples.
     """
-    loaders = trainer.val_dataloaders if stage == "validate" else trainer.test_dataloaders
-    if isinstance(loaders, Mapping):
-        loaders = list(loaders.values())
-    combined = trainer._evaluation_loop._combined_loader
-    if not isinstance(loaders, (list, tuple)) or (combined is not None and combined._mode != "sequential"):
-        loaders = [loaders]  # one after the other they are several, side by side one
+    loaders = _dataloaders(trainer, stage)
     unknown = [index for index in indices or () if index >= len(loaders)]
     if unknown:
         raise ValueError(f"Expected `dataloaders` to be indices below {len(loaders)}, but got {unknown}.")
@@ -41,3 +39,36 @@ def tracked_dataloaders(
                 f"{len(dataset)}. Track others by `dataloaders=`, or another stage by `stages=`."
             )
     return tracked, len(loaders)
+
+
+def _dataloaders(trainer: pl.Trainer, stage: Stage) -> Sequence[Any]:
+    loaders = trainer.val_dataloaders if stage == "validate" else trainer.test_dataloaders
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    combined = trainer._evaluation_loop._combined_loader
+    if not isinstance(loaders, (list, tuple)) or (combined is not None and combined._mode != "sequential"):
+        loaders = [loaders]  # one after the other they are several, side by side one
+    return loaders
+
+
+def num_first_samples(trainer: pl.Trainer, stage: Stage, dataloader: int, batch_idx: int) -> int | None:
+    """How many samples of a batch, from its start on, no rank has had before; None for all.
+
+    torch's `DistributedSampler` repeats samples to give all ranks as many. It appends them to the list that it deals
+    out to the ranks in turn, so sample `k` of rank `r` among `W` is a repetition if `r + k W` is `N` or more.
+    """
+    loader = _dataloaders(trainer, stage)[dataloader]
+    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+        return None
+    num_samples, repeated = len(cast(Sized, sampler.dataset)), sampler.total_size - len(cast(Sized, sampler.dataset))
+    if repeated <= 0:
+        return None
+    if type(loader.batch_sampler) is not BatchSampler or not getattr(loader, "in_order", True):
+        rank_zero_warn(
+            f"{stage} dataloader {dataloader} repeats {repeated} of {num_samples} samples to give all ranks as many, "
+            f"in an order that {type(loader.batch_sampler).__name__} hides: they count twice in CKA."
+        )
+        return None
+    own = (num_samples - sampler.rank + sampler.num_replicas - 1) // sampler.num_replicas
+    return min(max(own - batch_idx * loader.batch_sampler.batch_size, 0), loader.batch_sampler.batch_size)

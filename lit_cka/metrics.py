@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import Self
 
+from lit_cka.collectives import agree_on_sizes, all_reduce_flat
 from lit_cka.functional.cka import cka_from_moments, hsic, pairwise_hsic
 from lit_cka.functional.kernels import linear_gram, rbf_gram
 from lit_cka.functional.moments import (
@@ -68,30 +69,6 @@ class _Float64Metric(Metric):
 
         super()._apply(move, exclude_state)
         return self
-
-
-def _all_reduce_flat(tensors: Iterable[Tensor], shapes: Sequence[torch.Size], group: Any) -> list[Tensor]:
-    """The tensors' sums over the ranks, in one collective."""
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat, group=group)
-    parts = flat.split([shape.numel() for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _agree(sizes: Sequence[int], what: str, device: torch.device, group: Any) -> list[int]:
-    """The sizes that the ranks have; 0 on a rank means that it knows none yet.
-
-    Raises:
-        ValueError: on every rank, if two of them have different ones.
-    """
-    # In one collective: the largest, and, since 0 does not count, the negatives of the smallest.
-    unknown = -torch.iinfo(torch.int64).max
-    extremes = torch.tensor([*sizes, *(-size if size else unknown for size in sizes)], device=device)
-    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
-    largest, smallest = extremes[: len(sizes)].tolist(), (-extremes[len(sizes) :]).tolist()
-    if any(0 < large != small for large, small in zip(largest, smallest, strict=True)):
-        raise ValueError(f"Expected the same {what} on all ranks, but got from {smallest} to {largest}.")
-    return largest
 
 
 class LinearCKA(_Float64Metric):
@@ -188,14 +165,14 @@ class LinearCKA(_Float64Metric):
         Takes twice the memory of the states beside them, whatever the number of ranks.
         """
         group, device = process_group or self.process_group, self.n.device
-        d_x, d_y = _agree(self.xy.shape, "numbers of features", device, group)
+        d_x, d_y = agree_on_sizes(self.xy.shape, "numbers of features", device, group)
         mine = self.moments if self.xy.numel() else empty_moments(d_x, d_y, device)
         means = torch.cat([mine.n * mine.mean_x, mine.n * mine.mean_y, mine.n[None]])
         dist.all_reduce(means, group=group)
         n = means[-1]
         mean_x, mean_y = (means[:-1] / n.clamp(min=1)).split([d_x, d_y])
         shapes = [value.shape for value in mine[3:]]
-        sums = _all_reduce_flat(recentre_moments(mine, mean_x, mean_y)[3:], shapes, group)
+        sums = all_reduce_flat(recentre_moments(mine, mean_x, mean_y)[3:], shapes, group)
         self._set_moments(PairedMoments(n, mean_x, mean_y, *sums))
 
 
@@ -293,10 +270,10 @@ class MinibatchCKA(_Float64Metric):
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] | None = None, process_group: Any = None) -> None:
         """All-reduce: agree on the numbers of layers, which a rank without batches does not know, then add up."""
         group, device = process_group or self.process_group, self.n.device
-        shape = torch.Size(_agree(self.hsic_xy.shape or (0, 0), "numbers of layers", device, group))
+        shape = torch.Size(agree_on_sizes(self.hsic_xy.shape or (0, 0), "numbers of layers", device, group))
         if not shape.numel():
             return
         shapes = {"hsic_xy": shape, "hsic_xx": shape[:1], "hsic_yy": shape[1:], "n": torch.Size()}
         states = [getattr(self, name).expand(size) for name, size in shapes.items()]
-        for name, value in zip(shapes, _all_reduce_flat(states, list(shapes.values()), group), strict=True):
+        for name, value in zip(shapes, all_reduce_flat(states, list(shapes.values()), group), strict=True):
             setattr(self, name, value)

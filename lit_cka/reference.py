@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any, TypeAlias, Union
 
-import lightning.pytorch as pl
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
+from lit_cka.cache import Batch, ReferenceCache
 from lit_cka.checkpoints import fitting_weights, load_into, load_state_dict, require_weights, strip_wrappers
 from lit_cka.features import FeatureExtractor, tensors_in
+from lit_cka.fingerprint import fingerprint
 from lit_cka.isolation import FollowsLiveWeightsError, LiveWeightGuard, Provenance, preserved_rng, tensors_of
 from lit_cka.layers import named_layers
 from lit_cka.pooling import Pooling
+from lit_cka.snapshot import snapshot
 
 ReferenceLike: TypeAlias = Union[str, "os.PathLike[str]", nn.Module, Mapping[str, Tensor]]
 INITIAL = "initial"
@@ -47,47 +47,6 @@ def make_reference(live: nn.Module, spec: ReferenceLike, layer_names: list[str],
     if spec == INITIAL:
         return Reference(live, snapshot(live), None, layer_names, pooling)
     return _from_weights(live, load_state_dict(spec), layer_names, pooling)
-
-
-def snapshot(model: nn.Module) -> nn.Module:
-    """A frozen copy of `model` in eval mode that shares no tensor with it; datasets and trainers aren't copied.
-
-    Raises:
-        ValueError: if the model holds something that can't be copied.
-    """
-    memo: dict[int, Any] = {id(held): held for held in _held_data(model)}
-    try:
-        with torch.inference_mode(False):
-            copied = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise ValueError(
-            f"{type(model).__name__} could not be copied to keep its weights as the reference "
-            f"({type(error).__name__}: {error}). Pass `reference=` a module or the path of a checkpoint."
-        ) from error
-    if isinstance(model, pl.LightningModule):  # a forward may look at the trainer, and may log: the copy must not
-        vars(copied)["_trainer"] = model._trainer
-        vars(copied)["log"] = vars(copied)["log_dict"] = lambda *args, **kwargs: None
-    return copied.requires_grad_(False).eval()
-
-
-def _held_data(model: nn.Module) -> Sequence[object]:
-    """Datasets and the like that the model's modules hold, in containers and plain objects too: not to be copied."""
-    data, seen = [], set()
-    todo: list[Any] = [vars(module) for module in model.modules()]
-    while todo:
-        value = todo.pop()
-        if id(value) in seen or isinstance(value, (Tensor, str, bytes, type)):
-            continue
-        seen.add(id(value))
-        if isinstance(value, (Dataset, DataLoader, pl.LightningDataModule, pl.Trainer)):
-            data.append(value)
-        elif isinstance(value, Mapping):
-            todo += value.values()
-        elif isinstance(value, (list, tuple, set)):
-            todo += value
-        elif not isinstance(value, nn.Module) and hasattr(value, "__dict__") and not callable(value):
-            todo.append(vars(value))
-    return data
 
 
 def _prefixes(layer_names: list[str]) -> list[str]:
@@ -141,7 +100,8 @@ class Reference:
 
     `on_call` and `on_return` are for `FeatureExtractor`: they report the calls of the modules around the layers. The
     reference runs at the outermost of these calls (or, with `prefix`, at that submodule's), so that it sees the raw
-    inputs, in the same autocast context, whatever the batch's format and whatever the model does to it.
+    inputs, in the same autocast context, whatever the batch's format and whatever the model does to it. It does not
+    run where `cache` has the features of the same inputs.
     """
 
     def __init__(
@@ -154,18 +114,29 @@ class Reference:
         self._pooling = pooling
         self._extractors: dict[str, FeatureExtractor] = {}
         self._guarded: set[str] = set()  # calls that were seen not to read live weights
+        self._called: dict[str, nn.Module] = {}  # the live model's modules that are called, by name
         self._features: dict[str, Tensor] = {}
         self._problems: dict[str, str] = {}
         self._provenance: Provenance | None = None
         self._running = self._first = False
+        self.cache: ReferenceCache | None = None
+        self.replayed = False  # whether all features of this step came from the cache
+        self._batch: Batch | None = None
 
     def of(self, live: nn.Module) -> Reference:
         """The same reference for another live model of the same architecture."""
-        return Reference(live, self.module, self._prefix, self._layer_names, self._pooling)
+        other = Reference(live, self.module, self._prefix, self._layer_names, self._pooling)
+        other.cache = self.cache
+        return other
 
-    def begin(self, *, first: bool) -> None:
-        """Prepare for a step. In the first one, what goes wrong is raised, and what the inputs come from is checked."""
+    def begin(self, batch: Batch | None, *, first: bool) -> None:
+        """Prepare for the step on a batch; None for one that is not to be kept in the cache.
+
+        In the first one, what goes wrong is raised, and what the inputs come from is checked.
+        """
         self._features, self._problems = {}, {}
+        self._batch = batch
+        self.replayed = True
         self._first = first
         self._provenance = Provenance(self._live) if first and self._prefix is None else None
         self._watch_step(True)
@@ -202,7 +173,7 @@ class Reference:
             self._problems.update(dict.fromkeys(layer_names, _FED.format(name or "the module", origin)))
             return
         try:
-            self._run(name, layer_names, args, kwargs)
+            self._replay_or_run(name, layer_names, args, kwargs)
         except FollowsLiveWeightsError:
             raise
         except Exception as error:
@@ -221,6 +192,28 @@ class Reference:
             if trained is not None:
                 self._provenance.note(list(tensors_in(output)), f"{name}.{trained}" if name else trained)
             self._watch_step(True)
+
+    def _replay_or_run(self, name: str, layer_names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.cache is None or self._batch is None or not self.cache.max_bytes:
+            self.replayed = False
+            self._run(name, layer_names, args, kwargs)
+            return
+        device = self._device(name)
+        mark = fingerprint((args, kwargs))
+        mark = None if mark is None else (mark, _autocast(device))
+        features = self.cache.find(self._batch, name, mark, device)
+        if features is not None:
+            self._features.update(features)
+            return
+        self.replayed = False
+        self._run(name, layer_names, args, kwargs)
+        if not self._problems:
+            self.cache.keep(
+                self._batch,
+                name,
+                mark,
+                {layer: self._features[layer] for layer in layer_names if layer in self._features},
+            )
 
     def _run(self, name: str, layer_names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name not in self._extractors:
@@ -245,12 +238,23 @@ class Reference:
         """Watch the reference's module that answers to `name`, on the device of the live one."""
         root = _below(self._prefix, name) if self._prefix is not None else name
         module = {"": self.module, **named_layers(self.module)}[root]
-        live = {"": self._live, **named_layers(self._live)}[name]
         with torch.inference_mode(False):
-            module.to(next(iter(tensors_of(live).values())).device)
+            module.to(self._device(name))
         extractor = FeatureExtractor(module, [_below(name, layer) for layer in layer_names], self._pooling).__enter__()
         extractor.enabled = False
         return extractor
+
+    def _device(self, name: str) -> torch.device:
+        """Where the live model's module of this name is."""
+        if name not in self._called:
+            self._called[name] = {"": self._live, **named_layers(self._live)}[name]
+        tensors = chain(self._called[name].parameters(), self._called[name].buffers())
+        return next(tensor.device for tensor in tensors if tensor.numel() and tensor.device.type != "meta")
+
+
+def _autocast(device: torch.device) -> torch.dtype | None:
+    """The precision that autocast computes in on this device; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 _FED = (

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from contextlib import ExitStack
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Union
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lit_cka.cache import Batch, ReferenceCache
 from lit_cka.features import FeatureExtractor
 from lit_cka.metrics import LinearCKA, MinibatchCKA
 from lit_cka.pooling import Pooling
 from lit_cka.reference import Reference
+from lit_cka.statistics import ExactStatistics, MinibatchStatistics, Recall, ReferenceSums
 
 Estimator = Literal["exact", "minibatch"]
 # Wider features would need more memory for their statistics than the models that are tracked.
 _MAX_STATE_BYTES = 8 * 2**30
+_MAX_ROUNDING_COST = 1e-4
+_Statistics = Union[ExactStatistics, MinibatchStatistics]
 
 
 class LayerScore(NamedTuple):
@@ -38,6 +43,7 @@ class Tracker:
         pooling: as for `FeatureExtractor`.
         estimator: "exact" (`LinearCKA`) or "minibatch" (`MinibatchCKA`).
         debiased: as for `LinearCKA`.
+        cache: for the reference's features; None for none.
     """
 
     def __init__(
@@ -48,8 +54,10 @@ class Tracker:
         pooling: Pooling,
         estimator: Estimator = "exact",
         debiased: bool = False,
+        cache: ReferenceCache | None = None,
     ) -> None:
         self.reference = reference
+        self._cache = reference.cache = cache or reference.cache or ReferenceCache(0)
         self.layer_names = layer_names
         self.live = live
         self._estimator = estimator
@@ -58,33 +66,54 @@ class Tracker:
             live, layer_names, pooling, on_call=reference.on_call, on_return=reference.on_return
         )
         self._hooks = ExitStack()
-        self._metrics: list[dict[str, LinearCKA | MinibatchCKA]] = []
+        self._statistics: list[dict[str, _Statistics]] = []
+        self._rounded: list[
+            dict[str, _Statistics]
+        ] = []  # the same with the cache's rounded features, to see what it costs
+        self._known: dict[tuple[str, int], dict[str, ReferenceSums]] = {}  # by dataloader and layer
+        self._checked: set[tuple[str, int]] = set()  # dataloaders whose rounded features have been judged
+        self._stage = ""
+        self._device = torch.device("cpu")
         self._widths: dict[str, int] = {}
         self._ran_once = False
         self._warned: set[tuple[str, str]] = set()
 
-    def open(self, num_dataloaders: int, device: torch.device) -> None:
+    def open(self, stage: str, num_dataloaders: int, device: torch.device) -> None:
         """Start anew for an evaluation over `num_dataloaders` sets: empty statistics on `device`, hooks in place."""
         self.close()
-        self._metrics = [
-            {name: self._new_metric().to(device) for name in self.layer_names} for _ in range(num_dataloaders)
-        ]
+        self._stage, self._device = stage, device
+        self._cache.forget_changing()
+        self._statistics, self._rounded = [], []
+        for dataloader in range(num_dataloaders):
+            known = self._known.get((stage, dataloader), {})
+            self._statistics.append({name: self._new(known.get(name)) for name in self.layer_names})
+            judge = self._cache.rounds and (stage, dataloader) not in self._checked
+            self._rounded.append({name: self._new(None) for name in self.layer_names} if judge else {})
+            if judge:
+                self._cache.forget(stage, dataloader)  # of a pass that did not end
         self._hooks.enter_context(self._extractor)
         self._extractor.enabled = False
+
+    def _new(self, known: ReferenceSums | None) -> _Statistics:
+        return MinibatchStatistics() if self._estimator == "minibatch" else ExactStatistics(known)
 
     def close(self) -> None:
         """Remove all hooks from the live model and the reference. The statistics stay."""
         self._hooks.close()
         self.reference.close()
 
-    def begin(self) -> None:
-        """Watch the step that follows."""
+    def begin(self, dataloader: int, index: int, *, rehearsal: bool = False) -> None:
+        """Watch the step on this batch; in a rehearsal nothing of it is kept for later passes."""
         self._extractor.drain()  # what a step that failed may have left
         self._extractor.enabled = True
-        self.reference.begin(first=not self._ran_once)
+        self._batch = Batch(self._stage, dataloader, index)
+        self.reference.begin(None if rehearsal else self._batch, first=not self._ran_once)
 
-    def end(self, dataloader: int) -> None:
-        """Add what the step since `begin` showed to the statistics of the dataloader with this index.
+    def end(self, num_samples: int | None = None) -> None:
+        """Add what the step since `begin` showed to the statistics of its dataloader.
+
+        Args:
+            num_samples: how many of the batch's samples count, the first ones; None for all.
 
         Raises:
             ValueError: in the first step, if a layer did not run once with usable output. Later, such a layer skips
@@ -102,7 +131,7 @@ class Tracker:
         for name in self.layer_names:
             if name not in problems:
                 try:
-                    self._update(self._metrics[dataloader][name], name, live[name], reference[name])
+                    self._add(name, live[name][:num_samples], reference[name][:num_samples])
                 except ValueError as error:
                     problems[name] = f"Layer {name!r} can't be used: {error}"
             if name in problems and not self._ran_once:
@@ -111,39 +140,77 @@ class Tracker:
                 self._warn_once(name, "skipped", f"{problems[name]} This batch is left out for the layer.")
         self._ran_once = True
 
+    def _add(self, name: str, live: Tensor, reference: Tensor) -> None:
+        d = max(live.shape[1], reference.shape[1])
+        if self._estimator == "exact" and 24 * d * d > _MAX_STATE_BYTES:
+            raise ValueError(
+                f"it has {d} features per sample, whose statistics would take {24 * d * d / 1e9:.0f} GB. Pool them "
+                '(pooling="mean"), or use estimator="minibatch".'
+            )
+        if self._estimator == "minibatch" and len(live) < 4:
+            if len(live):
+                self._warn_once("", "small", "Batches of fewer than 4 samples are left out of the minibatch estimator.")
+            return
+        statistics = self._statistics[self._batch.dataloader][name]
+        if not self.reference.replayed:
+            statistics.forget_known(self._recall(name))
+        statistics.add(self._batch, live, reference)
+        self._widths[name] = d
+        rounded = self._rounded[self._batch.dataloader].get(name)
+        if rounded is not None:
+            kept = self._cache.recall(self._batch, name, reference.device)
+            rounded.add(self._batch, live, reference if kept is None else kept[: len(reference)])
+
+    def _recall(self, name: str) -> Recall:
+        def recall(batch: Batch, num_samples: int) -> Tensor:
+            features = self._cache.recall(batch, name, self._device)
+            assert features is not None  # known sums are used as long as all features are found in the cache
+            return features[:num_samples]
+
+        return recall
+
     def scores(self, dataloader: int) -> dict[str, LayerScore]:
         """CKA of every layer over all batches since `open`, on all ranks; NaN with one warning where undefined."""
-        scores = {}
-        for name, metric in self._metrics[dataloader].items():
-            with warnings.catch_warnings():  # a rank without batches takes part all the same
-                warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
-                with metric.sync_context():
-                    # In this order: `compute` ends the synchronisation.
-                    n, finite, value = int(metric.n), _is_finite(metric), _item(metric.compute())
-            if value != value:
-                self._warn_once(name, "nan", _undefined(name, n, finite, self._debiased or self._estimator != "exact"))
-            scores[name] = LayerScore(value, n, self._widths.get(name, 0))
+        scores, cost = {}, 0.0
+        known = self._known[self._stage, dataloader] = {}
+        for name, statistics in self._statistics[dataloader].items():
+            score, finite = self._score(name, statistics)
+            if score.cka != score.cka:
+                debiased = self._debiased or self._estimator != "exact"
+                self._warn_once(name, "nan", _undefined(name, score.n, finite, debiased))
+            sums = statistics.reference_sums()
+            if sums is not None and all(self._cache.has(batch) for batch, _ in sums.batches):
+                known[name] = sums
+            if name in self._rounded[dataloader]:
+                rounded = self._score(name, self._rounded[dataloader][name])[0].cka
+                cost = max(cost, abs(rounded - score.cka), float(math.isnan(rounded) != math.isnan(score.cka)))
+            scores[name] = score
+        if self._rounded[dataloader]:
+            self._judge_rounding(dataloader, cost)
         return scores
 
-    def _new_metric(self) -> LinearCKA | MinibatchCKA:
-        if self._estimator == "minibatch":
-            return MinibatchCKA(sync_on_compute=False)
-        return LinearCKA(debiased=self._debiased, sync_on_compute=False)
+    def _score(self, name: str, statistics: _Statistics) -> tuple[LayerScore, bool]:
+        """The score over all ranks, and whether all features were finite."""
+        metric = statistics.metric(self._recall(name), self._device, debiased=self._debiased)
+        with warnings.catch_warnings():  # a rank without batches takes part all the same
+            warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+            with metric.sync_context():
+                # In this order: `compute` ends the synchronisation.
+                n, finite, value = int(metric.n), _is_finite(metric), _item(metric.compute())
+        return LayerScore(value, n, self._widths.get(name, 0)), finite
 
-    def _update(self, metric: LinearCKA | MinibatchCKA, name: str, live: Tensor, reference: Tensor) -> None:
-        d = max(live.shape[1], reference.shape[1])
-        if isinstance(metric, LinearCKA):
-            if 24 * d * d > _MAX_STATE_BYTES:
-                raise ValueError(
-                    f"Layer {name!r} has {d} features per sample, whose statistics would take "
-                    f'{24 * d * d / 1e9:.0f} GB. Pool them (pooling="mean"), or use estimator="minibatch".'
-                )
-            metric.update(live, reference)
-        elif len(live) < 4:
-            self._warn_once("", "small", "Batches of fewer than 4 samples are left out of the minibatch estimator.")
-        else:
-            metric.update([live], [reference])
-        self._widths[name] = d
+    def _judge_rounding(self, dataloader: int, cost: float) -> None:
+        """All ranks come to the same verdict, since the values are those of all ranks."""
+        self._checked.add((self._stage, dataloader))
+        if cost > _MAX_ROUNDING_COST:
+            self._cache.stop_rounding()
+            self._known.clear()
+            self._warn_once(
+                "",
+                "rounding",
+                f"Keeping the reference's features in bfloat16 would change CKA by {cost:.1e}, more than "
+                f"{_MAX_ROUNDING_COST:g}: they are kept in float64 from now on.",
+            )
 
     def _warn_once(self, name: str, kind: str, text: str) -> None:
         if (name, kind) not in self._warned:

@@ -7,10 +7,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lit_cka"
 ROWS = [
-    {"functional"},
+    {"functional", "collectives"},
     {"metrics", "layers", "pooling", "plots", "checkpoints", "masks", "history"},
-    {"features"},
-    {"isolation"},
+    {"features", "fingerprint", "cache", "snapshot"},
+    {"isolation", "statistics"},
     {"reference"},
     {"tracking", "report", "dataloaders"},
     {"callback", "models", "data"},

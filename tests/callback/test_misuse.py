@@ -510,7 +510,7 @@ def test_features_too_wide_for_exact_statistics(tmp_path: Path) -> None:
             return super().forward(self.wide(x)[:, :WIDTH])
 
     callback = CKACallback(layers="net.wide")
-    message = "Layer 'net.wide' has 24000 features .* 14 GB.*estimator=\"minibatch\""
+    message = "Layer 'net.wide' can't be used: it has 24000 features .* 14 GB.*estimator=\"minibatch\""
     assert_refused(tmp_path, Classifier(WideNet()), callback, message)
     # And the way out works.
     callback = CKACallback(layers="net.wide", estimator="minibatch")

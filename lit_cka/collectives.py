@@ -1,4 +1,4 @@
-"""What ranks say to each other: sums of tensors in one flat buffer, and sizes that only some of them know."""
+"""What ranks say to each other: the moments of all samples, from flat sums, and sizes that only some of them know."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lit_cka.functional.moments import PairedMoments, empty_moments, recentre_moments
 
 
 def all_reduce_flat(tensors: Iterable[Tensor], shapes: Sequence[torch.Size], group: Any) -> list[Tensor]:
@@ -32,3 +34,26 @@ def agree_on_sizes(sizes: Sequence[int], what: str, device: torch.device, group:
     if any(0 < large != small for large, small in zip(largest, smallest, strict=True)):
         raise ValueError(f"Expected the same {what} on all ranks, but got from {smallest} to {largest}.")
     return largest
+
+
+def all_reduce_moments(moments: PairedMoments, group: Any = None) -> PairedMoments:
+    """The moments of the samples of all ranks: agree on the widths, then on the mean, then add up what is measured
+    from it.
+
+    Every rank of the `group` takes part, also one without samples, whose widths may be 0. Takes twice the memory of
+    the moments beside them, whatever the number of ranks.
+
+    Raises:
+        ValueError: if ranks have features of different widths.
+    """
+    d_x, d_y = agree_on_sizes(moments.xy.shape, "numbers of features", moments.n.device, group)
+    if not moments.xy.numel():
+        moments = empty_moments(d_x, d_y, moments.n.device)
+    n = moments.n
+    means = torch.cat([n * moments.mean_x, n * moments.mean_y, n[None]])
+    dist.all_reduce(means, group=group)
+    total = means[-1]
+    mean_x, mean_y = (means[:-1] / total.clamp(min=1)).split([d_x, d_y])
+    shapes = [value.shape for value in moments[3:]]
+    sums = all_reduce_flat(recentre_moments(moments, mean_x, mean_y)[3:], shapes, group)
+    return PairedMoments(total, mean_x, mean_y, *sums)

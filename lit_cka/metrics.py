@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import Self
 
-from lit_cka.collectives import agree_on_sizes, all_reduce_flat
+from lit_cka.collectives import agree_on_sizes, all_reduce_flat, all_reduce_moments
 from lit_cka.functional.cka import cka_from_moments, hsic, pairwise_hsic
 from lit_cka.functional.kernels import linear_gram, rbf_gram
 from lit_cka.functional.moments import (
@@ -21,7 +20,6 @@ from lit_cka.functional.moments import (
     check_features,
     empty_moments,
     merge_moments,
-    recentre_moments,
 )
 
 
@@ -160,20 +158,8 @@ class LinearCKA(_Float64Metric):
             self._set_moments(merge_moments(self._like(len(other.mean_x), len(other.mean_y)), other))
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] | None = None, process_group: Any = None) -> None:
-        """All-reduce: agree on the widths, then on the global mean, then add up the moments measured from it.
-
-        Takes twice the memory of the states beside them, whatever the number of ranks.
-        """
-        group, device = process_group or self.process_group, self.n.device
-        d_x, d_y = agree_on_sizes(self.xy.shape, "numbers of features", device, group)
-        mine = self.moments if self.xy.numel() else empty_moments(d_x, d_y, device)
-        means = torch.cat([mine.n * mine.mean_x, mine.n * mine.mean_y, mine.n[None]])
-        dist.all_reduce(means, group=group)
-        n = means[-1]
-        mean_x, mean_y = (means[:-1] / n.clamp(min=1)).split([d_x, d_y])
-        shapes = [value.shape for value in mine[3:]]
-        sums = all_reduce_flat(recentre_moments(mine, mean_x, mean_y)[3:], shapes, group)
-        self._set_moments(PairedMoments(n, mean_x, mean_y, *sums))
+        """All-reduce, see `lit_cka.collectives`: no gathering, so no memory for every rank."""
+        self._set_moments(all_reduce_moments(self.moments, process_group or self.process_group))
 
 
 class MinibatchCKA(_Float64Metric):

@@ -81,7 +81,7 @@ def pool(output: Tensor, method: str, layout: str, mask: Tensor | None = None) -
         picked = tokens[torch.arange(len(tokens), device=tokens.device), last]
         return picked.masked_fill(~(mask != 0).any(dim=1, keepdim=True), torch.nan)
     if mask is None:
-        return tokens.mean(dim=1, dtype=torch.float64)
+        return tokens.sum(dim=1, dtype=torch.float64) / tokens.shape[1]
     kept = (mask != 0).to(torch.float64)
     # where, not a product: what stands at a padding position may be infinite, and 0 * inf is NaN.
     total = torch.where(kept.bool()[:, :, None], tokens, 0).sum(dim=1, dtype=torch.float64)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lit_cka.cache import Batch
+from lit_cka.collectives import all_reduce_moments
+from lit_cka.functional.cka import cka_from_moments
 from lit_cka.functional.moments import PairedMoments, add_samples, empty_moments, without_yy
-from lit_cka.metrics import LinearCKA, MinibatchCKA
+from lit_cka.metrics import MinibatchCKA
 
 # The first so many of the reference's samples (n, d_y) in a batch, from the cache.
 Recall = Callable[[Batch, int], Tensor]
-_MIN_ROWS = 256
+# So that the cost of adding rows is small against that of their products; narrow features take little memory.
+_MIN_ROWS = 1024
 
 
 class ReferenceSums(NamedTuple):
@@ -24,6 +29,14 @@ class ReferenceSums(NamedTuple):
     yy: Tensor
     bb: Tensor
     by: Tensor
+
+
+class Score(NamedTuple):
+    """CKA, the number of samples behind it, and whether all of their features were finite."""
+
+    cka: float
+    n: int
+    finite: bool
 
 
 class ExactStatistics:
@@ -79,8 +92,8 @@ class ExactStatistics:
                 done = self._batches[: len(self._batches) - len(self._rows)]
                 self._moments = _with_yy(self._moments, done, recall)
 
-    def metric(self, recall: Recall, device: torch.device, *, debiased: bool) -> LinearCKA:
-        """All samples of the pass as a metric on `device`, to be synchronised and computed."""
+    def score(self, recall: Recall, device: torch.device, *, debiased: bool) -> Score:
+        """Linear CKA of all samples of the pass, of all ranks. Every rank has to call it."""
         self._flush()
         if self._moments is not None and self._known is not None:
             if self._known.batches == tuple(self._batches):
@@ -88,13 +101,14 @@ class ExactStatistics:
             else:
                 self._moments = _with_yy(self._moments, self._batches, recall)
             self._known = None
-        metric = LinearCKA(debiased=debiased, sync_on_compute=False).to(device)
-        if self._moments is not None:
-            metric.merge_state(self._moments._asdict())
-        return metric
+        moments = empty_moments(0, 0, device) if self._moments is None else self._moments
+        if dist.is_available() and dist.is_initialized():
+            moments = all_reduce_moments(moments)
+        finite = bool(moments.a.isfinite() and moments.b.isfinite())
+        return Score(cka_from_moments(moments, debiased=debiased).item(), int(moments.n), finite)
 
     def reference_sums(self) -> ReferenceSums | None:
-        """What another pass over the same data needs not compute again; to be called after `metric`."""
+        """What another pass over the same data needs not compute again; to be called after `score`."""
         if self._moments is None:
             return None
         return ReferenceSums(tuple(self._batches), self._moments.yy, self._moments.bb, self._moments.by)
@@ -122,8 +136,17 @@ class MinibatchStatistics:
     def forget_known(self, recall: Recall) -> None:
         """Nothing is known from earlier passes."""
 
-    def metric(self, recall: Recall, device: torch.device, *, debiased: bool) -> MinibatchCKA:
-        return self._metric.to(device)
+    def score(self, recall: Recall, device: torch.device, *, debiased: bool) -> Score:
+        """CKA from all batches of the pass, of all ranks. Every rank has to call it."""
+        metric = self._metric.to(device)
+        with warnings.catch_warnings():  # a rank without batches takes part all the same
+            warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+            with metric.sync_context():
+                # In this order: `compute` ends the synchronisation.
+                n, hsic = int(metric.n), (metric.hsic_xx, metric.hsic_yy)
+                value = metric.compute()
+        finite = all(bool(value.isfinite().all()) for value in hsic)
+        return Score(value.item() if value.numel() else float("nan"), n, finite)
 
     def reference_sums(self) -> None:
         return None

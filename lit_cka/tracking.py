@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from contextlib import ExitStack
 from typing import Literal, NamedTuple, Union
 
@@ -13,10 +12,9 @@ from torch import Tensor, nn
 
 from lit_cka.cache import Batch, ReferenceCache
 from lit_cka.features import FeatureExtractor
-from lit_cka.metrics import LinearCKA, MinibatchCKA
 from lit_cka.pooling import Pooling
 from lit_cka.reference import Reference
-from lit_cka.statistics import ExactStatistics, MinibatchStatistics, Recall, ReferenceSums
+from lit_cka.statistics import ExactStatistics, MinibatchStatistics, Recall, ReferenceSums, Score
 
 Estimator = Literal["exact", "minibatch"]
 # Wider features would need more memory for their statistics than the models that are tracked.
@@ -174,30 +172,23 @@ class Tracker:
         scores, cost = {}, 0.0
         known = self._known[self._stage, dataloader] = {}
         for name, statistics in self._statistics[dataloader].items():
-            score, finite = self._score(name, statistics)
+            score = self._score(name, statistics)
             if score.cka != score.cka:
                 debiased = self._debiased or self._estimator != "exact"
-                self._warn_once(name, "nan", _undefined(name, score.n, finite, debiased))
+                self._warn_once(name, "nan", _undefined(name, score, debiased))
             sums = statistics.reference_sums()
             if sums is not None and all(self._cache.has(batch) for batch, _ in sums.batches):
                 known[name] = sums
             if name in self._rounded[dataloader]:
-                rounded = self._score(name, self._rounded[dataloader][name])[0].cka
+                rounded = self._score(name, self._rounded[dataloader][name]).cka
                 cost = max(cost, abs(rounded - score.cka), float(math.isnan(rounded) != math.isnan(score.cka)))
-            scores[name] = score
+            scores[name] = LayerScore(score.cka, score.n, self._widths.get(name, 0))
         if self._rounded[dataloader]:
             self._judge_rounding(dataloader, cost)
         return scores
 
-    def _score(self, name: str, statistics: _Statistics) -> tuple[LayerScore, bool]:
-        """The score over all ranks, and whether all features were finite."""
-        metric = statistics.metric(self._recall(name), self._device, debiased=self._debiased)
-        with warnings.catch_warnings():  # a rank without batches takes part all the same
-            warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
-            with metric.sync_context():
-                # In this order: `compute` ends the synchronisation.
-                n, finite, value = int(metric.n), _is_finite(metric), _item(metric.compute())
-        return LayerScore(value, n, self._widths.get(name, 0)), finite
+    def _score(self, name: str, statistics: _Statistics) -> Score:
+        return statistics.score(self._recall(name), self._device, debiased=self._debiased)
 
     def _judge_rounding(self, dataloader: int, cost: float) -> None:
         """All ranks come to the same verdict, since the values are those of all ranks."""
@@ -218,21 +209,11 @@ class Tracker:
             rank_zero_warn(text, stacklevel=4)
 
 
-def _item(value: Tensor) -> float:
-    """The one element; NaN where the minibatch estimator has seen no batch and thus no layer."""
-    return value.item() if value.numel() else float("nan")
-
-
-def _is_finite(metric: LinearCKA | MinibatchCKA) -> bool:
-    sums = [metric.xx, metric.yy] if isinstance(metric, LinearCKA) else [metric.hsic_xx, metric.hsic_yy]
-    return all(bool(value.isfinite().all()) for value in sums)
-
-
-def _undefined(name: str, n: int, finite: bool, debiased: bool) -> str:
+def _undefined(name: str, score: Score, debiased: bool) -> str:
     needed = 4 if debiased else 2
-    if n < needed:
-        reason = f"it takes {needed} samples, and there were {n}"
-    elif not finite:
+    if score.n < needed:
+        reason = f"it takes {needed} samples, and there were {score.n}"
+    elif not score.finite:
         reason = "the features of the live model or of the reference hold NaN or infinity"
     else:
         reason = "all samples have the same features in the live model or in the reference (a dead layer?)"

@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lit_cka"
 ROWS = [
-    {"functional", "collectives"},
+    {"functional"},
+    {"collectives"},
     {"metrics", "layers", "pooling", "plots", "checkpoints", "masks", "history"},
     {"features", "fingerprint", "cache", "snapshot"},
     {"isolation", "statistics"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Union, cast
 
 import lightning.pytorch as pl
@@ -17,9 +18,11 @@ from lit_cka.cache import CacheDtype, ReferenceCache
 from lit_cka.dataloaders import num_first_samples, tracked_dataloaders
 from lit_cka.history import Record, Stage, latest_scores, mean_score
 from lit_cka.layers import Layers, select_layers
+from lit_cka.options import check_options
 from lit_cka.pooling import Pooling, parse_pooling
 from lit_cka.reference import INITIAL, Reference, ReferenceLike, make_reference
 from lit_cka.report import draw_to_loggers, print_table, write_report
+from lit_cka.storage import StoredReference, load_reference, store_reference
 from lit_cka.tracking import Estimator, LayerScore, Tracker
 
 
@@ -36,9 +39,10 @@ class CKACallback(pl.Callback):
         layers: which layers, named as in the LightningModule's `named_modules()`: None for the network's repeated
             blocks, or names, globs (`*` within a dotted segment, `**` across), a compiled regular expression, or a
             callable `(name, module) -> bool`.
-        reference: what to compare with. "initial": the weights at the start of `fit`; where only `validate` or `test`
-            is called, those before their `ckpt_path` is loaded. Or a module, the path of a checkpoint (Lightning,
-            safetensors, state dict), or a state dict.
+        reference: what to compare with. "initial": the weights at the start of `fit`, also after it is resumed from a
+            checkpoint; where only `validate` or `test` is called, those of the training that wrote their `ckpt_path`
+            if it was tracked, else those before `ckpt_path` is loaded. Or a module, the path of a checkpoint
+            (Lightning, safetensors, state dict), or a state dict.
         pooling: from a layer's output to one vector per sample: "mean" over tokens (as the attention mask says) or
             space, "last" token, "cls" token, "flatten", or a callable. "mean:NCHW" states the layout.
         estimator: "exact", over all samples at once, or "minibatch", from each batch's unbiased HSIC (Nguyen et al.
@@ -80,12 +84,9 @@ class CKACallback(pl.Callback):
         log_figures: bool = True,
         thresholds: tuple[float, float] = (0.99, 0.9),
     ) -> None:
-        _check_options(estimator, stages, dataloaders, every_n_validations, max_batches, thresholds)
-        if cache_memory < 0 or cache_dtype not in ("float64", "bfloat16"):
-            raise ValueError(
-                'Expected `cache_memory` to be GiB from 0 on and `cache_dtype` to be "float64" or "bfloat16", but got '
-                f"{cache_memory} and {cache_dtype!r}."
-            )
+        check_options(
+            estimator, stages, dataloaders, every_n_validations, max_batches, thresholds, cache_memory, cache_dtype
+        )
         parse_pooling(pooling)
         self.layers = layers
         self.reference: ReferenceLike = reference
@@ -105,6 +106,8 @@ class CKACallback(pl.Callback):
         self._tracker: Tracker | None = None
         self._tracked: list[int] = []  # dataloaders of the evaluation that runs; empty while none is tracked
         self._num_validations = 0
+        self._stored: StoredReference | None = None  # of the checkpoint that was loaded
+        self._own: StoredReference | None = None  # of the reference in use, once it is in a file
         self._fitted = False
         self._stage = ""
         self._hinted = False
@@ -125,33 +128,47 @@ class CKACallback(pl.Callback):
         self._stage = stage
         if self._tracker is not None and self._tracker.live is not pl_module:
             if stage == "fit":  # a new training
-                self._tracker, self._fitted, self.history = None, False, []
+                self._tracker, self._fitted, self._own, self.history = None, False, None, []
             else:  # say, the best checkpoint loaded into another module: compare it with what the training began from
                 self._prepare(pl_module, self._tracker.reference.of(pl_module))
         is_built = not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model"))
         if stage in self.stages and self._tracker is None and is_built:
-            self._prepare(pl_module)  # here, since `ckpt_path` is loaded later
+            self._prepare(pl_module, self.reference)  # here, since `ckpt_path` is loaded later
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._num_validations = 0
-        self._require_initial_weights(trainer)
+        if trainer.ckpt_path is None:
+            self._num_validations, self._stored = 0, None
         if self.every_n_validations > 1:
             self._warn_monitors(trainer)
+        if self._stored is not None and (self._own is None or self._stored["sha256"] != self._own["sha256"]):
+            self._fitted = False  # the checkpoint may be of another training than the last of this callback
         if not self._fitted:
-            self._prepare(pl_module)
+            self._prepare_loaded(trainer, pl_module)
             self._fitted = True
+        self._own = None  # this fit's checkpoints may be elsewhere
+
+    def _prepare_loaded(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prepare when the weights of a checkpoint may have been loaded: the reference is the one of its training."""
+        if self.reference == INITIAL and self._stored is not None:
+            near = Path(str(trainer.ckpt_path)).parent
+            self._prepare(pl_module, load_reference(pl_module, self._stored, [near, near.parent]))
+            self._stored = None
+        else:
+            self._require_initial_weights(trainer)
+            self._prepare(pl_module, self.reference)
 
     def _require_initial_weights(self, trainer: pl.Trainer) -> None:
-        if trainer.ckpt_path is not None and self.reference == INITIAL and not self._fitted:
+        if trainer.ckpt_path is not None and self.reference == INITIAL:
             raise ValueError(
                 f"With the weights of {str(trainer.ckpt_path)!r} loaded, those that the training began with are gone. "
                 'Pass them as `reference=`, a module or a checkpoint\'s path, instead of "initial".'
             )
 
-    def _prepare(self, pl_module: pl.LightningModule, reference: Reference | None = None) -> None:
+    def _prepare(self, pl_module: pl.LightningModule, reference: ReferenceLike | Reference) -> None:
         layer_names = select_layers(pl_module, self.layers)
-        reference = reference or make_reference(pl_module, self.reference, layer_names, self.pooling)
+        if not isinstance(reference, Reference):
+            reference = make_reference(pl_module, reference, layer_names, self.pooling)
         cache = reference.cache or ReferenceCache(self.cache_memory * 2**30, self.cache_dtype)
         self._tracker = Tracker(pl_module, reference, layer_names, self.pooling, self.estimator, self.debiased, cache)
 
@@ -190,9 +207,9 @@ class CKACallback(pl.Callback):
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         if stage not in self.stages:
             return
-        if self._tracker is None:  # `validate` or `test` on its own, of a model first built in `configure_model`
-            self._require_initial_weights(trainer)
-            self._prepare(pl_module)
+        # `validate` or `test` on its own: of a tracked training's checkpoint, or of a model built in `configure_model`.
+        if self._tracker is None or (self._stored is not None and not self._fitted):
+            self._prepare_loaded(trainer, pl_module)
         assert self._tracker is not None
         self._tracked, total = self._which_dataloaders(trainer, stage)
         self._tracker.open(stage, total, pl_module.device)
@@ -315,35 +332,28 @@ class CKACallback(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"history": [dict(record) for record in self.history]}
+        return {"history": [dict(record) for record in self.history], "num_validations": self._num_validations}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.history and self._stage != "fit":
             return  # `test(ckpt_path="best")` after `fit`: the checkpoint's history is a part of the own one
         self.history = [cast(Record, dict(record)) for record in state_dict["history"]]
+        self._num_validations = state_dict.get("num_validations", 0)
+        self._stored = state_dict.get("reference")
 
-
-def _check_options(
-    estimator: str,
-    stages: Sequence[str],
-    dataloaders: Sequence[int] | None,
-    every_n_validations: int,
-    max_batches: int | None,
-    thresholds: tuple[float, float],
-) -> None:
-    if estimator not in ("exact", "minibatch"):
-        raise ValueError(f'Expected `estimator` to be "exact" or "minibatch", but got {estimator!r}.')
-    if isinstance(stages, str) or not stages or not set(stages) <= {"validate", "test"}:
-        raise ValueError(f'Expected `stages` to be a sequence of "validate" and "test", but got {stages!r}.')
-    if dataloaders is not None and (not dataloaders or any(index < 0 for index in dataloaders)):
-        raise ValueError(
-            f"Expected `dataloaders` to be a sequence of indices from 0 on or None, but got {dataloaders}."
-        )
-    for name, value in (("every_n_validations", every_n_validations), ("max_batches", max_batches)):
-        if value is not None and value < 1:
-            raise ValueError(f"Expected `{name}` to be at least 1, but got {value}.")
-    if not 1 >= thresholds[0] >= thresholds[1]:
-        raise ValueError(
-            f"Expected `thresholds` to be (untouched, refined), the first the larger, but got {thresholds}."
-        )
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put the initial weights next to the first checkpoint, for all of them to refer to."""
+        if self.reference != INITIAL or not self._fitted or self._tracker is None:
+            return
+        if self._own is None:
+            folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
+            try:
+                self._own = store_reference(self._tracker.reference.module, folder, write=trainer.is_global_zero)
+            except OSError as error:
+                rank_zero_warn(f"CKACallback could not store its reference, so a resumed fit will need one: {error}")
+                return
+        checkpoint["callbacks"][self.state_key]["reference"] = dict(self._own)

@@ -9,10 +9,10 @@ PACKAGE = Path(__file__).parents[1] / "lit_cka"
 ROWS = [
     {"functional"},
     {"collectives"},
-    {"metrics", "layers", "pooling", "plots", "checkpoints", "masks", "history"},
+    {"metrics", "layers", "pooling", "plots", "checkpoints", "masks", "history", "options"},
     {"features", "fingerprint", "cache", "snapshot"},
     {"isolation", "statistics"},
-    {"reference"},
+    {"reference", "storage"},
     {"tracking", "report", "dataloaders"},
     {"callback", "models", "data"},
     {"__init__"},

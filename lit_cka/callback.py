@@ -21,7 +21,7 @@ from lit_cka.layers import Layers, select_layers
 from lit_cka.options import check_options
 from lit_cka.pooling import Pooling, parse_pooling
 from lit_cka.reference import INITIAL, Reference, ReferenceLike, make_reference
-from lit_cka.report import draw_to_loggers, print_table, write_report
+from lit_cka.report import LoggedFigures, print_table, write_report
 from lit_cka.storage import StoredReference, load_reference, store_reference
 from lit_cka.tracking import Estimator, LayerScore, Tracker
 
@@ -111,6 +111,7 @@ class CKACallback(pl.Callback):
         self._fitted = False
         self._stage = ""
         self._hinted = False
+        self._figures = LoggedFigures(prefix)
 
     @property
     def scores(self) -> dict[str, float]:
@@ -147,6 +148,7 @@ class CKACallback(pl.Callback):
             self._prepare_loaded(trainer, pl_module)
             self._fitted = True
         self._own = None  # this fit's checkpoints may be elsewhere
+        self._figures.restart()
 
     def _prepare_loaded(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prepare when the weights of a checkpoint may have been loaded: the reference is the one of its training."""
@@ -281,7 +283,7 @@ class CKACallback(pl.Callback):
             rank_zero_only=False,
         )
         if self.log_figures:
-            draw_to_loggers(trainer, self.history, self.prefix, list(values))
+            self._figures.update(trainer, self.history, list(values))
 
     def _hint_bias(self, layers: dict[str, LayerScore]) -> None:
         small = [name for name, layer in layers.items() if layer.n < 5 * layer.d and layer.cka == layer.cka]
@@ -321,6 +323,7 @@ class CKACallback(pl.Callback):
         if "validate" in self.stages and not self.history and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn("CKACallback has tracked nothing: no validation ran during `fit`.")
         elif self.log_figures and trainer.is_global_zero:
+            self._figures.finish(trainer, self.history)
             print_table(self.history, self.thresholds)
 
     # State: primitives alone, so that checkpoints load with `weights_only`.

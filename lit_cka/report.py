@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from lit_cka.history import Record, first_series, verdict
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_DRAWING_SHARE = 0.01
 _STYLES = {"untouched": "green", "refined": "yellow", "rewritten": "red", "undefined": "magenta"}
 
 
@@ -34,10 +36,40 @@ def heatmap(history: Sequence[Record]) -> Figure:
     return plots.layer_time_heatmap(values, layer_names, times, title="CKA of each layer", xlabel="optimizer step")
 
 
-def draw_to_loggers(trainer: pl.Trainer, history: Sequence[Record], prefix: str, keys: Sequence[str]) -> None:
-    """Give the heatmap, and once per run the chart of all layers, to the loggers that can show them."""
-    if not trainer.is_global_zero:
-        return
+class LoggedFigures:
+    """Gives the heatmap, and once per run the chart of all layers, to the loggers that can show them.
+
+    Within `fit` the heatmap is drawn as often as takes at most a hundredth of the time: at the first evaluation, later
+    ones as time allows, and the last.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self.restart()
+
+    def restart(self) -> None:
+        """A new `fit` begins."""
+        self._start, self._spent = time.monotonic(), 0.0
+        self._waiting: tuple[list[str], int] | None = None  # keys and step of what has not been drawn
+
+    def update(self, trainer: pl.Trainer, history: Sequence[Record], keys: list[str]) -> None:
+        """Draw the history, now or later; `keys` are those of the scalars."""
+        # The step that Lightning gives the scalars of this evaluation, so that both align.
+        self._waiting = (keys, trainer.fit_loop.epoch_loop._batches_that_stepped)
+        if trainer.state.fn != "fit" or self._spent <= _DRAWING_SHARE * (time.monotonic() - self._start):
+            self.finish(trainer, history)
+
+    def finish(self, trainer: pl.Trainer, history: Sequence[Record]) -> None:
+        """Draw what has been left for later."""
+        if self._waiting is None or not trainer.is_global_zero:
+            return
+        start = time.monotonic()
+        (keys, step), self._waiting = self._waiting, None
+        _draw(trainer, history, self._prefix, keys, step)
+        self._spent += time.monotonic() - start
+
+
+def _draw(trainer: pl.Trainer, history: Sequence[Record], prefix: str, keys: list[str], step: int) -> None:
     pixels = None
     for logger in trainer.loggers:
         # By what they can do: TensorBoard's writer, and W&B's logger. Others have the scalars.
@@ -50,8 +82,6 @@ def draw_to_loggers(trainer: pl.Trainer, history: Sequence[Record], prefix: str,
         if takes_charts:
             _add_chart(writer, prefix, keys)
         if takes_images:
-            # The step that Lightning gives the scalars of this evaluation, so that both align.
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped
             writer.add_image(f"{prefix}/heatmap", pixels, step, dataformats="HWC")
         else:
             logger.log_image(  # type: ignore[attr-defined]  # W&B's own

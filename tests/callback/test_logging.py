@@ -114,7 +114,12 @@ def layout(accumulator: Any) -> dict[str, list[str]]:
     return {chart.title: list(chart.multiline.tag) for category in parsed.category for chart in category.chart}
 
 
-def test_tensorboard_holds_scalars_heatmaps_and_one_chart(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("share", "steps"), [(1e9, [3, 7, 11]), (1e-9, [3, 11])], ids=["all", "first and last"])
+def test_tensorboard_holds_scalars_heatmaps_and_one_chart(
+    tmp_path: Path, share: float, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heatmaps as often as their share of the time allows."""
+    monkeypatch.setattr("lit_cka.report._DRAWING_SHARE", share)
     callback, logger = CKACallback(), TensorBoardLogger(tmp_path)
     trainer(tmp_path, callback, logger=logger, max_epochs=3).fit(Classifier(), train_loader(), loader())
     accumulator = events(logger)
@@ -126,7 +131,7 @@ def test_tensorboard_holds_scalars_heatmaps_and_one_chart(tmp_path: Path) -> Non
         )
     assert len(accumulator.Scalars("cka/mean")) == 3
     images = accumulator.Images("cka/heatmap")
-    assert [image.step for image in images] == [3, 7, 11]  # as the scalars
+    assert [image.step for image in images] == steps  # as the scalars
     pixels = matplotlib.image.imread(io.BytesIO(images[-1].encoded_image_string), format="png")
     assert pixels.shape[:2] == (images[-1].height, images[-1].width)
     assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 20  # something is drawn
@@ -328,8 +333,11 @@ def stopped_training(folder: Path) -> tuple[Path, Classifier, CKACallback]:
     return folder / "stopped.ckpt", before, callback
 
 
-def test_resuming_without_the_first_weights_is_refused(tmp_path: Path) -> None:
-    path, _, _ = stopped_training(tmp_path)
+def test_resuming_an_untracked_training_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "stopped.ckpt"
+    stopped = trainer(tmp_path)
+    stopped.fit(Classifier(), train_loader(), loader())
+    stopped.save_checkpoint(path)
     run = trainer(tmp_path, CKACallback(), max_epochs=3)
     with pytest.raises(ValueError, match=r"those that the training began with are gone.*`reference=`"):
         run.fit(Classifier(), train_loader(), loader(), ckpt_path=path)

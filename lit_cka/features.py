@@ -108,7 +108,8 @@ class FeatureExtractor:
             if name not in self._features and name not in self._problems:
                 self._problems[name] = (
                     f"Layer {name!r} has not run. Either the model does not use it, or its `forward` is called "
-                    "directly, past the hooks, or not at all; leave it out of `layers`."
+                    "directly, past the hooks, or within a function that `torch.compile` was given (compile the "
+                    "module instead); or leave it out of `layers`."
                 )
         features = {name: value for name, value in self._features.items() if name not in self._problems}
         problems = self._problems

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lit_cka.compiled import forget_compiled_steps
+
 
 def snapshot(model: nn.Module) -> nn.Module:
     """A frozen copy of `model` in eval mode that shares no tensor with it; datasets and trainers aren't copied.
@@ -28,6 +30,7 @@ def snapshot(model: nn.Module) -> nn.Module:
             f"({type(error).__name__}: {error}). Pass `reference=` a module or the path of a checkpoint."
         ) from error
     if isinstance(model, pl.LightningModule):  # a forward may look at the trainer, and may log: the copy must not
+        forget_compiled_steps(copied)
         vars(copied)["_trainer"] = model._trainer
         vars(copied)["log"] = vars(copied)["log_dict"] = lambda *args, **kwargs: None
     return copied.requires_grad_(False).eval()

@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_cka.cache import Batch, ReferenceCache
+from lit_cka.compiled import is_compiled
 from lit_cka.features import FeatureExtractor
 from lit_cka.pooling import Pooling
 from lit_cka.reference import Reference
@@ -64,6 +65,7 @@ class Tracker:
             live, layer_names, pooling, on_call=reference.on_call, on_return=reference.on_return
         )
         self._hooks = ExitStack()
+        self._eager = ExitStack()
         self._statistics: list[dict[str, _Statistics]] = []
         self._rounded: list[
             dict[str, _Statistics]
@@ -97,6 +99,7 @@ class Tracker:
 
     def close(self) -> None:
         """Remove all hooks from the live model and the reference. The statistics stay."""
+        self._eager.close()
         self._hooks.close()
         self.reference.close()
 
@@ -105,6 +108,9 @@ class Tracker:
         self._extractor.drain()  # what a step that failed may have left
         self._extractor.enabled = True
         self._batch = Batch(self._stage, dataloader, index)
+        if is_compiled(self.live):
+            # Compiled code does not know of hooks that come and go: this step runs as it is written.
+            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
         self.reference.begin(None if rehearsal else self._batch, first=not self._ran_once)
 
     def end(self, num_samples: int | None = None) -> None:
@@ -117,6 +123,7 @@ class Tracker:
             ValueError: in the first step, if a layer did not run once with usable output. Later, such a layer skips
                 the batch, with one warning: a training is not ended for it.
         """
+        self._eager.close()
         self._extractor.enabled = False
         live, problems = self._extractor.drain()
         reference, reference_problems = self.reference.end()

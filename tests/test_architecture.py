@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "lit_cka"
 ROWS = [
     {"functional"},
     {"collectives"},
-    {"metrics", "layers", "pooling", "plots", "checkpoints", "masks", "history", "options"},
+    {"metrics", "layers", "pooling", "plots", "checkpoints", "masks", "history", "options", "compiled"},
     {"features", "fingerprint", "cache", "snapshot"},
     {"isolation", "statistics"},
     {"reference", "storage"},

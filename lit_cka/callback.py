@@ -41,8 +41,9 @@ class CKACallback(pl.Callback):
             callable `(name, module) -> bool`.
         reference: what to compare with. "initial": the weights at the start of `fit`, also after it is resumed from a
             checkpoint; where only `validate` or `test` is called, those of the training that wrote their `ckpt_path`
-            if it was tracked, else those before `ckpt_path` is loaded. Or a module, the path of a checkpoint
-            (Lightning, safetensors, state dict), or a state dict.
+            if it was tracked, else those before `ckpt_path` is loaded. "adapter-off": a PEFT model without
+            its adapters, which takes no second model. Or a module, the path of a checkpoint (Lightning, safetensors,
+            state dict), or a state dict.
         pooling: from a layer's output to one vector per sample: "mean" over tokens (as the attention mask says) or
             space, "last" token, "cls" token, "flatten", or a callable. "mean:NCHW" states the layout.
         estimator: "exact", over all samples at once, or "minibatch", from each batch's unbiased HSIC (Nguyen et al.

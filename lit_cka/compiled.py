@@ -1,4 +1,4 @@
-"""What `torch.compile` has compiled of a model. Hooks that come after the first call are not part of what it compiled."""
+"""What `torch.compile` has compiled of a model: compiled code does not notice hooks that come later."""
 
 from __future__ import annotations
 

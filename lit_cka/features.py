@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class FeatureExtractor:
         ValueError: if `layers` matches nothing or `pooling` is unknown; see `collect` for what fails later.
     """
 
+    _only: ClassVar[list[FeatureExtractor]] = []
+
     def __init__(
         self,
         model: nn.Module,
@@ -69,6 +71,19 @@ class FeatureExtractor:
         self._features: dict[str, Tensor] = {}
         self._problems: dict[str, str] = {}
         self._unmatched_masks: set[str] = set()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """For a run of the model that is for this extractor only, whoever else watches it."""
+        FeatureExtractor._only.append(self)
+        try:
+            yield
+        finally:
+            FeatureExtractor._only.pop()
+
+    @property
+    def _listens(self) -> bool:
+        return not FeatureExtractor._only or FeatureExtractor._only[-1] is self
 
     def __enter__(self) -> Self:
         if self._hooked:
@@ -129,7 +144,7 @@ class FeatureExtractor:
 
     def _hook_ancestor(self, name: str, target: nn.Module) -> Callable[[], None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module is not target or not self.enabled:
+            if module is not target or not self.enabled or not self._listens:
                 return
             outermost = not self._running
             if self._on_call is not None:
@@ -142,7 +157,7 @@ class FeatureExtractor:
                 self._masks[name] = mask
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if module is target and self._running and self._running[-1] == name:
+            if module is target and self._listens and self._running and self._running[-1] == name:
                 self._running.pop()
                 if self._on_return is not None:
                     self._on_return(name, not self._running, output)
@@ -159,7 +174,7 @@ class FeatureExtractor:
 
     def _hook_layer(self, name: str, target: nn.Module) -> Callable[[], None]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if module is not target or not self.enabled:
+            if module is not target or not self.enabled or not self._listens:
                 return
             if name in self._features or name in self._problems:
                 self._problems[name] = (

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from itertools import chain, takewhile
 from typing import Any, TypeAlias, Union
 
@@ -12,6 +12,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lit_cka.adapters import adapters_off, check_adapters
 from lit_cka.cache import Batch, ReferenceCache
 from lit_cka.checkpoints import fitting_weights, load_into, load_state_dict, require_weights, strip_wrappers
 from lit_cka.features import FeatureExtractor, tensors_in
@@ -23,6 +24,7 @@ from lit_cka.snapshot import snapshot
 
 ReferenceLike: TypeAlias = Union[str, "os.PathLike[str]", nn.Module, Mapping[str, Tensor]]
 INITIAL = "initial"
+ADAPTER_OFF = "adapter-off"
 
 
 def make_reference(live: nn.Module, spec: ReferenceLike, layer_names: list[str], pooling: Pooling) -> Reference:
@@ -30,7 +32,8 @@ def make_reference(live: nn.Module, spec: ReferenceLike, layer_names: list[str],
 
     Args:
         live: the model in training, whose layers are `layer_names`.
-        spec: "initial" for a copy of the weights as they are now; another module, which has the layers under the same
+        spec: "initial" for a copy of the weights as they are now; "adapter-off" for a PEFT model itself, its adapters
+            switched off; another module, which has the layers under the same
             names, or under those they have in a submodule of `live`; the path of a checkpoint, see
             `lit_cka.checkpoints.load_state_dict`; or a state dict.
         layer_names: the layers to compare, as in `live.named_modules()`.
@@ -44,6 +47,9 @@ def make_reference(live: nn.Module, spec: ReferenceLike, layer_names: list[str],
         return _from_module(live, spec, layer_names, pooling)
     if isinstance(spec, Mapping):
         return _from_weights(live, strip_wrappers(spec), layer_names, pooling)
+    if spec == ADAPTER_OFF:
+        check_adapters(live, layer_names)
+        return Reference(live, live, None, layer_names, pooling)
     if spec == INITIAL:
         return Reference(live, snapshot(live), None, layer_names, pooling)
     return _from_weights(live, load_state_dict(spec), layer_names, pooling)
@@ -101,7 +107,8 @@ class Reference:
     `on_call` and `on_return` are for `FeatureExtractor`: they report the calls of the modules around the layers. The
     reference runs at the outermost of these calls (or, with `prefix`, at that submodule's), so that it sees the raw
     inputs, in the same autocast context, whatever the batch's format and whatever the model does to it. It does not
-    run where `cache` has the features of the same inputs.
+    run where `cache` has the features of the same inputs. If `module` is the live model itself, it is run without its
+    adapters.
     """
 
     def __init__(
@@ -125,7 +132,8 @@ class Reference:
 
     def of(self, live: nn.Module) -> Reference:
         """The same reference for another live model of the same architecture."""
-        other = Reference(live, self.module, self._prefix, self._layer_names, self._pooling)
+        module = live if self.module is self._live else self.module
+        other = Reference(live, module, self._prefix, self._layer_names, self._pooling)
         other.cache = self.cache
         return other
 
@@ -221,10 +229,9 @@ class Reference:
         extractor = self._extractors[name]
         # The model may change its inputs in place: the reference gets its own.
         args, kwargs = apply_to_collection((args, kwargs), Tensor, torch.clone)
-        guard = nullcontext() if name in self._guarded else LiveWeightGuard(self._live)
         self._running = extractor.enabled = True
         try:
-            with torch.no_grad(), preserved_rng(), guard:
+            with torch.no_grad(), preserved_rng(), self._frozen(name):
                 extractor.model(*args, **kwargs)
         finally:
             self._running = extractor.enabled = False
@@ -233,6 +240,16 @@ class Reference:
         prefix = f"{name}." if name else ""
         self._features.update({prefix + layer: value for layer, value in features.items()})
         self._problems.update({prefix + layer: f"In the reference: {text}" for layer, text in problems.items()})
+
+    @contextmanager
+    def _frozen(self, name: str) -> Iterator[None]:
+        """Take care that the live model's trained weights play no part in a run."""
+        if self.module is self._live:
+            with adapters_off(self._live), self._extractors[name].alone():
+                yield
+        else:
+            with nullcontext() if name in self._guarded else LiveWeightGuard(self._live):
+                yield
 
     def _start(self, name: str, layer_names: list[str]) -> FeatureExtractor:
         """Watch the reference's module that answers to `name`, on the device of the live one."""

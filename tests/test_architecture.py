@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "lit_cka"
 ROWS = [
     {"functional"},
     {"collectives"},
-    {"metrics", "layers", "pooling", "plots", "checkpoints", "masks", "history", "options", "compiled"},
+    {"metrics", "layers", "pooling", "plots", "checkpoints", "masks", "history", "options", "compiled", "adapters"},
     {"features", "fingerprint", "cache", "snapshot"},
     {"isolation", "statistics"},
     {"reference", "storage"},

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union, cast
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -16,12 +15,13 @@ from typing_extensions import override
 
 from lit_cka.cache import CacheDtype, ReferenceCache
 from lit_cka.dataloaders import num_first_samples, tracked_dataloaders
-from lit_cka.history import Record, Stage, latest_scores, mean_score
+from lit_cka.history import Record, Stage, latest_scores
 from lit_cka.layers import Layers, select_layers
-from lit_cka.options import check_options
+from lit_cka.options import check_options, check_probe
 from lit_cka.pooling import Pooling, parse_pooling
+from lit_cka.probe import Probe
 from lit_cka.reference import INITIAL, Reference, ReferenceLike, make_reference
-from lit_cka.report import LoggedFigures, print_table, write_report
+from lit_cka.report import LoggedFigures, log_records, print_table, write_report
 from lit_cka.storage import StoredReference, load_reference, store_reference
 from lit_cka.tracking import Estimator, LayerScore, Tracker
 
@@ -57,6 +57,10 @@ class CKACallback(pl.Callback):
             once, as long as they fit and the batch stays the same. 0 to run it every time.
         cache_dtype: "float64", or "bfloat16" to fit four times as much: it is refused, with a warning, where it would
             change a score by more than 1e-4.
+        probe: batches to track on, instead of those of validation and test: a dataloader or a list. They go to the
+            module's `predict_step`, or to its `forward` (see `lit_cka.probe.Probe`). Measured at the end of every
+            validation or test, or, for a training without a validation loop, of every epoch.
+        probe_every_n_steps: measure on the probe after every n optimizer steps instead.
         prefix: of the logged keys. Two callbacks in one trainer need different ones.
         log_figures: draw the layers-by-time heatmap and the chart of all layers for loggers that take them, and print
             the table at the end of `fit`.
@@ -81,6 +85,8 @@ class CKACallback(pl.Callback):
         max_batches: int | None = None,
         cache_memory: float = 4.0,
         cache_dtype: CacheDtype = "float64",
+        probe: Iterable[Any] | None = None,
+        probe_every_n_steps: int | None = None,
         prefix: str = "cka",
         log_figures: bool = True,
         thresholds: tuple[float, float] = (0.99, 0.9),
@@ -88,6 +94,7 @@ class CKACallback(pl.Callback):
         check_options(
             estimator, stages, dataloaders, every_n_validations, max_batches, thresholds, cache_memory, cache_dtype
         )
+        check_probe(probe is not None, probe_every_n_steps, dataloaders, max_batches)
         parse_pooling(pooling)
         self.layers = layers
         self.reference: ReferenceLike = reference
@@ -100,13 +107,17 @@ class CKACallback(pl.Callback):
         self.max_batches = max_batches
         self.cache_memory = cache_memory
         self.cache_dtype: CacheDtype = cache_dtype
+        self.probe = None if probe is None else Probe(probe)
+        self.probe_every_n_steps = probe_every_n_steps
         self.prefix = prefix
         self.log_figures = log_figures
         self.thresholds = thresholds
         self.history: list[Record] = []
         self._tracker: Tracker | None = None
         self._tracked: list[int] = []  # dataloaders of the evaluation that runs; empty while none is tracked
+        self._probing = False  # whether the evaluation that runs ends with a measurement on the probe
         self._num_validations = 0
+        self._probed_step = 0
         self._stored: StoredReference | None = None  # of the checkpoint that was loaded
         self._own: StoredReference | None = None  # of the reference in use, once it is in a file
         self._fitted = False
@@ -186,12 +197,42 @@ class CKACallback(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._tracker is not None and trainer.val_dataloaders is not None and "validate" in self.stages:
+        self._probed_step = trainer.global_step
+        if self.probe is not None:
+            assert self._tracker is not None
+            self.probe.run(trainer, pl_module, self._tracker, rehearsal=True)
+        elif self._tracker is not None and trainer.val_dataloaders is not None and "validate" in self.stages:
             self._which_dataloaders(trainer, "validate")  # also where there was no sanity check
 
     def _which_dataloaders(self, trainer: pl.Trainer, stage: Stage) -> tuple[list[int], int]:
         needed = 4 if self.debiased or self.estimator == "minibatch" else 2
         return tracked_dataloaders(trainer, stage, self.dataloaders, needed)
+
+    # The probe, in training.
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, every = trainer.global_step, self.probe_every_n_steps
+        if every is not None and step > self._probed_step and step % every == 0:
+            self._probed_step = step
+            self._measure(trainer, pl_module, "probe", on_step=True)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.probe is not None and self.probe_every_n_steps is None and not trainer.enable_validation:
+            self._measure(trainer, pl_module, "probe")
+
+    def _measure(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, *, on_step: bool = False
+    ) -> None:
+        assert self.probe is not None
+        assert self._tracker is not None
+        self.probe.run(trainer, pl_module, self._tracker)
+        self._tracked = [0]
+        self._conclude(trainer, pl_module, stage, on_step=on_step)
+        self._tracked = []
 
     # Evaluation: the same for validation and test.
 
@@ -214,6 +255,9 @@ class CKACallback(pl.Callback):
         if self._tracker is None or (self._stored is not None and not self._fitted):
             self._prepare_loaded(trainer, pl_module)
         assert self._tracker is not None
+        if self.probe is not None:
+            self._probing = not trainer.sanity_checking and self.probe_every_n_steps is None
+            return
         self._tracked, total = self._which_dataloaders(trainer, stage)
         self._tracker.open(stage, total, pl_module.device)
 
@@ -245,46 +289,45 @@ class CKACallback(pl.Callback):
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._tracked and not trainer.sanity_checking:
-            self._conclude(trainer, pl_module, "validate")
+        self._end(trainer, pl_module, "validate")
 
     @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._tracked:
-            self._conclude(trainer, pl_module, "test")
+        self._end(trainer, pl_module, "test")
 
     on_test_batch_start = on_validation_batch_start
     on_test_batch_end = on_validation_batch_end
 
-    def _conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+    def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+        if self._probing:
+            self._probing = False
+            self._measure(trainer, pl_module, "test" if stage == "test" else "probe")
+        elif self._tracked and not trainer.sanity_checking:
+            self._conclude(trainer, pl_module, stage)
+
+    def _conclude(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, *, on_step: bool = False
+    ) -> None:
+        """Compute the scores, and give them to the history, the loggers, and whoever monitors them."""
         assert self._tracker is not None
-        values: dict[str, float] = {}
+        records = []
         for dataloader in self._tracked:
             layers = self._tracker.scores(dataloader)
             self._hint_bias(layers)
-            record = Record(
-                step=trainer.global_step,
-                epoch=trainer.current_epoch,
-                stage=stage,
-                dataloader=dataloader,
-                n=min(layer.n for layer in layers.values()),
-                scores={name: layer.cka for name, layer in layers.items()},
+            records.append(
+                Record(
+                    step=trainer.global_step,
+                    epoch=trainer.current_epoch,
+                    stage=stage,
+                    dataloader=dataloader,
+                    n=min(layer.n for layer in layers.values()),
+                    scores={name: layer.cka for name, layer in layers.items()},
+                )
             )
-            self.history.append(record)
-            suffix = f"/dataloader_idx_{dataloader}" if len(self._tracked) > 1 else ""
-            named = {**record["scores"], "mean": mean_score(record["scores"])}
-            values.update({f"{self.prefix}/{name}{suffix}": value for name, value in named.items()})
-        # All ranks have the same values already, so there is nothing to synchronise.
-        pl_module.log_dict(
-            {key: torch.tensor(value, device=pl_module.device) for key, value in values.items()},
-            on_step=False,
-            on_epoch=True,
-            add_dataloader_idx=False,
-            batch_size=1,
-            rank_zero_only=False,
-        )
+        self.history += records
+        charted = log_records(trainer, pl_module, records, self.prefix, on_step=on_step)
         if self.log_figures:
-            self._figures.update(trainer, self.history, list(values))
+            self._figures.update(trainer, self.history, charted)
 
     def _hint_bias(self, layers: dict[str, LayerScore]) -> None:
         small = [name for name, layer in layers.items() if layer.n < 5 * layer.d and layer.cka == layer.cka]
@@ -315,14 +358,17 @@ class CKACallback(pl.Callback):
         self._finish()
 
     def _finish(self) -> None:
-        self._tracked = []
+        self._tracked, self._probing = [], False
         if self._tracker is not None:
             self._tracker.close()
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if "validate" in self.stages and not self.history and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_warn("CKACallback has tracked nothing: no validation ran during `fit`.")
+            rank_zero_warn(
+                "CKACallback has tracked nothing: no validation ran during `fit`. Without a validation loop, give it "
+                "batches of its own by `probe=`."
+            )
         elif self.log_figures and trainer.is_global_zero:
             self._figures.finish(trainer, self.history)
             print_table(self.history, self.thresholds)

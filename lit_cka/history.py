@@ -7,7 +7,7 @@ from typing import Literal
 
 from typing_extensions import TypedDict
 
-Stage = Literal["validate", "test"]
+Stage = Literal["validate", "test", "probe"]
 
 
 class Record(TypedDict):
@@ -15,7 +15,7 @@ class Record(TypedDict):
 
     step: int  # optimizer steps taken
     epoch: int
-    stage: str  # "validate" or "test"
+    stage: str  # "validate", "test", or "probe" for a measurement on the probe in training
     dataloader: int  # its index
     n: int  # samples; the fewest of any layer where some layers skipped batches
     scores: dict[str, float]  # layer -> CKA, NaN where undefined
@@ -38,8 +38,9 @@ def mean_score(scores: dict[str, float]) -> float:
 
 
 def first_series(history: Sequence[Record]) -> list[Record]:
-    """The records to draw: those of the first tracked dataloader, of validation where there was one, else of test."""
-    stage = "validate" if any(record["stage"] == "validate" for record in history) else "test"
+    """The records to draw: those of the first tracked dataloader, of training where there was one, else of test."""
+    stages = {record["stage"] for record in history}
+    stage = next((stage for stage in ("validate", "probe") if stage in stages), "test")
     records = [record for record in history if record["stage"] == stage]
     first = min((record["dataloader"] for record in records), default=0)
     return [record for record in records if record["dataloader"] == first]

@@ -36,3 +36,15 @@ def check_options(
             'Expected `cache_memory` to be GiB from 0 on and `cache_dtype` to be "float64" or "bfloat16", but got '
             f"{cache_memory} and {cache_dtype!r}."
         )
+
+
+def check_probe(
+    has_probe: bool, every_n_steps: int | None, dataloaders: Sequence[int] | None, max_batches: int | None
+) -> None:
+    """Raise a ValueError for options that do not go with a probe, or without one."""
+    if not has_probe and every_n_steps is not None:
+        raise ValueError("Expected `probe`, batches to measure on, together with `probe_every_n_steps`.")
+    if every_n_steps is not None and every_n_steps < 1:
+        raise ValueError(f"Expected `probe_every_n_steps` to be at least 1, but got {every_n_steps}.")
+    if has_probe and (dataloaders is not None or max_batches is not None):
+        raise ValueError("Expected no `dataloaders` or `max_batches` with `probe`: its own batches are all used.")

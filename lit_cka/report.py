@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from lit_cka import plots
-from lit_cka.history import Record, first_series, verdict
+from lit_cka.history import Record, first_series, mean_score, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,6 +35,41 @@ def heatmap(history: Sequence[Record]) -> Figure:
     values = np.array([[record["scores"].get(name, np.nan) for record in records] for name in layer_names])
     times = [str(record["step"]) for record in records]
     return plots.layer_time_heatmap(values, layer_names, times, title="CKA of each layer", xlabel="optimizer step")
+
+
+def log_records(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, records: Sequence[Record], prefix: str, *, on_step: bool
+) -> list[str]:
+    """Log an evaluation's records, one per dataloader; the keys of the scores and their means, for the chart.
+
+    Args:
+        trainer: that the module is in.
+        pl_module: whose `log_dict` makes them known to all loggers, and to callbacks that monitor.
+        records: of the same evaluation.
+        prefix: of the keys.
+        on_step: within a training epoch, at once, whatever `log_every_n_steps` is.
+    """
+    values: dict[str, float] = {}
+    charted: list[str] = []
+    for record in records:
+        suffix = f"/dataloader_idx_{record['dataloader']}" if len(records) > 1 else ""
+        named = {**record["scores"], "mean": mean_score(record["scores"])}
+        charted += [f"{prefix}/{name}{suffix}" for name in named]
+        values.update({f"{prefix}/{name}{suffix}": value for name, value in named.items()})
+        values[f"{prefix}/num_samples{suffix}"] = record["n"]
+    # All ranks have the same values already, so there is nothing to synchronise.
+    pl_module.log_dict(
+        {key: torch.tensor(value, dtype=torch.float32, device=pl_module.device) for key, value in values.items()},
+        on_step=on_step,
+        on_epoch=not on_step,
+        logger=False if on_step else None,
+        add_dataloader_idx=False,
+        batch_size=1,
+        rank_zero_only=False,
+    )
+    for logger in trainer.loggers if on_step else ():
+        logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+    return charted
 
 
 class LoggedFigures:

@@ -14,6 +14,7 @@ ROWS = [
     {"isolation", "statistics"},
     {"reference", "storage"},
     {"tracking", "report", "dataloaders"},
+    {"probe"},
     {"callback", "models", "data"},
     {"__init__"},
 ]

@@ -78,7 +78,8 @@ def test_logged_values_are_the_scores_and_their_mean(tmp_path: Path) -> None:
     run.fit(Classifier(), train_loader(), loader())
     logged = {key: value.item() for key, value in run.callback_metrics.items() if key.startswith("cka/")}
     expected = {f"cka/{name}": score for name, score in callback.scores.items()}
-    assert logged == pytest.approx({**expected, "cka/mean": np.mean(list(expected.values()))}, abs=1e-6)
+    others = {"cka/mean": np.mean(list(expected.values())), "cka/num_samples": 44}
+    assert logged == pytest.approx({**expected, **others}, abs=1e-6)
 
 
 def test_max_batches(tmp_path: Path) -> None:
@@ -109,7 +110,8 @@ def test_every_dataloader_by_its_own_samples(tmp_path: Path) -> None:
         assert logged.item() == pytest.approx(record["scores"][BLOCKS[1]], abs=1e-6)
     assert callback.scores == callback.history[0]["scores"]
     keys = {key for key in run.callback_metrics if key.startswith("cka/")}
-    assert keys == {f"cka/{name}/dataloader_idx_{i}" for name in [*BLOCKS, "mean"] for i in (0, 1)}
+    assert keys == {f"cka/{name}/dataloader_idx_{i}" for name in [*BLOCKS, "mean", "num_samples"] for i in (0, 1)}
+    assert run.callback_metrics["cka/num_samples/dataloader_idx_1"] == 37
 
 
 def test_one_dataloader_of_several(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -183,7 +183,7 @@ class FeatureExtractor:
                 )
                 return
             try:
-                with torch.no_grad(), torch.autocast(_device_type(output), enabled=False):
+                with _plain_mode(_main_tensor(output)):
                     self._features[name] = self._pooled(name, module, args, output)
             except ValueError as error:
                 self._problems[name] = str(error)
@@ -260,14 +260,19 @@ def _pooled_nested(tensor: Tensor, method: str) -> Tensor:
     return pool(padded, method, "NTC", torch.arange(padded.shape[1], device=padded.device) < lengths[:, None])
 
 
-def _device_type(output: Any) -> str:
-    """The device type of a layer's output, "cpu" where it holds no tensor."""
-    tensor = _main_tensor(output)
-    return "cpu" if tensor is None else tensor.device.type
+@contextmanager
+def _plain_mode(tensor: Tensor | None) -> Iterator[None]:
+    """Without gradients and autocast on the tensor's device."""
+    device_type = "cpu" if tensor is None else tensor.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    with torch.no_grad(), torch.autocast(device_type, enabled=False) if autocast else nullcontext():
+        yield
 
 
 def _main_tensor(output: Any) -> Tensor | None:
     """The hidden states in a layer's output: itself, the first of a tuple, or a ModelOutput's `last_hidden_state`."""
+    if isinstance(output, Tensor):  # first, since asking for a Mapping takes longer
+        return output
     if isinstance(output, Mapping):
         output = output.get("last_hidden_state")
     elif isinstance(output, (tuple, list)) and output:

@@ -62,12 +62,9 @@ def check_features(X: Tensor, Y: Tensor) -> None:
         )
 
 
-def _centred(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the centred features and their mean. Measured from the first row, so that constants centre to exact 0."""
-    pivot = features[0]
-    offsets = features - pivot
-    mean = offsets.mean(dim=0)
-    return offsets - mean, pivot + mean
+def _mean(features: Tensor) -> Tensor:
+    """The mean over the samples. Measured from the first one, so that constants centre to exact 0."""
+    return features[0] + (features - features[0]).mean(dim=0)
 
 
 def paired_moments(X: Tensor, Y: Tensor, *, with_yy: bool = True) -> PairedMoments:
@@ -91,8 +88,8 @@ def paired_moments(X: Tensor, Y: Tensor, *, with_yy: bool = True) -> PairedMomen
     if len(x) == 0:
         empty = empty_moments(x.shape[1], y.shape[1], x.device)
         return empty if with_yy else without_yy(empty)
-    x, mean_x = _centred(x)
-    y, mean_y = _centred(y)
+    mean_x, mean_y = _mean(x), _mean(y)
+    x, y = x - mean_x, y - mean_y
     a, b = x.square().sum(dim=1), y.square().sum(dim=1)
     n = torch.tensor(len(x), dtype=torch.float64, device=x.device)
     none = y.new_empty(0)
@@ -170,8 +167,8 @@ def add_samples(moments: PairedMoments, X: Tensor, Y: Tensor) -> PairedMoments:
     if len(x) == 0:
         return moments
     n = moments.n + len(x)
-    mean_x = moments.mean_x + len(x) / n * (_centred(x)[1] - moments.mean_x)
-    mean_y = moments.mean_y + len(x) / n * (_centred(y)[1] - moments.mean_y)
+    mean_x = moments.mean_x + len(x) / n * (_mean(x) - moments.mean_x)
+    mean_y = moments.mean_y + len(x) / n * (_mean(y) - moments.mean_y)
     d, e = moments.mean_x - mean_x, moments.mean_y - mean_y
     x, y = x - mean_x, y - mean_y
     a, b = x.square().sum(dim=1), y.square().sum(dim=1)

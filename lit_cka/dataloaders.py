@@ -33,7 +33,9 @@ def tracked_dataloaders(
     tracked = [index for index in range(len(loaders)) if indices is None or index in indices]
     for index in tracked:
         dataset = getattr(loaders[index], "dataset", None)
-        if isinstance(dataset, Sized) and len(dataset) < num_samples:
+        # A rank's own share may be small, or empty, and the others would wait for it.
+        is_whole = trainer.world_size == 1 or _distributed_sampler(loaders[index]) is not None
+        if isinstance(dataset, Sized) and len(dataset) < num_samples and is_whole:
             raise ValueError(
                 f"CKA takes at least {num_samples} samples, but the dataset of {stage} dataloader {index} has "
                 f"{len(dataset)}. Track others by `dataloaders=`, or another stage by `stages=`."
@@ -51,6 +53,11 @@ def _dataloaders(trainer: pl.Trainer, stage: Stage) -> Sequence[Any]:
     return loaders
 
 
+def _distributed_sampler(loader: Any) -> DistributedSampler[Any] | None:
+    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    return sampler if isinstance(sampler, DistributedSampler) else None
+
+
 def num_first_samples(trainer: pl.Trainer, stage: Stage, dataloader: int, batch_idx: int) -> int | None:
     """How many samples of a batch, from its start on, no rank has had before; None for all.
 
@@ -58,8 +65,8 @@ def num_first_samples(trainer: pl.Trainer, stage: Stage, dataloader: int, batch_
     out to the ranks in turn, so sample `k` of rank `r` among `W` is a repetition if `r + k W` is `N` or more.
     """
     loader = _dataloaders(trainer, stage)[dataloader]
-    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-    if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+    sampler = _distributed_sampler(loader)
+    if sampler is None or sampler.drop_last:
         return None
     num_samples, repeated = len(cast(Sized, sampler.dataset)), sampler.total_size - len(cast(Sized, sampler.dataset))
     if repeated <= 0:

@@ -144,7 +144,7 @@ class FeatureExtractor:
 
     def _hook_ancestor(self, name: str, target: nn.Module) -> Callable[[], None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module is not target or not self.enabled or not self._listens:
+            if module is not target or not self.enabled or not self._listens or _is_redirected(module):
                 return
             outermost = not self._running
             if self._on_call is not None:
@@ -250,6 +250,12 @@ class FeatureExtractor:
                     stacklevel=2,
                 )
         return None
+
+
+def _is_redirected(module: nn.Module) -> bool:
+    """Whether this call of a LightningModule is its step's, which Lightning sends through DDP as if it were `forward`."""
+    forward = vars(module).get("forward")
+    return getattr(forward, "__qualname__", "").startswith("_ForwardRedirection.")
 
 
 def _pooled_nested(tensor: Tensor, method: str) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from typing import Literal, NamedTuple
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 CacheDtype = Literal["float64", "bfloat16"]
@@ -61,14 +61,22 @@ class ReferenceCache:
         if kept is None or batch.loader in self._changing:
             return None
         if kept[0] != mark:
-            self._changing.add(batch.loader)
-            rank_zero_warn(
+            self.give_up(
+                batch,
                 f"Batch {batch.batch_idx} of {batch.stage} dataloader {batch.dataloader} is not what it was in an "
-                "earlier pass: the data are shuffled or augmented, so the reference runs again each time. The "
-                "numbers are right all the same. A fixed order and fixed transforms make tracking nearly free."
+                "earlier pass (shuffled, augmented, or in another precision)",
             )
             return None
         return {name: _features(stored, device) for name, stored in kept[1].items()}
+
+    def give_up(self, batch: Batch, reason: str) -> None:
+        """Keep nothing more of the batch's dataloader."""
+        if batch.loader not in self._changing:
+            self._changing.add(batch.loader)
+            rank_zero_warn(
+                f"{reason}: the reference runs again each time. The numbers are right all the same, but tracking is "
+                "nearly free only where data and model are fixed in evaluation."
+            )
 
     def keep(self, batch: Batch, call: str, mark: Hashable | None, features: dict[str, Tensor]) -> None:
         """Keep the features by layer of this call, if there is room."""

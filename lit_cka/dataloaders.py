@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence, Sized
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import BatchSampler, DistributedSampler
 
 from lit_cka.history import Stage

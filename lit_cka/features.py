@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from lit_cka.layers import Layers, named_layers, select_layers
 from lit_cka.masks import find_mask
+from lit_cka.patches import is_redirected
 from lit_cka.pooling import Pooling, find_layout, parse_pooling, pool
 
 OnCall = Callable[[str, bool, "tuple[Any, ...]", "dict[str, Any]"], None]
@@ -144,7 +145,7 @@ class FeatureExtractor:
 
     def _hook_ancestor(self, name: str, target: nn.Module) -> Callable[[], None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module is not target or not self.enabled or not self._listens or _is_redirected(module):
+            if module is not target or not self.enabled or not self._listens or is_redirected(module):
                 return
             outermost = not self._running
             if self._on_call is not None:
@@ -250,12 +251,6 @@ class FeatureExtractor:
                     stacklevel=2,
                 )
         return None
-
-
-def _is_redirected(module: nn.Module) -> bool:
-    """Whether this call of a LightningModule is its step's, which Lightning sends through DDP as if it were `forward`."""
-    forward = vars(module).get("forward")
-    return getattr(forward, "__qualname__", "").startswith("_ForwardRedirection.")
 
 
 def _pooled_nested(tensor: Tensor, method: str) -> Tensor:

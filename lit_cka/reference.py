@@ -231,11 +231,14 @@ class Reference:
         args, kwargs = apply_to_collection((args, kwargs), Tensor, torch.clone)
         self._running = extractor.enabled = True
         try:
-            with torch.no_grad(), preserved_rng(), self._frozen(name):
+            with torch.no_grad(), preserved_rng() as draws, self._frozen(name):
                 extractor.model(*args, **kwargs)
         finally:
             self._running = extractor.enabled = False
             features, problems = extractor.drain(require_all=False)
+        if draws.any and self.cache is not None and self._batch is not None:
+            # The live model is about to draw the same numbers, and others the next time.
+            self.cache.give_up(self._batch, "The model draws random numbers in evaluation")
         self._guarded.add(name)
         prefix = f"{name}." if name else ""
         self._features.update({prefix + layer: value for layer, value in features.items()})

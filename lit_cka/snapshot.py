@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lit_cka.compiled import forget_compiled_steps
+from lit_cka.patches import forget_compiled_steps
 
 
 def snapshot(model: nn.Module) -> nn.Module:

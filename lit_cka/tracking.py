@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
 from typing import Literal, NamedTuple, Union
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_cka.cache import Batch, ReferenceCache
-from lit_cka.compiled import is_compiled
 from lit_cka.features import FeatureExtractor
+from lit_cka.patches import is_compiled
 from lit_cka.pooling import Pooling
 from lit_cka.reference import Reference
+from lit_cka.rounding import RoundingJudge
 from lit_cka.statistics import ExactStatistics, MinibatchStatistics, Recall, ReferenceSums, Score
 
 Estimator = Literal["exact", "minibatch"]
@@ -83,12 +83,12 @@ class Tracker:
         self.close()
         self._stage, self._device = stage, device
         self._cache.forget_changing()
-        self._statistics, self._rounded = [], []
+        self._statistics, self._judges = [], []
         for dataloader in range(num_dataloaders):
             known = self._known.get((stage, dataloader), {})
             self._statistics.append({name: self._new(known.get(name)) for name in self.layer_names})
             judge = self._cache.rounds and (stage, dataloader) not in self._checked
-            self._rounded.append({name: self._new(None) for name in self.layer_names} if judge else {})
+            self._judges.append({name: RoundingJudge() for name in self.layer_names} if judge else {})
             if judge:
                 self._cache.forget(stage, dataloader)  # of a pass that did not end
         self._hooks.enter_context(self._extractor)
@@ -161,10 +161,9 @@ class Tracker:
             statistics.forget_known(self._recall(name))
         statistics.add(self._batch, live, reference)
         self._widths[name] = d
-        rounded = self._rounded[self._batch.dataloader].get(name)
-        if rounded is not None:
-            kept = self._cache.recall(self._batch, name, reference.device)
-            rounded.add(self._batch, live, reference if kept is None else kept[: len(reference)])
+        kept = self._cache.recall(self._batch, name, reference.device) if self._judges[self._batch.dataloader] else None
+        if kept is not None:
+            self._judges[self._batch.dataloader][name].add(reference, kept[: len(reference)])
 
     def _recall(self, name: str) -> Recall:
         def recall(batch: Batch, num_samples: int) -> Tensor:
@@ -176,7 +175,8 @@ class Tracker:
 
     def scores(self, dataloader: int) -> dict[str, LayerScore]:
         """CKA of every layer over all batches since `open`, on all ranks; NaN with one warning where undefined."""
-        scores, cost = {}, 0.0
+        scores = {}
+        judges = self._judges[dataloader]
         known = self._known[self._stage, dataloader] = {}
         for name, statistics in self._statistics[dataloader].items():
             score = self._score(name, statistics)
@@ -184,14 +184,12 @@ class Tracker:
                 debiased = self._debiased or self._estimator != "exact"
                 self._warn_once(name, "nan", _undefined(name, score, debiased))
             sums = statistics.reference_sums()
-            if sums is not None and all(self._cache.has(batch) for batch, _ in sums.batches):
+            # Of rounded features they will be others.
+            if sums is not None and not judges and all(self._cache.has(batch) for batch, _ in sums.batches):
                 known[name] = sums
-            if name in self._rounded[dataloader]:
-                rounded = self._score(name, self._rounded[dataloader][name]).cka
-                cost = max(cost, abs(rounded - score.cka), float(math.isnan(rounded) != math.isnan(score.cka)))
             scores[name] = LayerScore(score.cka, score.n, self._widths.get(name, 0))
-        if self._rounded[dataloader]:
-            self._judge_rounding(dataloader, cost)
+        if judges:
+            self._judge_rounding(dataloader, max(judge.cost(self._device) for judge in judges.values()))
         return scores
 
     def _score(self, name: str, statistics: _Statistics) -> Score:
@@ -206,7 +204,7 @@ class Tracker:
             self._warn_once(
                 "",
                 "rounding",
-                f"Keeping the reference's features in bfloat16 would change CKA by {cost:.1e}, more than "
+                f"Keeping the reference's features in bfloat16 can change CKA by {cost:.1e}, more than "
                 f"{_MAX_ROUNDING_COST:g}: they are kept in float64 from now on.",
             )
 

@@ -1,6 +1,6 @@
-"""A script for `test_metrics.py`: both metrics under 2 and 3 gloo processes, uneven shards, a rank without data.
+"""A script for `test_metrics.py` and `test_collectives.py`: ranks under gloo, uneven shards, a rank without data.
 
-    python tests/sync_worker.py FOLDER
+    python tests/sync_worker.py FOLDER JOB [JOB ...]
 
 writes what each rank has seen to `FOLDER/<job>-<world size>-<rank>.pt`. The processes are forked after the imports,
 which take the most time, and before the first tensor, so that no thread pool is forked with them.
@@ -8,15 +8,24 @@ which take the most time, and before the first tensor, so that no thread pool is
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import lit_cka
+from lit_cka.collectives import agree_on_sizes, all_reduce_moments
+from lit_cka.functional.moments import PairedMoments, paired_moments
 from lit_cka.metrics import LinearCKA, MinibatchCKA
 
 # The sizes of each rank's batches, by number of ranks. In the first round one rank has none.
@@ -26,7 +35,12 @@ LAYERS_X, LAYERS_Y = (5, 3), (4, 6, 2)
 BATCH_SIZE = 8  # of MinibatchCKA; its batches go to the ranks in turn, but none to the last
 SECONDS = 20
 
-Seen = dict[str, "Tensor | bool"]
+# What is shared out at random: numbers of samples, and sizes of the batches in which the ranks take their share.
+CASES = list(itertools.product((1, 2, 3, 7, 13, 97, 101, 200), (1, 3, 16, 64)))
+SIZES = [(5, 4), (0, 4), (5, 0), (0, 0)]  # that ranks may know of the same features; 0 is yet unknown
+WIDE = 1440  # features of which the statistics take 50 MB
+
+Seen = dict[str, "Tensor | bool | str | float"]
 
 
 def features() -> tuple[list[Tensor], list[Tensor]]:
@@ -51,6 +65,25 @@ def shard(batches: list[list[int]], rank: int, start: int) -> list[slice]:
     return [
         slice(start + sum(batches[rank][:i]), start + sum(batches[rank][: i + 1])) for i in range(len(batches[rank]))
     ]
+
+
+def shares(case: int, world_size: int) -> list[list[Tensor]]:
+    """Each rank's batches of indices: any samples in any order. In every other case the first rank has none."""
+    num_samples, batch_size = CASES[case]
+    generator = torch.Generator().manual_seed(100 * case + world_size)
+    first = case % 2 if world_size > 1 else 0
+    owners = torch.randint(first, world_size, (num_samples,), generator=generator)
+    order = torch.randperm(num_samples, generator=generator)
+    return [list(order[owners[order] == rank].split(batch_size)) for rank in range(world_size)]
+
+
+def case_features(case: int) -> tuple[Tensor, Tensor]:
+    """All samples of a case (n, 5) and (n, 4), with means a thousand times their spread."""
+    generator = torch.Generator().manual_seed(case)
+    n = CASES[case][0]
+    X, noise, offsets, mixing = (torch.randn(*shape, generator=generator) for shape in ((n, 5), (n, 4), (9,), (5, 4)))
+    Y = (X @ mixing + noise).double()
+    return X.double() + 1e3 * offsets[:5], Y + 1e3 * offsets[5:]
 
 
 def synchronised(rank: int, world_size: int) -> Seen:
@@ -96,6 +129,94 @@ def nothing_new(rank: int, world_size: int) -> Seen:
     return {"value": metric.compute()}
 
 
+def shared_out(rank: int, world_size: int) -> Seen:
+    """Every case, plain and debiased, and the number of samples that all ranks have together."""
+    values = []
+    for case in range(len(CASES)):
+        X, Y = case_features(case)
+        metric = LinearCKA()
+        for rows in shares(case, world_size)[rank]:
+            metric.update(X[rows], Y[rows])
+        plain = metric.compute()
+        metric.debiased = True
+        debiased = metric.compute()
+        with metric.sync_context():
+            values.append(torch.stack([plain, debiased, metric.n]))
+    return {"values": torch.stack(values)}
+
+
+def unequal(rank: int, world_size: int) -> Seen:
+    """The last rank has other widths; of three, one in the middle has no batch. What comes next is of use again."""
+    X, Y = features()
+    linear, minibatch = LinearCKA(), MinibatchCKA()
+    is_last, has_batches = rank == world_size - 1, rank in (0, world_size - 1)
+    if has_batches:
+        linear.update(X[0], Y[int(is_last)])
+        minibatch.update(X, Y[: 2 if is_last else 3])
+    seen: Seen = {}
+    for name, metric in {"linear": linear, "minibatch": minibatch}.items():
+        for attempt in range(2):
+            try:
+                seen[f"{name} {attempt}"] = f"no error but {metric.compute()}"
+            except ValueError as error:
+                seen[f"{name} {attempt}"] = str(error)
+        metric.reset()
+        if has_batches:
+            metric.update(*((X[0], Y[0]) if isinstance(metric, LinearCKA) else (X, Y)))
+        seen[f"{name} after"] = metric.compute()
+    return seen
+
+
+def moments(rank: int, world_size: int) -> Seen:
+    """The moments of all ranks, field by field, and that their own were left alone."""
+    seen: Seen = {}
+    for case in range(len(CASES)):
+        X, Y = case_features(case)
+        rows = torch.cat([torch.zeros(0, dtype=torch.int64), *shares(case, world_size)[rank]])
+        own = paired_moments(X[rows], Y[rows])
+        copies = [value.clone() for value in own]
+        total = all_reduce_moments(own)
+        seen[f"{case} alone"] = all(map(torch.equal, own, copies))
+        seen.update({f"{case} {name}": value for name, value in zip(PairedMoments._fields, total, strict=True)})
+    return seen
+
+
+def sizes(rank: int, world_size: int) -> Seen:
+    """What is agreed on where each rank knows some of the sizes, all of them, none, or other ones."""
+    seen: Seen = {}
+    for start in range(len(SIZES)):
+        known = SIZES[(start + rank) % len(SIZES)]
+        seen[f"agreed {start}"] = torch.tensor(agree_on_sizes(known, "sizes", torch.device("cpu"), None))
+    seen["none"] = torch.tensor(agree_on_sizes((0, 0), "sizes", torch.device("cpu"), None))
+    for position in range(2):
+        known = [5, 4]
+        known[position] += rank == world_size - 1
+        try:
+            agree_on_sizes(known, "sizes", torch.device("cpu"), None)
+        except ValueError as error:
+            seen[f"differ {position}"] = str(error)
+    return seen
+
+
+def memory(rank: int, world_size: int) -> Seen:
+    """How much more memory the process takes while it synchronises than before, as a share of the state's."""
+    metric = LinearCKA()  # the first in this process: what was freed before would be taken again unnoticed
+    rows = torch.randn(8, 2 * WIDE, generator=torch.Generator().manual_seed(rank)).double()
+    metric.update(rows[:, :WIDE], rows[:, WIDE:])
+    num_bytes = sum(value.nbytes for value in metric.metric_state.values())
+    before = _peak_kilobytes(anew=True)
+    metric.compute()
+    return {"share": (_peak_kilobytes() - before) * 1024 / num_bytes}
+
+
+def _peak_kilobytes(anew: bool = False) -> int:
+    """The most memory that this process has taken so far, or since it was last asked for anew."""
+    if anew:
+        Path("/proc/self/clear_refs").write_text("5")
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1])
+
+
 def work(job: Callable[[int, int], Seen], rank: int, world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     meeting = f"file://{folder}/{job.__name__}-{world_size}"
@@ -104,16 +225,43 @@ def work(job: Callable[[int, int], Seen], rank: int, world_size: int, folder: Pa
     dist.destroy_process_group()
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, jobs: list[str]) -> None:
+    world_sizes = {synchronised: (2, 3), nothing_new: (2,), unequal: (2, 3), memory: (2, 3, 4)}
     fork = multiprocessing.get_context("fork")
-    for job, world_size in ((synchronised, 2), (synchronised, 3), (nothing_new, 2)):
-        workers = [fork.Process(target=work, args=(job, rank, world_size, folder)) for rank in range(world_size)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join(SECONDS)
-            worker.kill()
+    for job in (synchronised, nothing_new, shared_out, unequal, moments, sizes, memory):
+        for world_size in world_sizes.get(job, (1, 2, 3, 4)) if job.__name__ in jobs else ():
+            workers = [fork.Process(target=work, args=(job, rank, world_size, folder)) for rank in range(world_size)]
+            for worker in workers:
+                worker.start()
+            deadline = time.monotonic() + SECONDS
+            for worker in workers:
+                worker.join(max(deadline - time.monotonic(), 0))
+                worker.kill()
+
+
+def run_to_end(script: str, *args: object, seconds: float = 120) -> None:
+    """Run a script until its end, or for so many seconds; then end all that it has started too."""
+    process = subprocess.Popen(
+        [sys.executable, script, *map(str, args)],
+        env={**os.environ, "PYTHONPATH": str(Path(lit_cka.__file__).parents[1])},
+        start_new_session=True,  # a group of their own, that can be killed as one
+    )
+    try:
+        process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        pass  # what was not written by then is missed by the tests
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def seen_by_ranks(folder: Path, job: str, world_size: int) -> list[Seen]:
+    """What the ranks have seen; all of them have to have come to the end."""
+    files = [folder / f"{job}-{world_size}-{rank}.pt" for rank in range(world_size)]
+    assert [file.name for file in files if not file.exists()] == []
+    return [torch.load(file) for file in files]
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

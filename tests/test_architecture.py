@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).parents[1] / "lit_cka"
 ROWS = [
     {"functional"},
     {"collectives"},
-    {"metrics", "layers", "pooling", "plots", "checkpoints", "masks", "history", "options", "compiled", "adapters"},
+    {"metrics", "layers", "pooling", "plots", "checkpoints", "masks", "history", "options", "patches", "adapters"},
     {"features", "fingerprint", "cache", "snapshot"},
-    {"isolation", "statistics"},
+    {"isolation", "statistics", "rounding"},
     {"reference", "storage"},
     {"tracking", "report", "dataloaders"},
     {"probe"},

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchmetrics.aggregation import SumMetric
 
-import lit_cka
 from lit_cka import LinearCKA, MinibatchCKA
 from lit_cka.functional import linear_cka
 from tests import oracles, sync_worker
 from tests.oracles import float64, paired_features
+from tests.sync_worker import seen_by_ranks
 
 ESTIMATORS = pytest.mark.parametrize("debiased", [False, True], ids=["plain", "debiased"])
+MINIMA = [(2, False), (4, True)]  # samples that each estimator takes
 BEFORE_UPDATE = "ignore:The ``compute`` method of metric .* was called before the ``update`` method"
 
 
@@ -479,29 +476,77 @@ def test_wrong_kernels_are_an_error() -> None:
 
 # Several processes
 
+MAX_RANKS = 4
+
+
+@st.composite
+def shared_samples(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
+    """Samples, and the batches of indices that the ranks take: any share, any order, for some perhaps none."""
+    n, batch_size = draw(st.integers(1, 200)), draw(st.integers(1, 64))
+    ranks = draw(st.lists(st.integers(0, MAX_RANKS - 1), min_size=1, max_size=MAX_RANKS, unique=True))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    owners, order = torch.from_numpy(rng.choice(ranks, n)), torch.from_numpy(rng.permutation(n))
+    X, Y = paired_features(n, draw(st.integers(1, 6)), draw(st.integers(1, 6)), seed=int(rng.integers(2**32)))
+    return X, Y, [list(order[owners[order] == rank].split(batch_size)) for rank in range(MAX_RANKS)]
+
+
+@pytest.mark.filterwarnings(BEFORE_UPDATE)
+@ESTIMATORS
+@given(data=shared_samples())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_share_out_over_ranks_has_the_value_of_all_samples(
+    data: tuple[Tensor, Tensor, list[list[Tensor]]], debiased: bool
+) -> None:
+    X, Y, shares = data
+    metrics = [LinearCKA(debiased=debiased) for _ in shares]
+    for metric, batches in zip(metrics, shares, strict=True):
+        for rows in batches:
+            metric.update(X[rows], Y[rows])
+    total = LinearCKA(debiased=debiased)
+    for metric in metrics:
+        total.merge_state(metric)
+    assert total.moments.n == len(X)
+    if len(X) < (4 if debiased else 2):
+        assert total.compute().isnan()
+        return
+    expected = linear_cka(X, Y, debiased=debiased).item()
+    assert total.compute().item() == pytest.approx(expected, abs=1e-8, nan_ok=True)
+    if expected == expected:
+        assert total.compute().item() == pytest.approx(oracles.linear_cka(X, Y, debiased), abs=1e-8)
+
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the processes of `sync_worker.py` have left what they saw; all of them have ended, or been ended."""
     folder = tmp_path_factory.mktemp("sync")
-    process = subprocess.Popen(
-        [sys.executable, sync_worker.__file__, str(folder)],
-        env={**os.environ, "PYTHONPATH": str(Path(lit_cka.__file__).parents[1])},
-        start_new_session=True,  # a group of their own, that can be killed as one
-    )
-    try:
-        process.wait(timeout=120)
-        yield folder
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    sync_worker.run_to_end(sync_worker.__file__, folder, "synchronised", "nothing_new", "shared_out", "unequal")
+    return folder
 
 
-def seen_by_ranks(folder: Path, job: str, world_size: int) -> list[sync_worker.Seen]:
-    files = [folder / f"{job}-{world_size}-{rank}.pt" for rank in range(world_size)]
-    assert [file.name for file in files if not file.exists()] == []
-    return [torch.load(file) for file in files]
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("case", range(len(sync_worker.CASES)), ids=lambda case: str(sync_worker.CASES[case]))
+def test_samples_shared_out_at_random_have_the_value_of_one_process(folder: Path, case: int, world_size: int) -> None:
+    X, Y = sync_worker.case_features(case)
+    n = len(X)
+    batches = [rows for shares in sync_worker.shares(case, world_size) for rows in shares]
+    assert sorted(torch.cat(batches).tolist()) == list(range(n))
+    expected = [linear_cka(X, Y, debiased=debiased).item() if n >= k else torch.nan for k, debiased in MINIMA]
+    for seen in seen_by_ranks(folder, "shared_out", world_size):
+        assert seen["values"][case].tolist() == pytest.approx([*expected, n], abs=1e-10, nan_ok=True)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_other_widths_on_another_rank_are_an_error_on_every_rank(folder: Path, world_size: int) -> None:
+    X, Y = sync_worker.features()
+    linear = linear_cka(torch.cat([X[0], X[0]]), torch.cat([Y[0], Y[0]])).item()
+    for seen in seen_by_ranks(folder, "unequal", world_size):
+        for attempt in range(2):
+            text = "Expected the same numbers of features on all ranks, but got from [5, 4] to [5, 6]."
+            assert seen[f"linear {attempt}"] == text
+            text = "Expected the same numbers of layers on all ranks, but got from [2, 2] to [2, 3]."
+            assert seen[f"minibatch {attempt}"] == text
+        assert seen["linear after"].item() == pytest.approx(linear, abs=1e-10)
+        assert seen["minibatch after"].shape == (2, 3)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

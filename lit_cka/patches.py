@@ -1,4 +1,4 @@
-"""What `torch.compile` has compiled of a model: compiled code does not notice hooks that come later."""
+"""What `torch.compile` and Lightning put in place of a module's own methods."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ _REPLACED = ("forward", "training_step", "validation_step", "test_step", "predic
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether the model, or a part of it, is compiled: by `torch.compile(module)` or `module.compile()`."""
+    """Whether the model, or a part of it, is compiled: by `torch.compile(module)` or `module.compile()`.
+
+    Compiled code does not notice hooks that come later.
+    """
     return any(
         isinstance(module, OptimizedModule)
         or getattr(module, "_compiled_call_impl", None) is not None
@@ -24,3 +27,9 @@ def forget_compiled_steps(copied: nn.Module) -> None:
     if vars(copied).pop("_compiler_ctx", None) is not None:
         for name in _REPLACED:
             vars(copied).pop(name, None)
+
+
+def is_redirected(module: nn.Module) -> bool:
+    """Whether a call of a LightningModule is its step's, which Lightning sends through DDP in place of `forward`."""
+    forward = vars(module).get("forward")
+    return str(getattr(forward, "__qualname__", "")).startswith("_ForwardRedirection.")

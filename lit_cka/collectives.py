@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lit_cka.functional.moments import PairedMoments, empty_moments, recentre_moments
+from lit_cka.functional.moments import PairedMoments, empty_moments, recentred_vectors
 
 
-def all_reduce_flat(tensors: Iterable[Tensor], shapes: Sequence[torch.Size], group: Any) -> list[Tensor]:
-    """The tensors' sums over the ranks, in one collective."""
+def flattened(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Copies of the tensors in one flat buffer, for one collective: the buffer, and the copies as views of it."""
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat, group=group)
-    parts = flat.split([shape.numel() for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return flat, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def agree_on_sizes(sizes: Sequence[int], what: str, device: torch.device, group: Any) -> list[int]:
@@ -40,8 +39,8 @@ def all_reduce_moments(moments: PairedMoments, group: Any = None) -> PairedMomen
     """The moments of the samples of all ranks: agree on the widths, then on the mean, then add up what is measured
     from it.
 
-    Every rank of the `group` takes part, also one without samples, whose widths may be 0. Takes twice the memory of
-    the moments beside them, whatever the number of ranks.
+    Every rank of the `group` takes part, also one without samples, whose widths may be 0. Takes the memory of one
+    more set of moments, whatever the number of ranks, and what the collective itself needs.
 
     Raises:
         ValueError: if ranks have features of different widths.
@@ -54,6 +53,10 @@ def all_reduce_moments(moments: PairedMoments, group: Any = None) -> PairedMomen
     dist.all_reduce(means, group=group)
     total = means[-1]
     mean_x, mean_y = (means[:-1] / total.clamp(min=1)).split([d_x, d_y])
-    shapes = [value.shape for value in moments[3:]]
-    sums = all_reduce_flat(recentre_moments(moments, mean_x, mean_y)[3:], shapes, group)
+    d, e = moments.mean_x - mean_x, moments.mean_y - mean_y
+    flat, sums = flattened([moments.xx, moments.yy, moments.xy, *recentred_vectors(moments, d, e)])
+    # As `recentre_moments` does, in place, to save the memory of another copy.
+    for matrix, left, right in zip(sums, (d, e, d), (d, e, e), strict=False):
+        matrix.addr_(n * left, right)
+    dist.all_reduce(flat, group=group)
     return PairedMoments(total, mean_x, mean_y, *sums)

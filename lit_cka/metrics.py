@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import Self
 
-from lit_cka.collectives import agree_on_sizes, all_reduce_flat, all_reduce_moments
+from lit_cka.collectives import agree_on_sizes, all_reduce_moments, flattened
 from lit_cka.functional.cka import cka_from_moments, hsic, pairwise_hsic
 from lit_cka.functional.kernels import linear_gram, rbf_gram
 from lit_cka.functional.moments import (
@@ -260,6 +261,7 @@ class MinibatchCKA(_Float64Metric):
         if not shape.numel():
             return
         shapes = {"hsic_xy": shape, "hsic_xx": shape[:1], "hsic_yy": shape[1:], "n": torch.Size()}
-        states = [getattr(self, name).expand(size) for name, size in shapes.items()]
-        for name, value in zip(shapes, all_reduce_flat(states, list(shapes.values()), group), strict=True):
+        flat, sums = flattened([getattr(self, name).expand(size) for name, size in shapes.items()])
+        dist.all_reduce(flat, group=group)
+        for name, value in zip(shapes, sums, strict=True):
             setattr(self, name, value)

@@ -121,11 +121,11 @@ def recentre_moments(moments: PairedMoments, mean_x: Tensor, mean_y: Tensor) -> 
         torch.addr(moments.xx, n * d, d),
         torch.addr(moments.yy, n * e, e) if moments.yy.numel() else moments.yy,
         torch.addr(moments.xy, n * d, e),
-        *_recentred_vectors(moments, d, e),
+        *recentred_vectors(moments, d, e),
     )
 
 
-def _recentred_vectors(moments: PairedMoments, d: Tensor, e: Tensor) -> list[Tensor]:
+def recentred_vectors(moments: PairedMoments, d: Tensor, e: Tensor) -> list[Tensor]:
     """The fields from `a` on, after every `x` has moved by `d` and every `y` by `e`."""
     n, _, _, xx, yy, xy, a, b, aa, bb, ab, ax, ay, bx, by = moments
     dd, ee, d_xx, d_xy, xy_e = d @ d, e @ e, d @ xx, d @ xy, xy @ e
@@ -174,7 +174,7 @@ def add_samples(moments: PairedMoments, X: Tensor, Y: Tensor) -> PairedMoments:
     a, b = x.square().sum(dim=1), y.square().sum(dim=1)
     with_yy = moments.yy.numel() > 0
     sums = [a.sum(), b.sum(), a @ a, b @ b if with_yy else 0, a @ b, a @ x, a @ y, b @ x, b @ y if with_yy else 0]
-    vectors = [old + new for old, new in zip(_recentred_vectors(moments, d, e), sums, strict=True)]
+    vectors = [old + new for old, new in zip(recentred_vectors(moments, d, e), sums, strict=True)]
     x, y = (torch.cat([rows, (moments.n.sqrt() * moved)[None]]) for rows, moved in ((x, d), (y, e)))
     yy = torch.addmm(moments.yy, y.T, y) if with_yy else moments.yy
     return PairedMoments(

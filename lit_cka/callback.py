@@ -25,6 +25,9 @@ from lit_cka.report import LoggedFigures, log_records, print_table, write_report
 from lit_cka.storage import StoredReference, load_reference, store_reference
 from lit_cka.tracking import Estimator, LayerScore, Tracker
 
+# Checkpoints that Lightning's searches for a learning rate or batch size write at the start, and load at their end.
+_SEARCHES = (".lr_find_", ".scale_batch_size_")
+
 
 class CKACallback(pl.Callback):
     """Tracks how far every layer's representation moves from a frozen reference while a model is trained.
@@ -139,6 +142,8 @@ class CKACallback(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._stage = stage
+        if stage == "fit":  # what is to be resumed is loaded after this
+            self._num_validations, self._stored = 0, None
         if self._tracker is not None and self._tracker.live is not pl_module:
             if stage == "fit":  # a new training
                 self._tracker, self._fitted, self._own, self.history = None, False, None, []
@@ -150,8 +155,6 @@ class CKACallback(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.ckpt_path is None:
-            self._num_validations, self._stored = 0, None
         if self.every_n_validations > 1:
             self._warn_monitors(trainer)
         if self._stored is not None and (self._own is None or self._stored["sha256"] != self._own["sha256"]):
@@ -173,7 +176,8 @@ class CKACallback(pl.Callback):
             self._prepare(pl_module, self.reference)
 
     def _require_initial_weights(self, trainer: pl.Trainer) -> None:
-        if trainer.ckpt_path is not None and self.reference == INITIAL:
+        is_search = Path(str(trainer.ckpt_path)).name.startswith(_SEARCHES)
+        if trainer.ckpt_path is not None and not is_search and self.reference == INITIAL:
             raise ValueError(
                 f"With the weights of {str(trainer.ckpt_path)!r} loaded, those that the training began with are gone. "
                 'Pass them as `reference=`, a module or a checkpoint\'s path, instead of "initial".'
@@ -382,7 +386,9 @@ class CKACallback(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"history": [dict(record) for record in self.history], "num_validations": self._num_validations}
+        state = {"history": [dict(record) for record in self.history], "num_validations": self._num_validations}
+        stored = self._own or self._stored
+        return state if stored is None else {**state, "reference": dict(stored)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

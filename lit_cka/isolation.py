@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_cka.features import tensors_in
@@ -31,11 +32,11 @@ class LiveWeightGuard(TorchDispatchMode):
 
     def __init__(self, live: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._names = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors_of(live).items()}
+        self._names = {address(tensor): name for name, tensor in tensors_of(live).items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in plain_tensors_in((args, kwargs or {})):
-            name = self._names.get(tensor.untyped_storage().data_ptr())
+            name = self._names.get(address(tensor))
             if name is not None:
                 raise FollowsLiveWeightsError(name)
         return func(*args, **(kwargs or {}))
@@ -48,7 +49,7 @@ class Provenance:
         trained = (
             (name, tensor) for name, tensor in live.named_parameters() if tensor.requires_grad and tensor.numel()
         )
-        self._origins = {tensor.untyped_storage().data_ptr(): name for name, tensor in trained}
+        self._origins = {address(tensor): name for name, tensor in trained}
         self._kept: list[Tensor] = []  # so that no storage is freed and used again for another tensor
 
     def watch(self, active: bool) -> None:
@@ -65,14 +66,14 @@ class Provenance:
 
     def origin(self, value: Any) -> str | None:
         """Name of a trained weight that some tensor in `value` is, or is computed from; None if there is none."""
-        names = (self._origins.get(tensor.untyped_storage().data_ptr()) for tensor in plain_tensors_in(value))
+        names = (self._origins.get(address(tensor)) for tensor in plain_tensors_in(value))
         return next((name for name in names if name is not None), None)
 
     def note(self, value: Any, origin: str) -> None:
         """Note the tensors in `value` as computed from the weight `origin`."""
         for tensor in plain_tensors_in(value):
             self._kept.append(tensor)
-            self._origins.setdefault(tensor.untyped_storage().data_ptr(), origin)
+            self._origins.setdefault(address(tensor), origin)
 
 
 class _Watch(TorchDispatchMode):
@@ -95,6 +96,16 @@ def plain_tensors_in(value: Any) -> Iterator[Tensor]:
     for tensor in tensors_in(value):
         if tensor.layout is torch.strided and not tensor.is_nested and tensor.device.type != "meta" and tensor.numel():
             yield tensor
+
+
+def address(tensor: Tensor) -> int:
+    """Where the tensor's values are: the same for tensors that share them. Of a sharded one, those of this rank."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
+    try:
+        return tensor.untyped_storage().data_ptr() or id(tensor)
+    except RuntimeError:  # a wrapper around others, without a storage
+        return id(tensor)
 
 
 class Draws:

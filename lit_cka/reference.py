@@ -17,7 +17,7 @@ from lit_cka.cache import Batch, ReferenceCache
 from lit_cka.checkpoints import fitting_weights, load_into, load_state_dict, require_weights, strip_wrappers
 from lit_cka.features import FeatureExtractor, tensors_in
 from lit_cka.fingerprint import fingerprint
-from lit_cka.isolation import FollowsLiveWeightsError, LiveWeightGuard, Provenance, preserved_rng, tensors_of
+from lit_cka.isolation import FollowsLiveWeightsError, LiveWeightGuard, Provenance, address, preserved_rng, tensors_of
 from lit_cka.layers import named_layers
 from lit_cka.pooling import Pooling
 from lit_cka.snapshot import snapshot
@@ -68,8 +68,8 @@ def _below(prefix: str, name: str) -> str:
 
 def _from_module(live: nn.Module, module: nn.Module, layer_names: list[str], pooling: Pooling) -> Reference:
     modules = named_layers(module)
-    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(live).values()}
-    if any(tensor.untyped_storage().data_ptr() in storages for tensor in tensors_of(module).values()):
+    addresses = set(map(address, tensors_of(live).values()))
+    if any(address(tensor) in addresses for tensor in tensors_of(module).values()):
         module = snapshot(module)  # it is the live model, or shares weights with it
     for prefix in _prefixes(layer_names):
         if all(_below(prefix, name) in modules for name in layer_names):

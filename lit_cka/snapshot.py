@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -42,7 +43,7 @@ def _held_data(model: nn.Module) -> Sequence[object]:
     todo: list[Any] = [vars(module) for module in model.modules()]
     while todo:
         value = todo.pop()
-        if id(value) in seen or isinstance(value, (Tensor, str, bytes, type)):
+        if id(value) in seen or isinstance(value, (Tensor, str, bytes, type, ModuleType)):
             continue
         seen.add(id(value))
         if isinstance(value, (Dataset, DataLoader, pl.LightningDataModule, pl.Trainer)):

@@ -50,6 +50,7 @@ class Provenance:
             (name, tensor) for name, tensor in live.named_parameters() if tensor.requires_grad and tensor.numel()
         )
         self._origins = {address(tensor): name for name, tensor in trained}
+        self.paused = False  # a mode can't be left within a call that began under it, and may end by an exception
         self._kept: list[Tensor] = []  # so that no storage is freed and used again for another tensor
 
     def watch(self, active: bool) -> None:
@@ -85,6 +86,8 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         for provenance in _Watch.active:
+            if provenance.paused:
+                continue
             origin = provenance.origin((args, kwargs or {}))
             if origin is not None:
                 provenance.note(output, origin)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from typing import ClassVar
+
+import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 
@@ -23,13 +27,35 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def forget_compiled_steps(copied: nn.Module) -> None:
-    """Give a deep copy of a module its own steps back: those that Lightning has compiled belong to the original."""
-    if vars(copied).pop("_compiler_ctx", None) is not None:
-        for name in _REPLACED:
-            vars(copied).pop(name, None)
+    """Give a deep copy its own methods back: what is compiled of a LightningModule belongs to the original."""
+    for module in copied.modules():
+        vars(module).pop("_compiled_call_impl", None)
+        if vars(module).pop("_compiler_ctx", None) is not None:
+            for name in _REPLACED:
+                vars(module).pop(name, None)
 
 
 def is_redirected(module: nn.Module) -> bool:
     """Whether a call of a LightningModule is its step's, which Lightning sends through DDP in place of `forward`."""
     forward = vars(module).get("forward")
     return str(getattr(forward, "__qualname__", "")).startswith("_ForwardRedirection.")
+
+
+class Uncompiled:
+    """While active, compiled code runs as it is written. Several may be active, and end in any order."""
+
+    _active: ClassVar[set[Uncompiled]] = set()
+    _stance: ClassVar[ExitStack] = ExitStack()
+
+    def start(self) -> None:
+        """Begin, if not active already."""
+        if not Uncompiled._active:
+            Uncompiled._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        Uncompiled._active.add(self)
+
+    def stop(self) -> None:
+        """End, if active. The last one leaves everything as it was before the first."""
+        if self in Uncompiled._active:
+            Uncompiled._active.remove(self)
+            if not Uncompiled._active:
+                Uncompiled._stance.close()

@@ -163,7 +163,7 @@ class Reference:
         self._extractors.clear()
 
     def _watch_step(self, active: bool) -> None:
-        """Have what happens outside of the modules around the layers noted, or not."""
+        """Have noted what happens outside of the modules around the layers."""
         if self._provenance is not None:
             self._provenance.watch(active)
 
@@ -171,8 +171,8 @@ class Reference:
         """Run on the arguments of this call of the live model's module `name`, if it is the one to follow."""
         if self._running:
             raise FollowsLiveWeightsError(name or "the model")
-        if outermost:
-            self._watch_step(False)
+        if outermost and self._provenance is not None:
+            self._provenance.paused = True
         if name != self._prefix if self._prefix is not None else not outermost:
             return
         layer_names = [layer for layer in self._layer_names if not name or layer.startswith(f"{name}.")]
@@ -199,7 +199,7 @@ class Reference:
             trained = next((weight for weight, parameter in weights if parameter.requires_grad), None)
             if trained is not None:
                 self._provenance.note(list(tensors_in(output)), f"{name}.{trained}" if name else trained)
-            self._watch_step(True)
+            self._provenance.paused = False
 
     def _replay_or_run(self, name: str, layer_names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.cache is None or self._batch is None or not self.cache.max_bytes:

@@ -30,8 +30,8 @@ def snapshot(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} could not be copied to keep its weights as the reference "
             f"({type(error).__name__}: {error}). Pass `reference=` a module or the path of a checkpoint."
         ) from error
+    forget_compiled_steps(copied)
     if isinstance(model, pl.LightningModule):  # a forward may look at the trainer, and may log: the copy must not
-        forget_compiled_steps(copied)
         vars(copied)["_trainer"] = model._trainer
         vars(copied)["log"] = vars(copied)["log_dict"] = lambda *args, **kwargs: None
     return copied.requires_grad_(False).eval()

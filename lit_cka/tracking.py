@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_cka.cache import Batch, ReferenceCache
 from lit_cka.features import FeatureExtractor
-from lit_cka.patches import is_compiled
+from lit_cka.patches import Uncompiled, is_compiled
 from lit_cka.pooling import Pooling
 from lit_cka.reference import Reference
 from lit_cka.rounding import RoundingJudge
@@ -65,7 +65,8 @@ class Tracker:
             live, layer_names, pooling, on_call=reference.on_call, on_return=reference.on_return
         )
         self._hooks = ExitStack()
-        self._eager = ExitStack()
+        self._has_compiled = False
+        self._uncompiled = Uncompiled()
         self._statistics: list[dict[str, _Statistics]] = []
         self._rounded: list[
             dict[str, _Statistics]
@@ -83,6 +84,8 @@ class Tracker:
         self.close()
         self._stage, self._device = stage, device
         self._cache.forget_changing()
+        # Compiled code does not notice hooks that come and go.
+        self._has_compiled = is_compiled(self.live) or is_compiled(self.reference.module)
         self._statistics, self._judges = [], []
         for dataloader in range(num_dataloaders):
             known = self._known.get((stage, dataloader), {})
@@ -91,7 +94,8 @@ class Tracker:
             self._judges.append({name: RoundingJudge() for name in self.layer_names} if judge else {})
             if judge:
                 self._cache.forget(stage, dataloader)  # of a pass that did not end
-        self._hooks.enter_context(self._extractor)
+        if not self._has_compiled:
+            self._hooks.enter_context(self._extractor)
         self._extractor.enabled = False
 
     def _new(self, known: ReferenceSums | None) -> _Statistics:
@@ -99,7 +103,7 @@ class Tracker:
 
     def close(self) -> None:
         """Remove all hooks from the live model and the reference. The statistics stay."""
-        self._eager.close()
+        self._uncompiled.stop()
         self._hooks.close()
         self.reference.close()
 
@@ -108,9 +112,9 @@ class Tracker:
         self._extractor.drain()  # what a step that failed may have left
         self._extractor.enabled = True
         self._batch = Batch(self._stage, dataloader, index)
-        if is_compiled(self.live):
-            # Compiled code does not know of hooks that come and go: this step runs as it is written.
-            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
+        if self._has_compiled:  # for this step alone: all others stay as they are compiled
+            self._uncompiled.start()
+            self._hooks.enter_context(self._extractor)
         self.reference.begin(None if rehearsal else self._batch, first=not self._ran_once)
 
     def end(self, num_samples: int | None = None) -> None:
@@ -123,9 +127,11 @@ class Tracker:
             ValueError: in the first step, if a layer did not run once with usable output. Later, such a layer skips
                 the batch, with one warning: a training is not ended for it.
         """
-        self._eager.close()
+        self._uncompiled.stop()
         self._extractor.enabled = False
         live, problems = self._extractor.drain()
+        if self._has_compiled:
+            self._hooks.close()
         reference, reference_problems = self.reference.end()
         problems = {**reference_problems, **problems}
         for name in live.keys() - reference.keys() - problems.keys():

@@ -129,7 +129,7 @@ def test_a_fit_has_the_same_history_on_every_rank(folder: Path, world_size: int)
         assert seen["num_calls"] == min(2, num_batches) + num_batches
 
 
-@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn", "ddp"])
+@pytest.mark.parametrize("strategy", ["ddp_fork", pytest.param("ddp_spawn", marks=pytest.mark.slow), "ddp"])
 def test_processes_that_lightning_starts(folder: Path, strategy: str) -> None:
     if strategy != "ddp_fork":  # which was forked with the others
         sync_worker.run_to_end(ranks_worker.__file__, folder, strategy, seconds=120)

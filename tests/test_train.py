@@ -51,7 +51,7 @@ def test_clip_imagefolder(tmp_path: Path) -> None:
     options += ["--data.init_args.batch_size=4", "--data.init_args.num_workers=0"]
     cli = run("fit", "clip_imagefolder.yaml", *options)
     blocks = [f"cka/model.visual.transformer.resblocks.{index}" for index in range(3)]
-    assert logged_tags(cli.trainer.log_dir) == [*blocks, "cka/mean"]
+    assert logged_tags(cli.trainer.log_dir) == [*blocks, "cka/mean", "cka/num_samples"]
     checkpoint = cli.trainer.checkpoint_callback.last_model_path
     tested = run("test", "clip_imagefolder.yaml", *options, f"--ckpt_path={checkpoint}")
     assert "test_acc" in tested.trainer.callback_metrics
@@ -67,7 +67,11 @@ def test_convnext_imagefolder(tmp_path: Path) -> None:
     options += [f"--data.init_args.root={root}", "--data.init_args.batch_size=4", "--data.init_args.num_workers=0"]
     cli = run("fit", "convnext_imagefolder.yaml", *options)
     blocks = ["stages.0.blocks.0", "stages.1.blocks.0", "stages.2.blocks.0", "stages.2.blocks.1", "stages.3.blocks.0"]
-    assert logged_tags(cli.trainer.log_dir) == [*(f"cka/model.{block}" for block in blocks), "cka/mean"]
+    assert logged_tags(cli.trainer.log_dir) == [
+        *(f"cka/model.{block}" for block in blocks),
+        "cka/mean",
+        "cka/num_samples",
+    ]
 
 
 @biased
@@ -91,7 +95,11 @@ def test_text_classification(tmp_path: Path, source: str, monkeypatch: pytest.Mo
         options += [f"--data.init_args.dataset={tmp_path / 'set'}", "--data.init_args.train=test"]
     cli = run("fit", "text_classification.yaml", *options)
     layers = ["embeddings", *(f"transformer.layer.{index}" for index in range(3))]
-    assert logged_tags(cli.trainer.log_dir) == [*(f"cka/model.distilbert.{layer}" for layer in layers), "cka/mean"]
+    assert logged_tags(cli.trainer.log_dir) == [
+        *(f"cka/model.distilbert.{layer}" for layer in layers),
+        "cka/mean",
+        "cka/num_samples",
+    ]
     assert len(cli.trainer.callbacks[0].history) == 2  # twice within the epoch
 
 
@@ -134,7 +142,7 @@ def test_demo(tmp_path: Path) -> None:
     last = history[-1]["scores"]
     assert list(last) == [f"model.blocks.{index}" for index in range(6)]
     assert last["model.blocks.0"] > last["model.blocks.5"]  # what is learned anew is learned at the top
-    assert logged_tags(str(folder)) == [*(f"cka/{name}" for name in last), "cka/mean"]
+    assert logged_tags(str(folder)) == [*(f"cka/{name}" for name in last), "cka/mean", "cka/num_samples"]
     for said in ("val_acc: 0.", "cka_heatmap.png", "tensorboard --logdir", "model.blocks.5", "verdict"):
         assert said in done.stdout
     assert (folder / "cka/cka_heatmap.png").read_bytes().startswith(b"\x89PNG")

@@ -54,6 +54,8 @@ class Probe:
             with torch.no_grad(), preserved_rng(), _evaluating(module):
                 for index, batch in enumerate(self.batches):
                     if index % trainer.world_size == trainer.global_rank or rehearsal:
+                        batch = trainer.precision_plugin.convert_input(batch)
+                        batch = module._on_before_batch_transfer(batch)
                         batch = trainer.strategy.batch_to_device(batch, module.device)
                         tracker.begin(0, index, rehearsal=rehearsal)
                         with trainer.precision_plugin.forward_context():

@@ -68,12 +68,11 @@ class Tracker:
         self._has_compiled = False
         self._uncompiled = Uncompiled()
         self._statistics: list[dict[str, _Statistics]] = []
-        self._rounded: list[
-            dict[str, _Statistics]
-        ] = []  # the same with the cache's rounded features, to see what it costs
+        self._judges: list[dict[str, RoundingJudge]] = []  # empty where rounding has been judged
         self._known: dict[tuple[str, int], dict[str, ReferenceSums]] = {}  # by dataloader and layer
         self._checked: set[tuple[str, int]] = set()  # dataloaders whose rounded features have been judged
         self._stage = ""
+        self._batch: Batch
         self._device = torch.device("cpu")
         self._widths: dict[str, int] = {}
         self._ran_once = False
@@ -185,7 +184,7 @@ class Tracker:
         judges = self._judges[dataloader]
         known = self._known[self._stage, dataloader] = {}
         for name, statistics in self._statistics[dataloader].items():
-            score = self._score(name, statistics)
+            score = statistics.score(self._recall(name), self._device, debiased=self._debiased)
             if score.cka != score.cka:
                 debiased = self._debiased or self._estimator != "exact"
                 self._warn_once(name, "nan", _undefined(name, score, debiased))
@@ -197,9 +196,6 @@ class Tracker:
         if judges:
             self._judge_rounding(dataloader, max(judge.cost(self._device) for judge in judges.values()))
         return scores
-
-    def _score(self, name: str, statistics: _Statistics) -> Score:
-        return statistics.score(self._recall(name), self._device, debiased=self._debiased)
 
     def _judge_rounding(self, dataloader: int, cost: float) -> None:
         """All ranks come to the same verdict, since the values are those of all ranks."""

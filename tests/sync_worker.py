@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -225,18 +226,23 @@ def work(job: Callable[[int, int], Seen], rank: int, world_size: int, folder: Pa
     dist.destroy_process_group()
 
 
+def fork_ranks(work: Callable[..., None], job: Any, world_size: int, folder: Path, seconds: float) -> None:
+    """Run `work(job, rank, world_size, folder)` in a process per rank, until all have ended or so many seconds."""
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=work, args=(job, rank, world_size, folder)) for rank in range(world_size)]
+    for worker in workers:
+        worker.start()
+    deadline = time.monotonic() + seconds
+    for worker in workers:
+        worker.join(max(deadline - time.monotonic(), 0))
+        worker.kill()
+
+
 def main(folder: Path, jobs: list[str]) -> None:
     world_sizes = {synchronised: (2, 3), nothing_new: (2,), unequal: (2, 3), memory: (2, 3, 4)}
-    fork = multiprocessing.get_context("fork")
     for job in (synchronised, nothing_new, shared_out, unequal, moments, sizes, memory):
         for world_size in world_sizes.get(job, (1, 2, 3, 4)) if job.__name__ in jobs else ():
-            workers = [fork.Process(target=work, args=(job, rank, world_size, folder)) for rank in range(world_size)]
-            for worker in workers:
-                worker.start()
-            deadline = time.monotonic() + SECONDS
-            for worker in workers:
-                worker.join(max(deadline - time.monotonic(), 0))
-                worker.kill()
+            fork_ranks(work, job, world_size, folder, SECONDS)
 
 
 def run_to_end(script: str, *args: object, seconds: float = 120) -> None:

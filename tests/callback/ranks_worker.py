@@ -10,10 +10,8 @@ start the ranks.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import sys
-import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -27,6 +25,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDatas
 
 from lit_cka import CKACallback
 from tests.callback.helpers import Classifier, dataset, loader, train_loader
+from tests.sync_worker import fork_ranks
 
 SECONDS = 60
 NUM_UNEVEN = 37  # samples, for 2 and for 3 ranks
@@ -168,6 +167,23 @@ def fitted(rank: int, world_size: int, folder: Path) -> Any:
     return {**seen, "history": callback.history}
 
 
+def probed(rank: int, world_size: int, folder: Path) -> Any:
+    """A validation on probes of five batches and of two, which leave a rank of three without; and a fit."""
+    seen = {}
+    for num_samples in (NUM_UNEVEN, 10):
+        reference, module = models()
+        callback = CKACallback(reference=reference, probe=loader(num_samples, batch_size=8))
+        run = trainer(folder, world_size, callback, precision="64-true")
+        for _ in range(2):
+            run.validate(module, loader(20, seed=3), verbose=False)
+        seen[str(num_samples)] = callback.history
+    pl.seed_everything(0, verbose=False)
+    callback = CKACallback(probe=loader(10, batch_size=8), probe_every_n_steps=1)
+    run = trainer(folder, world_size, callback)
+    run.fit(Classifier(), train_loader())
+    return {**seen, "fit": callback.history, "logged": logged(run)}
+
+
 def work(job: Callable[[int, int, Path], Any], rank: int, world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0")  # for Lightning, which takes it that all ranks are started
@@ -183,15 +199,8 @@ def write(seen: Any, folder: Path, name: str, world_size: int, rank: int) -> Non
 
 
 def fork_all(folder: Path) -> None:
-    fork = multiprocessing.get_context("fork")
-    for job, world_size in product((validated, too_few, changed, fitted, shared), (2, 3)):
-        workers = [fork.Process(target=work, args=(job, rank, world_size, folder)) for rank in range(world_size)]
-        for worker in workers:
-            worker.start()
-        deadline = time.monotonic() + SECONDS
-        for worker in workers:
-            worker.join(max(deadline - time.monotonic(), 0))
-            worker.kill()
+    for job, world_size in product((validated, too_few, changed, fitted, shared, probed), (2, 3)):
+        fork_ranks(work, job, world_size, folder, SECONDS)
 
 
 class Writer(pl.Callback):

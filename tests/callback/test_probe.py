@@ -119,6 +119,14 @@ def test_at_validation_in_place_of_its_data(tmp_path: Path, options: dict[str, A
     assert (callback.history[-1]["stage"], callback.history[-1]["n"]) == ("test", 37)
 
 
+def test_batches_come_in_the_precision_of_the_training(tmp_path: Path) -> None:
+    before, after = seeded(Classifier).double(), Classifier().double()
+    callback = CKACallback(probe=PROBE, reference=before)
+    trainer(tmp_path, callback, precision="64-true").validate(after, loader(), verbose=False)
+    doubled = [[x.double(), y] for x, y in PROBE]
+    assert callback.scores == pytest.approx(hand_cka(before, after, BLOCKS, doubled), abs=1e-12)
+
+
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_an_evaluation_alone(tmp_path: Path, stage: str) -> None:
     before, after = seeded(Classifier), Classifier()

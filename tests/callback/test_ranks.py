@@ -21,7 +21,7 @@ WORLD_SIZES = pytest.mark.parametrize("world_size", [2, 3])
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the processes of `ranks_worker.py` have left what they saw; all of them have ended, or been ended."""
     folder = tmp_path_factory.mktemp("ranks")
-    sync_worker.run_to_end(ranks_worker.__file__, folder, "forked", seconds=200)
+    sync_worker.run_to_end(ranks_worker.__file__, folder, "forked", seconds=300)
     return folder
 
 
@@ -107,6 +107,20 @@ def test_shares_of_other_sizes(folder: Path, world_size: int) -> None:
         for record in seen["history"]:
             assert record["scores"] == by_hand([dataset(NUM_UNEVEN, 1)[:]])
         assert seen == ranks[0]
+
+
+@WORLD_SIZES
+def test_a_probe_counts_every_batch_once(folder: Path, world_size: int) -> None:
+    ranks = seen_by_ranks(folder, "probed", world_size)
+    for seen in ranks:
+        assert seen == ranks[0]
+        for num_samples in (NUM_UNEVEN, 10):
+            records = seen[str(num_samples)]
+            assert [record["n"] for record in records] == [num_samples] * 2
+            for record in records:
+                assert record["scores"] == by_hand([dataset(num_samples, 1)[:]])
+        assert {record["n"] for record in seen["fit"]} == {10}
+        assert [record["step"] for record in seen["fit"]] == list(range(1, 1 + 2 * math.ceil(4 / world_size)))
 
 
 @WORLD_SIZES

@@ -9,13 +9,14 @@ PACKAGE = Path(__file__).parents[1] / "lit_cka"
 ROWS = [
     {"functional"},
     {"collectives"},
-    {"metrics", "layers", "pooling", "plots", "checkpoints", "masks", "history", "options", "patches", "adapters"},
+    {"metrics", "layers", "pooling", "plots", "checkpoints", "masks", "history", "options", "patches", "adapters", "progress"},
     {"features", "fingerprint", "cache", "snapshot"},
     {"isolation", "statistics", "rounding"},
     {"reference", "storage"},
     {"tracking", "report", "dataloaders"},
     {"probe"},
     {"callback", "models", "data"},
+    {"editing"},
     {"__init__"},
 ]
 HEAVY = {"transformers", "open_clip", "timm", "matplotlib", "plotly", "sklearn", "datasets", "pyarrow", "torchvision"}

@@ -5,11 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lit_cka.callback import CKACallback
+    from lit_cka.editing.editor import MonoSoupEditor
     from lit_cka.metrics import LinearCKA, MinibatchCKA
 
-__all__ = ["CKACallback", "LinearCKA", "MinibatchCKA"]
+__all__ = ["CKACallback", "LinearCKA", "MinibatchCKA", "MonoSoupEditor"]
 
-_MODULES = {"CKACallback": "callback", "LinearCKA": "metrics", "MinibatchCKA": "metrics"}
+_MODULES = {
+    "CKACallback": "callback",
+    "LinearCKA": "metrics",
+    "MinibatchCKA": "metrics",
+    "MonoSoupEditor": "editing.editor",
+}
 
 
 def __getattr__(name: str) -> Any:

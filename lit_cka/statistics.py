@@ -84,6 +84,10 @@ class ExactStatistics:
             self._moments = empty if self._known is None else without_yy(empty)
         self._moments = add_samples(self._moments, X, Y)
 
+    def take_known(self, known: ReferenceSums) -> None:
+        """Take the reference's own sums from statistics of the same batches, in place of those given before."""
+        self._known = known
+
     def forget_known(self, recall: Recall) -> None:
         """Compute the reference's own sums after all: the data are not those of the earlier pass any more."""
         if self._known is not None:

@@ -1,7 +1,19 @@
-"""LightningDataModules: digits, folders of images, labelled text."""
+"""LightningDataModules: digits, folders of images, labelled text; and test sets with shifts of the first two."""
 
+from lit_cka.data.digit_shifts import DigitShiftsDataModule
 from lit_cka.data.digits import DigitsDataModule
 from lit_cka.data.images import ImageFolderDataModule
+from lit_cka.data.shifts import ImageNetShiftsDataModule
+from lit_cka.data.test_sets import ImageFolderTestsDataModule, TestSet, TestSetsDataModule
 from lit_cka.data.text import TextDataModule
 
-__all__ = ["DigitsDataModule", "ImageFolderDataModule", "TextDataModule"]
+__all__ = [
+    "DigitShiftsDataModule",
+    "DigitsDataModule",
+    "ImageFolderDataModule",
+    "ImageFolderTestsDataModule",
+    "ImageNetShiftsDataModule",
+    "TestSet",
+    "TestSetsDataModule",
+    "TextDataModule",
+]

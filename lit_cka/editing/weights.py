@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypedDict, TypeVar
+from typing import TypeAlias, TypedDict, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lit_cka.functional.spectral import RankRule, check_rule, spectral_split
@@ -30,6 +31,9 @@ class ParameterRecord(TypedDict):
     lambda_high: float | None
     lambda_low: float | None
     relative_change: float | None  # ||W1 - W0||_F / ||W0||_F
+
+
+Edit: TypeAlias = "tuple[dict[str, Tensor], ParameterRecord]"
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,7 @@ def edit_parameter(
     Raises:
         ValueError: if the weights hold NaN or infinity; the message names the parameter.
     """
-    record = ParameterRecord(
-        name=name, shape=list(W1.shape), reason=None, k=None, rank=None, energy=None, rho=None, lambda_high=None,
-        lambda_low=None, relative_change=None,
-    )  # fmt: skip
+    record = _untouched(name, W1)
     for W, model in ((W0, "pretrained"), (W1, "fine-tuned")):
         if W is not None and W.is_floating_point() and not bool(torch.isfinite(W).all()):
             raise ValueError(f"Expected finite weights, but {name!r} of the {model} model holds NaN or infinity.")
@@ -105,6 +106,13 @@ def edit_parameter(
             edited = split.edited_weights(W0, W1, [weights[variant] for variant in variants])
             return dict(zip(variants, edited, strict=True)), record
     return dict.fromkeys(variants, W1), record
+
+
+def _untouched(name: str, W1: Tensor) -> ParameterRecord:
+    return ParameterRecord(
+        name=name, shape=list(W1.shape), reason=None, k=None, rank=None, energy=None, rho=None, lambda_high=None,
+        lambda_low=None, relative_change=None,
+    )  # fmt: skip
 
 
 def _why_left_alone(W0: Tensor | None, W1: Tensor) -> str | None:
@@ -147,12 +155,13 @@ def edit_state_dicts(
     *,
     parameters: Iterable[str] | None = None,
     device: torch.device | str | None = None,
+    place: Callable[[Tensor], Tensor] | None = None,
     progress: bool = False,
 ) -> EditedModel:
     """The five variants of a fine-tuned model.
 
     On a CPU, several weights are edited at once, each on one thread, so that the result doesn't depend on the number
-    of threads.
+    of threads. Where `torch.distributed` is initialised, the ranks share the weights out by cost, and all get all.
 
     Args:
         W0: pretrained weights by name.
@@ -160,6 +169,7 @@ def edit_state_dicts(
         settings: how to split; None for the defaults.
         parameters: names that may be edited; None for all. Others (buffers) keep their fine-tuned value.
         device: where to compute; None for where the weights are. The result is where the weights are.
+        place: given every edited tensor, returns the one to keep; see `FileBacked`.
         progress: show a progress bar.
 
     Returns:
@@ -171,30 +181,26 @@ def edit_state_dicts(
     """
     settings = settings or EditSettings()
     editable = set(W1) if parameters is None else set(parameters)
-    own_name: dict[int, str] = {}
-    tied = {name: own_name.setdefault(_identity(value), name) for name, value in W1.items()}
+    first_name: dict[tuple[object, ...], str] = {}
+    tied = {name: first_name.setdefault(_identity(value), name) for name, value in W1.items()}
     names = sorted(dict.fromkeys(tied.values()), key=lambda name: -edit_cost(W1[name].shape))
 
-    def edit(name: str) -> tuple[dict[str, Tensor], ParameterRecord]:
+    def edit(name: str) -> Edit:
         if name not in editable:
-            values, record = edit_parameter(name, None, W1[name], settings)
-            return values, {**record, "reason": "not a parameter"}
-        if device is None or not W1[name].is_floating_point():
-            return edit_parameter(name, W0.get(name), W1[name], settings)
-        start = W0.get(name)
-        values, record = edit_parameter(
-            name, None if start is None else start.to(device), W1[name].to(device), settings
-        )
+            return dict.fromkeys(EDITED, W1[name]), {**_untouched(name, W1[name]), "reason": "not a parameter"}
+        start, end = W0.get(name), W1[name]
+        if device is None or not end.is_floating_point():
+            values, record = edit_parameter(name, start, end, settings)
+        else:
+            there = edit_parameter(name, None if start is None else start.to(device), end.to(device), settings)
+            values, record = {variant: value.to(end.device) for variant, value in there[0].items()}, there[1]
         if record["reason"] is not None:
-            return dict.fromkeys(EDITED, W1[name]), record
-        return {variant: value.to(W1[name].device) for variant, value in values.items()}, record
+            values = dict.fromkeys(EDITED, end)
+        elif place is not None:
+            values = {variant: place(value) for variant, value in values.items()}
+        return values, record
 
-    on_cpu = device is None and all(value.device.type == "cpu" for value in W1.values())
-    edited: dict[str, tuple[dict[str, Tensor], ParameterRecord]] = {}
-    with progress_bar("Editing", len(names), enabled=progress) as advance:
-        for name, result in zip(names, one_thread_each(edit, names, enabled=on_cpu), strict=True):
-            edited[name] = result
-            advance(1)
+    edited = dict(zip(names, _on_all_ranks(edit, names, W1, place, device, progress), strict=True))
     variants = {
         "pretrained": {name: _start(W0.get(name), value) for name, value in W1.items()},
         "finetuned": dict(W1),
@@ -207,13 +213,70 @@ def edit_state_dicts(
     return EditedModel(variants, records)
 
 
+def share_out(costs: Sequence[float], num_ranks: int) -> list[int]:
+    """A rank for each piece of work, so that all have about as much: the costliest first, to who has least."""
+    loads, owners = [0.0] * num_ranks, [0] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        owners[index] = min(range(num_ranks), key=loads.__getitem__)
+        loads[owners[index]] += costs[index] + 1.0
+    return owners
+
+
+def _on_all_ranks(
+    edit: Callable[[str], Edit],
+    names: Sequence[str],
+    W1: Mapping[str, Tensor],
+    place: Callable[[Tensor], Tensor] | None,
+    device: torch.device | str | None,
+    progress: bool,
+) -> list[Edit]:
+    """`edit` of each name, done once among the ranks and known to all."""
+    distributed = dist.is_available() and dist.is_initialized()
+    rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    owners = share_out([edit_cost(W1[name].shape) for name in names], num_ranks)
+    own = [name for name, owner in zip(names, owners, strict=True) if owner == rank]
+    done: dict[str, Edit] = {}
+    problem: ValueError | None = None
+    on_cpu = device is None and all(value.device.type == "cpu" for value in W1.values())
+    try:
+        with progress_bar("Editing", len(own), enabled=progress) as advance:
+            for name, result in zip(own, one_thread_each(edit, own, enabled=on_cpu), strict=True):
+                done[name] = result
+                advance(1)
+    except ValueError as error:
+        problem = error
+    if not distributed:
+        if problem is not None:
+            raise problem
+        return [done[name] for name in names]
+    # An error on one rank is one on all: the others would wait for its weights.
+    said: list[tuple[str | None, dict[str, ParameterRecord]]] = [(None, {})] * num_ranks
+    dist.all_gather_object(said, (None if problem is None else str(problem), {name: done[name][1] for name in done}))
+    problems = [message for message, _ in said if message is not None]
+    if problems:
+        raise ValueError(problems[0])
+    for name, owner in zip(names, owners, strict=True):
+        record = said[owner][1][name]
+        if record["reason"] is not None:
+            done[name] = dict.fromkeys(EDITED, W1[name]), record
+            continue
+        values = done[name][0] if owner == rank else {variant: torch.empty_like(W1[name]) for variant in EDITED}
+        there = {variant: value.to(device) if device is not None else value for variant, value in values.items()}
+        for variant in EDITED:
+            dist.broadcast(there[variant], owner)
+        if owner != rank:
+            values = {variant: value.to(W1[name].device) for variant, value in there.items()}
+            done[name] = values if place is None else {key: place(value) for key, value in values.items()}, record
+    return [done[name] for name in names]
+
+
 def _start(W0: Tensor | None, W1: Tensor) -> Tensor:
     return W1 if W0 is None or W0.shape != W1.shape else W0
 
 
-def _identity(value: Tensor) -> int:
+def _identity(value: Tensor) -> tuple[object, ...]:
     """The same for tensors that are one in memory."""
-    return hash((value.data_ptr() or id(value), value.shape, value.stride(), value.dtype, value.device))
+    return value.data_ptr() or id(value), value.shape, value.stride(), value.dtype, value.device
 
 
 Result = TypeVar("Result")

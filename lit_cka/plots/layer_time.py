@@ -1,4 +1,4 @@
-"""Arrays in, figures out. Imports matplotlib when a figure is made, and never touches its global state."""
+"""Similarity of each layer over the time of a training: `layer_time_heatmap`."""
 
 from __future__ import annotations
 
@@ -55,14 +55,3 @@ def layer_time_heatmap(
         pad=0.02,
     )
     return figure
-
-
-def figure_pixels(figure: Figure) -> NDArray[np.uint8]:
-    """The figure as an image (height, width, 3)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg)
-    canvas.draw()
-    pixels: NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
-    return pixels

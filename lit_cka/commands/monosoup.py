@@ -1,0 +1,92 @@
+"""`analyze.py monosoup`: edit, evaluate, draw."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+
+from lit_cka.editing.artifacts import print_results, save_results
+from lit_cka.editing.editor import MonoSoupEditor
+
+_TRAINER = ("accelerator", "strategy", "devices", "num_nodes", "precision", "limit_test_batches", "deterministic")
+
+
+def parser() -> ArgumentParser:
+    """The command's options."""
+    parser = ArgumentParser(
+        prog="analyze.py monosoup", description="Edit a fine-tuned model and evaluate all variants."
+    )
+    parser.add_argument("--config", action="config", help="YAML file with these options.")
+    parser.add_class_arguments(MonoSoupEditor, "editor")
+    parser.add_subclass_arguments(pl.LightningDataModule, "data")
+    skip = {name for name in pl.Trainer.__init__.__annotations__ if name not in _TRAINER}
+    parser.add_class_arguments(pl.Trainer, "trainer", skip=skip)
+    parser.add_argument("--output", type=str, required=True, help="Folder for JSON, tables and pictures.")
+    parser.add_argument("--export", type=dict[str, str], default={}, help="Variants to write: {monosoup: path}.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_threads", type=int | None, default=None, help="CPU threads for torch.")
+    parser.add_argument(
+        "--needs",
+        type=dict[str, str],
+        default={},
+        help="Files to make first, if they aren't there: {path: train config}.",
+    )
+    return parser
+
+
+def main(args: list[str]) -> MonoSoupEditor:
+    """Run the command."""
+    options = parser()
+    config = options.parse_args(args)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    _train_what_is_needed(config.needs)
+    for path in config.export.values():
+        if Path(path).exists():
+            options.error(f"Expected paths to write to in `export`, but {path!r} exists already.")
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    objects = options.instantiate_classes(config)
+    trainer = objects.trainer
+    editor: MonoSoupEditor = objects.editor
+    trainer.test(editor, datamodule=objects.data, verbose=False)
+    _report(editor, objects, _plain(options, config))
+    return editor
+
+
+def _train_what_is_needed(needs: dict[str, str]) -> None:
+    for path, config in needs.items():
+        if not Path(path).is_file():
+            import train
+
+            Console().rule(f"First: {config}")
+            train.main(["fit", "--config", config])
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"Expected {config!r} to write {path!r} (`save_weights`), but it did not.")
+
+
+@rank_zero_only
+def _report(editor: MonoSoupEditor, objects: Namespace, config: dict[str, Any]) -> None:
+    assert editor.results is not None
+    console = Console(soft_wrap=True, highlight=False)
+    records = editor.edited.records
+    written = save_results(objects.output, editor.results, records, config)
+    print_results(editor.results, records, console)
+    for variant, path in objects.export.items():
+        editor.export(variant, path)
+        console.print(f"{variant}: {path}")
+    console.print(f"Results: {objects.output} ({', '.join(path.name for path in written if path.suffix != '.pdf')})")
+
+
+def _plain(options: ArgumentParser, config: Namespace) -> dict[str, Any]:
+    import yaml
+
+    plain: dict[str, Any] = yaml.safe_load(options.dump(config, skip_none=True))
+    plain["working_directory"] = os.getcwd()
+    return plain

@@ -1,0 +1,199 @@
+"""What an evaluation leaves in a folder: JSON for programs, pictures and tables for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from lit_cka import plots
+from lit_cka.editing.results import EvaluationResults
+from lit_cka.editing.weights import ParameterRecord
+from lit_cka.history import mean_score
+
+_FORMATS = (".png", ".pdf")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("lit-cka", "torch", "lightning", "torchmetrics", "timm", "open-clip-torch", "transformers", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def save_results(
+    folder: str | os.PathLike[str],
+    results: EvaluationResults,
+    records: Sequence[ParameterRecord],
+    config: Mapping[str, Any],
+) -> list[Path]:
+    """Write `monosoup.json`, `summary.json` and the pictures; returns the paths.
+
+    Args:
+        folder: where to.
+        results: of the evaluation.
+        records: of the edit.
+        config: what was run: goes into both JSON files, with the versions of packages.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    frame = {"config": dict(config), "versions": versions()}
+    full = {
+        **frame,
+        "metrics": results.metrics,
+        "shifted_average": results.shifted_average,
+        "cka": results.cka,
+        "num_samples": results.num_samples,
+        "num_cka_samples": results.num_cka_samples,
+        "parameters": list(records),
+    }
+    written = [write_json(folder / "monosoup.json", full)]
+    written.append(write_json(folder / "summary.json", {**frame, **_summary(results, records)}))
+    for number, (name, scores) in enumerate(results.cka.items()):
+        if scores:
+            figure, _ = cka_heatmap(results, name)
+            written += plots.save_figure(figure, folder / f"cka_{number}_{_file_name(name)}", _FORMATS)
+    edited = [record for record in records if record["reason"] is None]
+    if edited:
+        high, low = ([record[key] or 0.0 for record in edited] for key in ("lambda_high", "lambda_low"))
+        figure, _ = plots.lambda_figure(plots.short_names([record["name"] for record in edited], 40), high, low)
+        written += plots.save_figure(figure, folder / "lambdas", _FORMATS)
+    plane = accuracy_figure(results)
+    if plane is not None:
+        written += plots.save_figure(plane, folder / "accuracy_plane", _FORMATS)
+    return written
+
+
+def cka_heatmap(results: EvaluationResults, test_set: str) -> tuple[Any, Any]:
+    """Rows are variants, columns blocks: CKA with the pretrained model on one test set."""
+    scores = {"pretrained": dict.fromkeys(next(iter(results.cka[test_set].values())), 1.0), **results.cka[test_set]}
+    layer_names = list(scores["pretrained"])
+    values = np.array([[row[name] for name in layer_names] for row in scores.values()])
+    return plots.heatmap(
+        values, list(scores), layer_names, title=f"CKA with the pretrained model, {test_set}", xlabel="block",
+    )  # fmt: skip
+
+
+def accuracy_figure(results: EvaluationResults) -> Any | None:
+    """The accuracy plane; None where there is no shifted set, or no metric that all sets have."""
+    metric = results.main_metric(results.test_names[0])
+    if metric is None or any(metric not in averages for averages in results.shifted_average.values()):
+        return None
+    places = {
+        variant: (metrics[results.test_names[0]][metric], results.shifted_average[variant][metric])
+        for variant, metrics in results.metrics.items()
+    }
+    points = {variant: place for variant, place in places.items() if not variant.startswith("wise_ft_")}
+    alphas = sorted(
+        [(0.0, "pretrained"), (1.0, "finetuned")]
+        + [(float(name.removeprefix("wise_ft_")), name) for name in places if name not in points]
+    )
+    curve = [(alpha, *places[name]) for alpha, name in alphas] if len(alphas) > 2 else []
+    figure, _ = plots.accuracy_plane(
+        points,
+        curve,
+        xlabel=f"{metric} on {results.test_names[0]}",
+        ylabel=f"mean {metric} on "
+        + (", ".join(results.test_names[1:]) if len(results.test_names) < 5 else "the shifts"),
+        title="What each variant is worth",
+    )
+    return figure
+
+
+def print_results(results: EvaluationResults, records: Sequence[ParameterRecord], console: Console) -> None:
+    """A table of variants by test set, and what was edited."""
+    metrics = {name: results.main_metric(name) for name in results.test_names}
+    table = Table(title="Variants by test set")
+    table.add_column("variant")
+    for name, metric in metrics.items():
+        table.add_column(f"{name}\n{metric or ''}", justify="right")
+    common = {metric for metric in metrics.values()}
+    shown = common.pop() if len(common) == 1 and len(metrics) > 1 else None
+    if shown is not None:
+        table.add_column("shifted\naverage", justify="right", style="bold")
+    with_cka = any(results.cka.values())
+    if with_cka:
+        table.add_column(f"mean CKA\n{results.test_names[0]}", justify="right")
+    for variant, by_set in results.metrics.items():
+        row = [variant] + [_number(by_set[name].get(metric or "")) for name, metric in metrics.items()]
+        if shown is not None:
+            row.append(_number(results.shifted_average[variant].get(shown)))
+        if with_cka:
+            scores = results.cka[results.test_names[0]].get(variant)
+            row.append("1.0000" if variant == "pretrained" else _number(mean_score(scores) if scores else None))
+        table.add_row(*row)
+    console.print(table)
+    console.print(describe_edit(records))
+
+
+def describe_edit(records: Sequence[ParameterRecord]) -> str:
+    """One sentence on how many weights were edited, and one on why others were left alone."""
+    edited = [record for record in records if record["reason"] is None]
+    numbers: dict[str, int] = {}
+    for record in records:
+        if record["reason"] is not None:
+            numbers[record["reason"]] = numbers.get(record["reason"], 0) + 1
+    text = f"{len(edited)} of {len(records)} tensors edited"
+    if edited:
+        lows = sorted(record["lambda_low"] or 0.0 for record in edited)
+        text += f"; lambda_low from {lows[0]:.3f} to {lows[-1]:.3f}, median {lows[len(lows) // 2]:.3f}"
+    if numbers:
+        text += ". Left as fine-tuned: " + ", ".join(f"{number} ({reason})" for reason, number in numbers.items())
+    return text + "."
+
+
+def _summary(results: EvaluationResults, records: Sequence[ParameterRecord]) -> dict[str, Any]:
+    first = results.test_names[0]
+    return {
+        "test_sets": results.num_samples,
+        "variants": {
+            variant: {
+                "in_distribution": metrics[first],
+                "shifted_average": results.shifted_average[variant],
+                "cka_mean": {
+                    name: mean_score(scores[variant]) for name, scores in results.cka.items() if variant in scores
+                },
+            }
+            for variant, metrics in results.metrics.items()
+        },
+        "edit": describe_edit(records),
+    }
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Write JSON, whole or not at all; NaN becomes null."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}" if abs(value) < 100 else f"{value:.4g}"
+
+
+def _file_name(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)

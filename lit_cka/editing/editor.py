@@ -1,0 +1,265 @@
+"""Edit a fine-tuned model and evaluate what came of it: `MonoSoupEditor`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lit_cka.dataloaders import num_first_samples
+from lit_cka.editing.baselines import interpolate, lines, uniform_soup
+from lit_cka.editing.comparison import Comparison
+from lit_cka.editing.evaluation import sample_values
+from lit_cka.editing.placement import FileBacked, Placement
+from lit_cka.editing.results import EvaluationResults
+from lit_cka.editing.sources import Source, load_folder, own_weights, weights_for, write_weights
+from lit_cka.editing.weights import EditedModel, EditSettings, edit_state_dicts
+from lit_cka.features import FeatureExtractor
+from lit_cka.functional.spectral import RankRule
+from lit_cka.layers import Layers, select_layers
+from lit_cka.pooling import Pooling
+from lit_cka.snapshot import snapshot
+
+
+class MonoSoupEditor(pl.LightningModule):
+    """Edits a fine-tuned model by MonoSoup, and evaluates the five variants, and baselines, in one pass over the data.
+
+        editor = MonoSoupEditor(pretrained, finetuned)
+        Trainer().test(editor, datamodule)  # every batch is loaded once, and goes through all variants
+        editor.results.metrics["monosoup"]["ImageNetA"]["top1"]
+        editor.export("monosoup", "monosoup.pt")  # in the format that `finetuned` has
+
+    The data: a `lit_cka.data.TestSetsDataModule`, or any dataloaders of `(inputs, labels)`. The first is
+    in-distribution, all others are shifted.
+
+    Args:
+        pretrained: W0: a module, a checkpoint file (see `lit_cka.checkpoints.load_state_dict`), or a transformers
+            folder.
+        finetuned: W1, in the same way.
+        model: a module that takes the weights of checkpoint files; not needed for modules and folders.
+        rule: how many directions of each update are its high part: "effective_rank" (alias "freevariance",
+            "vetterli") or "energy" (alias "variance").
+        R: share of the energy that the high part reaches, for "energy".
+        min_rel_update: weights with a smaller relative change keep their fine-tuned value.
+        shared: beginnings of parameter names that both models take from the fine-tuned one, such as a new head.
+        wise_ft: also evaluate the interpolations with these `alpha` (WiSE-FT), without CKA.
+        lines: also evaluate LiNeS with these `(alpha, beta)`.
+        soup: also evaluate the uniform soup of the fine-tuned model and these.
+        layers: blocks for CKA and LiNeS, counted from the model; None for its repeated blocks.
+        pooling: of the features for CKA, as in `CKACallback`.
+        debiased: use the unbiased HSIC in CKA.
+        max_cka_batches: take CKA over so many batches of each test set at most; 0 for none, None for all.
+        sequential: keep the variants in files rather than in memory, and one at a time in the model: slower.
+
+    Raises:
+        ValueError: if weights are missing, of another shape, damaged, NaN, or pickled, or an option is out of range.
+    """
+
+    def __init__(
+        self,
+        pretrained: Source,
+        finetuned: Source,
+        model: nn.Module | None = None,
+        *,
+        rule: RankRule = "effective_rank",
+        R: float = 0.8,
+        min_rel_update: float = 1e-6,
+        shared: str | Sequence[str] = (),
+        wise_ft: Sequence[float] = (),
+        lines: tuple[float, float] | None = None,
+        soup: Sequence[Source] = (),
+        layers: Layers | None = None,
+        pooling: Pooling = "mean",
+        debiased: bool = False,
+        max_cka_batches: int | None = None,
+        sequential: bool = False,
+    ) -> None:
+        super().__init__()
+        self.settings = EditSettings(rule, R, min_rel_update)
+        self.model = _carrier(finetuned, model)
+        self.layer_names = select_layers(self.model, layers)
+        self.wise_ft = tuple(wise_ft)
+        self.lines = lines
+        self.pooling = pooling
+        self.debiased = debiased
+        self.max_cka_batches = max_cka_batches
+        self.sequential = sequential
+        self.results: EvaluationResults | None = None
+        self._source = finetuned
+        shared = (shared,) if isinstance(shared, str) else tuple(shared)
+        self._w1 = _of_its_own(weights_for(self.model, self.model if model is None else finetuned, "fine-tuned"))
+        self._w0 = {**self._w1, **_of_its_own(weights_for(self.model, pretrained, "pretrained", shared))}
+        self._soup = [weights_for(self.model, source, "soup's") for source in soup]
+        self._edited: EditedModel | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._extractor: FeatureExtractor | None = None
+        self._placement: Placement | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """`eval_transform` and `tokenizer_name`, which the data ask for, are the model's."""
+        if name in ("eval_transform", "tokenizer_name"):
+            return getattr(self.model, name)
+        return super().__getattr__(name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output, with the fine-tuned weights outside of `trainer.test`."""
+        return self.model(*args, **kwargs)
+
+    @property
+    def edited(self) -> EditedModel:
+        """The variants' weights, and a record per parameter; computed when first asked for, by all ranks together."""
+        if self._edited is None:
+            self._edited = self._edit()
+        return self._edited
+
+    def _edit(self) -> EditedModel:
+        files: FileBacked | None = None
+        if self.sequential:
+            self._folder = tempfile.TemporaryDirectory(prefix="monosoup-", ignore_cleanup_errors=True)
+            files = FileBacked(self._folder.name)
+            self._w0, self._w1 = (
+                {name: files.place(value) for name, value in weights.items()} for weights in (self._w0, self._w1)
+            )
+        trainer = self._trainer
+        device = None if trainer is None else trainer.strategy.root_device
+        edited = edit_state_dicts(
+            self._w0,
+            self._w1,
+            self.settings,
+            parameters=own_weights(self.model, buffers=False),
+            device=device if device is not None and device.type == "cuda" else None,
+            progress=trainer is None or trainer.is_global_zero,
+            place=None if files is None else files.place,
+        )
+        for name, make in self._baselines().items():
+            made = make()
+            edited.variants[name] = made if files is None else {key: files.place(value) for key, value in made.items()}
+        return edited
+
+    def _baselines(self) -> dict[str, Callable[[], dict[str, Tensor]]]:
+        w0, w1 = self._w0, self._w1
+        made: dict[str, Callable[[], dict[str, Tensor]]] = {}
+        if self.lines is not None:
+            alpha, beta = self.lines
+            made["lines"] = lambda: lines(w0, w1, self.layer_names, alpha=alpha, beta=beta)
+        if self._soup:
+            made["uniform_soup"] = lambda: uniform_soup([w1, *self._soup])
+        for alpha in self.wise_ft:
+            made[f"wise_ft_{alpha:g}"] = partial(interpolate, w0, w1, alpha)
+        return made
+
+    def export(self, variant: str, path: str | os.PathLike[str]) -> None:
+        """Write a variant's weights in the format that the fine-tuned model came in, under the names used there.
+
+        A checkpoint file keeps whatever else it holds; a folder is written by `save_pretrained`, with its tokenizer; of
+        a module, the state dict is written, or safetensors if `path` ends so.
+
+        Raises:
+            ValueError: if there is no such variant, or `path` exists.
+        """
+        if variant not in self.edited.variants:
+            known = ", ".join(self.edited.variants)
+            raise ValueError(f"Expected `variant` to be one of {known}, but got {variant!r}.")
+        write_weights(self.edited.variants[variant], path, self._source, self.model)
+
+    @override
+    def setup(self, stage: str) -> None:
+        if stage != "test":
+            raise ValueError(f"MonoSoupEditor is for `trainer.test(editor, datamodule)`, but got {stage!r}.")
+        self.edited  # noqa: B018  # on all ranks together
+
+    @override
+    def on_test_start(self) -> None:
+        loaders = self.trainer.test_dataloaders
+        num_sets = len(loaders) if isinstance(loaders, (list, tuple)) else 1
+        datamodule = getattr(self.trainer, "datamodule", None)
+        test_sets = list(getattr(datamodule, "test_sets", []))
+        named = len(test_sets) == num_sets
+        self._names = [test_set.name for test_set in test_sets] if named else [f"test_{i}" for i in range(num_sets)]
+        self._to_classes = [test_set.to_classes for test_set in test_sets] if named else [None] * num_sets
+        variants = list(self.edited.variants)
+        compared = [name for name in variants[1:] if not name.startswith("wise_ft")]
+        self._comparisons = [
+            Comparison(variants, compared, self.layer_names, debiased=self.debiased) for _ in range(num_sets)
+        ]
+        self._done: list[Any] = []
+        self._placement = Placement(self.model, self.edited.variants, copy=self.sequential)
+        self._extractor = FeatureExtractor(self.model, self.layer_names, self.pooling).__enter__()
+
+    @override
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        assert self._extractor is not None
+        assert self._placement is not None
+        self._finish_before(dataloader_idx)
+        num_first = num_first_samples(self.trainer, "test", dataloader_idx, batch_idx)
+        num_rows = num_first
+        if num_first is not None and isinstance(batch, Mapping) and "sample" in batch:
+            num_rows = int((batch["sample"] < num_first).sum())
+        with_cka = self.max_cka_batches is None or batch_idx < self.max_cka_batches
+        comparison = self._comparisons[dataloader_idx]
+        with self._placement.all_in_turn() as variants:
+            for variant in variants:
+                self._extractor.enabled = with_cka and not variant.startswith("wise_ft")
+                values = sample_values(self.model, batch, self._to_classes[dataloader_idx])
+                features = self._extractor.collect() if self._extractor.enabled else {}
+                comparison.add(variant, batch_idx, values, features, num_first, num_rows)
+
+    def _finish_before(self, dataloader_idx: int) -> None:
+        """Results of the test sets before this one, whose statistics then need no memory any more."""
+        while len(self._done) < dataloader_idx:
+            number = len(self._done)
+            self._done.append(self._comparisons[number].finish(self.device))
+            self._comparisons[number] = None  # type: ignore[call-overload]
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._finish_before(len(self._comparisons))
+        self.results = EvaluationResults.of(dict(zip(self._names, self._done, strict=True)))
+        self.log_dict(
+            {key: torch.tensor(value, dtype=torch.float32) for key, value in self.results.flat().items()},
+            rank_zero_only=False,
+        )
+
+    @override
+    def on_test_end(self) -> None:
+        self._leave()
+
+    @override
+    def teardown(self, stage: str) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._extractor is not None:
+            self._extractor.__exit__(None, None, None)
+        self._extractor = self._placement = None
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        return None
+
+
+def _carrier(finetuned: Source, model: nn.Module | None) -> nn.Module:
+    """The module that all variants run in."""
+    if model is not None:
+        return model.requires_grad_(False).eval()
+    if isinstance(finetuned, nn.Module):
+        return snapshot(finetuned)
+    if os.path.isdir(finetuned):
+        return load_folder(finetuned).requires_grad_(False).eval()
+    raise ValueError(f"Expected `model=`, a module that takes the weights in {str(finetuned)!r}.")
+
+
+def _of_its_own(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies, of tied weights one, so that nobody's later training changes them."""
+    copies: dict[tuple[Any, ...], Tensor] = {}
+    for value in weights.values():
+        copies.setdefault((value.data_ptr(), value.shape, value.stride()), value.detach().clone())
+    return {name: copies[value.data_ptr(), value.shape, value.stride()] for name, value in weights.items()}

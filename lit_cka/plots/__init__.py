@@ -1,0 +1,10 @@
+"""Arrays in, figures out: every function returns `(figure, axes)`. Imports matplotlib when a figure is made."""
+
+from lit_cka.plots.canvas import figure_pixels, save_figure, short_names
+from lit_cka.plots.editing import accuracy_plane, lambda_figure
+from lit_cka.plots.heatmap import heatmap
+from lit_cka.plots.layer_time import layer_time_heatmap
+
+__all__ = [
+    "accuracy_plane", "figure_pixels", "heatmap", "lambda_figure", "layer_time_heatmap", "save_figure", "short_names",
+]  # fmt: skip

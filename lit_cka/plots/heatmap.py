@@ -1,0 +1,95 @@
+"""A matrix of similarities as a picture: `heatmap`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_cka.plots.canvas import new_axes, short_names
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_ANNOTATED = 320  # cells, up to which the numbers fit
+
+
+def heatmap(
+    values: NDArray[np.float64],
+    row_names: Sequence[str],
+    column_names: Sequence[str],
+    *,
+    title: str = "",
+    xlabel: str = "",
+    ylabel: str = "",
+    label: str = "CKA",
+    limits: tuple[float, float] = (0.0, 1.0),
+    annotate: bool | None = None,
+    mask: NDArray[np.bool_] | None = None,
+    first_row: Literal["top", "bottom"] = "top",
+    colorbar: bool = True,
+    ax: Axes | None = None,
+) -> tuple[Figure, Axes]:
+    """Heatmap with one row and one column per name, its colours the same in every figure.
+
+    Args:
+        values: (rows, columns); NaN and masked cells are left grey, those beyond the limits have the colour there.
+        row_names: labels; what all begin with is left out.
+        column_names: the same for the columns.
+        title: of the axes.
+        xlabel: what the columns are.
+        ylabel: what the rows are.
+        label: what the values are.
+        limits: of the colours, [0, 1] by default so that two pictures compare.
+        annotate: write the numbers into the cells; None where they fit.
+        mask: (rows, columns), true for cells to leave out.
+        first_row: "top" or "bottom".
+        colorbar: draw one.
+        ax: axes to draw on; None for a new figure.
+
+    Raises:
+        ValueError: if names and values don't fit each other.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.shape != (len(row_names), len(column_names)):
+        raise ValueError(
+            f"Expected `values` of shape {(len(row_names), len(column_names))}, one for each pair of names, but got "
+            f"{values.shape}."
+        )
+    rows, columns = short_names(row_names), short_names(column_names)
+    num_rows, num_columns = values.shape
+    shown = np.where(mask, np.nan, values) if mask is not None else values
+    annotate = values.size <= _ANNOTATED and num_columns <= 24 if annotate is None else annotate
+    cell = 0.46 if annotate else 0.3
+    grid_width, grid_height = min(max(cell * num_columns, 2.6), 9), min(max(0.34 * num_rows, 1.4), 9)
+    width = grid_width + 0.075 * max(map(len, rows), default=1) + 1.5
+    longest = max(map(len, columns), default=1)
+    height = grid_height + 0.9 + 0.06 * longest
+    figure, ax = new_axes(ax, width, height)
+    ax.set_facecolor("0.85")
+    low, high = limits
+    image = ax.imshow(shown.clip(low, high), vmin=low, vmax=high, cmap="viridis", aspect="auto")
+    if first_row == "bottom":
+        ax.invert_yaxis()
+    row_ticks = range(0, num_rows, math.ceil(num_rows / 40))
+    column_ticks = range(0, num_columns, math.ceil(num_columns / 40))
+    ax.set_yticks(row_ticks, [rows[index] for index in row_ticks], fontsize=8)
+    ax.set_xticks(column_ticks, [columns[index] for index in column_ticks], fontsize=8)
+    if longest * len(column_ticks) * 0.075 > grid_width:
+        ax.tick_params(axis="x", labelrotation=90)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.set_title(title, fontsize=10)
+    if annotate:
+        for (row, column), value in np.ndenumerate(shown):
+            if value == value:
+                dark = (value - low) / (high - low) <= 0.6
+                text = f"{value:.2f}" if value < 0.995 or value >= 1 else f"{value:.3f}"
+                ax.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    if colorbar:
+        note = " (grey: undefined)" if np.isnan(values).any() else ""
+        figure.colorbar(image, ax=ax, label=label + note, pad=0.02)
+    return figure, ax

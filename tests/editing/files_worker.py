@@ -1,0 +1,99 @@
+"""A script for `test_files.py`: edits of files that are killed or shared by ranks, and the memory that one takes.
+
+    python tests/editing/files_worker.py kills PRETRAINED FINETUNED OUTPUT KILLS
+    python tests/editing/files_worker.py ranks PRETRAINED FINETUNED OUTPUT NUM_RANKS
+    python tests/editing/files_worker.py memory PRETRAINED FINETUNED OUTPUT RESULT
+
+The processes are forked after the imports, which take the most time, and before the first tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lit_cka.editing.files import edit_files
+from lit_cka.editing.weights import EditSettings
+
+SECONDS = 600
+
+
+def edit(pretrained: str, finetuned: str, output: str) -> None:
+    torch.set_num_threads(1)
+    edit_files(pretrained, finetuned, output, EditSettings(), progress=False)
+
+
+def num_finished(output: str) -> int:
+    journals = Path(f"{output}.partial").glob("journal-*.jsonl")
+    return sum(journal.read_bytes().count(b"\n") for journal in journals)
+
+
+def kills(pretrained: str, finetuned: str, output: str, number: str) -> None:
+    """Kill an edit at random moments, each time after at least one more tensor; then let it come to its end."""
+    fork = multiprocessing.get_context("fork")
+    moments, deadline, at = random.Random(0), time.monotonic() + SECONDS, []
+    for _ in range(int(number)):
+        process = fork.Process(target=edit, args=(pretrained, finetuned, output))
+        process.start()
+        before = num_finished(output)
+        while process.is_alive() and num_finished(output) <= before and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        time.sleep(moments.uniform(0, float(os.environ.get("LIT_CKA_PAUSE", "0.01"))))
+        process.kill()
+        process.join()
+        at.append(num_finished(output))
+        assert not Path(output).exists()
+    process = fork.Process(target=edit, args=(pretrained, finetuned, output))
+    process.start()
+    process.join(max(deadline - time.monotonic(), 0))
+    process.kill()
+    print(json.dumps(at))
+
+
+def one_rank(rank: int, size: int, pretrained: str, finetuned: str, output: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    try:
+        edit(pretrained, finetuned, output)
+        text = "no error" if not dist.is_initialized() else "a process group is left"
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+    Path(f"{output}-{rank}.txt").write_text(text)
+
+
+def ranks(pretrained: str, finetuned: str, output: str, number: str) -> None:
+    """As torchrun starts them."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ["LIT_CKA_PORT"])
+    fork = multiprocessing.get_context("fork")
+    size = int(number)
+    processes = [
+        fork.Process(target=one_rank, args=(rank, size, pretrained, finetuned, output)) for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + 60
+    for process in processes:
+        process.join(max(deadline - time.monotonic(), 0))
+        process.kill()
+
+
+def memory(pretrained: str, finetuned: str, output: str, result: str) -> None:
+    """The most memory that an edit takes above what the process takes before it, in bytes, and the seconds."""
+    torch.linalg.eigh(torch.eye(3, dtype=torch.float64))  # loads libraries
+    before = int(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in line).split()[1])
+    start = time.monotonic()
+    edit(pretrained, finetuned, output)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path(result).write_text(json.dumps({"bytes": (most - before) * 1024, "seconds": time.monotonic() - start}))
+
+
+if __name__ == "__main__":
+    {"kills": kills, "ranks": ranks, "memory": memory}[sys.argv[1]](*sys.argv[2:])

@@ -197,8 +197,8 @@ def test_choices_are_those_by_hand(folder: Path) -> None:
         by_length = [score / len(choice) for score, choice in zip(scores, row["choices"], strict=True)]
         plain.append(float(scores.index(max(scores)) == row["answer"]))
         normalized.append(float(by_length.index(max(by_length)) == row["answer"]))
-    assert values["choice_correct"].tolist() == plain
-    assert values["choice_correct_normalized"].tolist() == normalized
+    assert values["choice_accuracy"].tolist() == plain
+    assert values["choice_accuracy_normalized"].tolist() == normalized
     assert plain != normalized
     assert sum(plain) == sum(normalized) == len(QUESTIONS)
 
@@ -228,6 +228,8 @@ def test_batches_are_padded_on_the_right_with_a_token_that_is_masked(folder: Pat
     assert batch["answer"].tolist() == [0, 1]
     assert batch["length"].tolist() == [8, 28, 2, 3, 15]
     assert torch.equal(mask, mask.sort(dim=1, descending=True).values)
+    texts = [row["question"] + choice for row in QUESTIONS[:2] for choice in row["choices"]]
+    assert mask.sum(dim=1).tolist() == [len(tokenizer(text)["input_ids"]) for text in texts]
     assert (batch["input_ids"][mask == 0] == tokenizer.eos_token_id).all()
     scored = [ids[target != -100] for ids, target in zip(batch["input_ids"], batch["targets"], strict=True)]
     expected = [choice.strip() for row in QUESTIONS[:2] for choice in row["choices"]]
@@ -379,7 +381,7 @@ def test_trainer_tests_with_the_tokenizer_of_the_model(folder: Path) -> None:
     assert data.test_names == ["texts", "questions"]
     nll = torch.cat([values["nll"] for values in module.collected[0]])
     assert nll.tolist() == pytest.approx(evaluate(folder, [{"text": text} for text in TEXTS])["nll"].tolist())
-    assert sum(len(values["choice_correct"]) for values in module.collected[1]) == len(QUESTIONS)
+    assert sum(len(values["choice_accuracy"]) for values in module.collected[1]) == len(QUESTIONS)
     assert pickle.loads(pickle.dumps(data.test_sets[1].collate)).func is collate
 
 
@@ -404,7 +406,7 @@ def test_models_that_give_all_logits_or_none_have_the_same_values(tmp_path: Path
     assert torch.equal(module(batch, positions), module(batch)[:, positions])
     values = module.evaluate(batch)
     expected = [float(max(scores := hand_scores(tmp_path, row)) == scores[row["answer"]]) for row in QUESTIONS[:3]]
-    assert values["choice_correct"].tolist() == expected
+    assert values["choice_accuracy"].tolist() == expected
 
 
 def test_broken_weights_give_nan_rather_than_an_accuracy(folder: Path) -> None:

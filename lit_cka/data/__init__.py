@@ -1,11 +1,13 @@
-"""LightningDataModules: digits, folders of images, labelled text; and test sets with shifts of the first two."""
+"""LightningDataModules: digits, folders of images, labelled text; and test sets of all of these."""
 
 from lit_cka.data.digit_shifts import DigitShiftsDataModule
 from lit_cka.data.digits import DigitsDataModule
 from lit_cka.data.images import ImageFolderDataModule
+from lit_cka.data.language import LanguageTestsDataModule
 from lit_cka.data.shifts import ImageNetShiftsDataModule
 from lit_cka.data.test_sets import ImageFolderTestsDataModule, TestSet, TestSetsDataModule
 from lit_cka.data.text import TextDataModule
+from lit_cka.data.text_tests import TextTestsDataModule
 
 __all__ = [
     "DigitShiftsDataModule",
@@ -13,7 +15,9 @@ __all__ = [
     "ImageFolderDataModule",
     "ImageFolderTestsDataModule",
     "ImageNetShiftsDataModule",
+    "LanguageTestsDataModule",
     "TestSet",
     "TestSetsDataModule",
     "TextDataModule",
+    "TextTestsDataModule",
 ]

@@ -82,7 +82,7 @@ def _scaled(W0: Mapping[str, Tensor], W1: Mapping[str, Tensor], scale: Callable[
     scaled = {}
     for name, value in W1.items():
         start = W0.get(name)
-        if start is None or start.shape != value.shape or not value.is_floating_point():
+        if start is None or start.shape != value.shape or not (value.is_floating_point() and start.is_floating_point()):
             scaled[name] = value
         else:
             dtype = torch.float64 if value.dtype == torch.float64 else torch.float32

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lit_cka.checkpoints import load_into
 from lit_cka.dataloaders import num_first_samples
 from lit_cka.editing.baselines import interpolate, lines, uniform_soup
 from lit_cka.editing.comparison import Comparison
@@ -44,7 +48,7 @@ class MonoSoupEditor(pl.LightningModule):
         pretrained: W0: a module, a checkpoint file (see `lit_cka.checkpoints.load_state_dict`), or a transformers
             folder.
         finetuned: W1, in the same way.
-        model: a module that takes the weights of checkpoint files; not needed for modules and folders.
+        model: a module that takes the weights of checkpoint files, in a copy; not needed for modules and folders.
         rule: how many directions of each update are its high part: "effective_rank" (alias "freevariance",
             "vetterli") or "energy" (alias "variance").
         R: share of the energy that the high part reaches, for "energy".
@@ -84,6 +88,8 @@ class MonoSoupEditor(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.settings = EditSettings(rule, R, min_rel_update)
+        if max_cka_batches is not None and max_cka_batches < 0:
+            raise ValueError(f"Expected `max_cka_batches` to be at least 0, or None, but got {max_cka_batches}.")
         self.model = _carrier(finetuned, model)
         self.layer_names = select_layers(self.model, layers)
         self.wise_ft = tuple(wise_ft)
@@ -93,19 +99,22 @@ class MonoSoupEditor(pl.LightningModule):
         self.max_cka_batches = max_cka_batches
         self.sequential = sequential
         self.results: EvaluationResults | None = None
-        self._source = finetuned
+        # A module in an attribute would be the editor's own: moved, converted and put into DDP with it.
+        self._file = None if isinstance(finetuned, nn.Module) else finetuned
         shared = (shared,) if isinstance(shared, str) else tuple(shared)
-        self._w1 = _of_its_own(weights_for(self.model, self.model if model is None else finetuned, "fine-tuned"))
+        # From a folder again, since its model has random numbers where the folder has none.
+        self._w1 = _of_its_own(weights_for(self.model, self._file or self.model, "fine-tuned"))
+        if model is not None:
+            load_into(self.model, self._w1)
         self._w0 = {**self._w1, **_of_its_own(weights_for(self.model, pretrained, "pretrained", shared))}
         self._soup = [weights_for(self.model, source, "soup's") for source in soup]
         self._edited: EditedModel | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._extractor: FeatureExtractor | None = None
         self._placement: Placement | None = None
 
     def __getattr__(self, name: str) -> Any:
-        """`eval_transform` and `tokenizer_name`, which the data ask for, are the model's."""
-        if name in ("eval_transform", "tokenizer_name"):
+        """`eval_transform`, `num_classes` and `tokenizer_name`, which the data ask for, are the model's."""
+        if name in ("eval_transform", "num_classes", "tokenizer_name"):
             return getattr(self.model, name)
         return super().__getattr__(name)
 
@@ -123,8 +132,9 @@ class MonoSoupEditor(pl.LightningModule):
     def _edit(self) -> EditedModel:
         files: FileBacked | None = None
         if self.sequential:
-            self._folder = tempfile.TemporaryDirectory(prefix="monosoup-", ignore_cleanup_errors=True)
-            files = FileBacked(self._folder.name)
+            folder = tempfile.mkdtemp(prefix="monosoup-")
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            files = FileBacked(folder)
             self._w0, self._w1 = (
                 {name: files.place(value) for name, value in weights.items()} for weights in (self._w0, self._w1)
             )
@@ -168,23 +178,30 @@ class MonoSoupEditor(pl.LightningModule):
         if variant not in self.edited.variants:
             known = ", ".join(self.edited.variants)
             raise ValueError(f"Expected `variant` to be one of {known}, but got {variant!r}.")
-        write_weights(self.edited.variants[variant], path, self._source, self.model)
+        write_weights(self.edited.variants[variant], path, self._file, self.model)
 
     @override
     def setup(self, stage: str) -> None:
         if stage != "test":
-            raise ValueError(f"MonoSoupEditor is for `trainer.test(editor, datamodule)`, but got {stage!r}.")
+            raise ValueError(
+                f"MonoSoupEditor is for `trainer.test(editor, datamodule)`, but got '{TrainerFn(stage).value}'."
+            )
+        self.results = None
         self.edited  # noqa: B018  # on all ranks together
 
     @override
     def on_test_start(self) -> None:
+        from lit_cka.data.test_sets import TestSet
+
         loaders = self.trainer.test_dataloaders
-        num_sets = len(loaders) if isinstance(loaders, (list, tuple)) else 1
+        num_sets = len(loaders) if isinstance(loaders, (list, tuple, Mapping)) else 1
         datamodule = getattr(self.trainer, "datamodule", None)
-        test_sets = list(getattr(datamodule, "test_sets", []))
-        named = len(test_sets) == num_sets
-        self._names = [test_set.name for test_set in test_sets] if named else [f"test_{i}" for i in range(num_sets)]
-        self._to_classes = [test_set.to_classes for test_set in test_sets] if named else [None] * num_sets
+        test_sets = [test_set for test_set in getattr(datamodule, "test_sets", []) if isinstance(test_set, TestSet)]
+        self._names = list(loaders) if isinstance(loaders, Mapping) else [f"test_{i}" for i in range(num_sets)]
+        self._to_classes: list[Callable[[Tensor], Tensor] | None] = [None] * num_sets
+        if len(test_sets) == num_sets:
+            self._names = [test_set.name for test_set in test_sets]
+            self._to_classes = [test_set.to_classes for test_set in test_sets]
         variants = list(self.edited.variants)
         compared = [name for name in variants[1:] if not name.startswith("wise_ft")]
         self._comparisons = [
@@ -192,7 +209,7 @@ class MonoSoupEditor(pl.LightningModule):
         ]
         self._done: list[Any] = []
         self._placement = Placement(self.model, self.edited.variants, copy=self.sequential)
-        self._extractor = FeatureExtractor(self.model, self.layer_names, self.pooling).__enter__()
+        self._extractor = FeatureExtractor(self.model, self.layer_names, self.pooling)
 
     @override
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -205,7 +222,8 @@ class MonoSoupEditor(pl.LightningModule):
             num_rows = int((batch["sample"] < num_first).sum())
         with_cka = self.max_cka_batches is None or batch_idx < self.max_cka_batches
         comparison = self._comparisons[dataloader_idx]
-        with self._placement.all_in_turn() as variants:
+        # Hooks for each batch anew: Lightning tells a module nothing about errors and interrupts in between.
+        with self._extractor, self._placement.all_in_turn() as variants:
             for variant in variants:
                 self._extractor.enabled = with_cka and not variant.startswith("wise_ft")
                 values = sample_values(self.model, batch, self._to_classes[dataloader_idx])
@@ -222,6 +240,9 @@ class MonoSoupEditor(pl.LightningModule):
     @override
     def on_test_epoch_end(self) -> None:
         self._finish_before(len(self._comparisons))
+        empty = [name for name, results in zip(self._names, self._done, strict=True) if not results.metrics]
+        if empty:
+            raise ValueError(f"Expected all test sets to have samples, but {', '.join(map(repr, empty))} had none.")
         self.results = EvaluationResults.of(dict(zip(self._names, self._done, strict=True)))
         self.log_dict(
             {key: torch.tensor(value, dtype=torch.float32) for key, value in self.results.flat().items()},
@@ -230,15 +251,6 @@ class MonoSoupEditor(pl.LightningModule):
 
     @override
     def on_test_end(self) -> None:
-        self._leave()
-
-    @override
-    def teardown(self, stage: str) -> None:
-        self._leave()
-
-    def _leave(self) -> None:
-        if self._extractor is not None:
-            self._extractor.__exit__(None, None, None)
         self._extractor = self._placement = None
 
     @override
@@ -249,7 +261,7 @@ class MonoSoupEditor(pl.LightningModule):
 def _carrier(finetuned: Source, model: nn.Module | None) -> nn.Module:
     """The module that all variants run in."""
     if model is not None:
-        return model.requires_grad_(False).eval()
+        return snapshot(model)
     if isinstance(finetuned, nn.Module):
         return snapshot(finetuned)
     if os.path.isdir(finetuned):

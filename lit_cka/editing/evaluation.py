@@ -31,10 +31,15 @@ def sample_values(model: nn.Module, batch: Any, to_classes: Callable[[Tensor], T
     logits = logits.to(torch.float64 if logits.device.type != "mps" else torch.float32)
     if to_classes is not None:
         logits = to_classes(logits)
-    if logits.ndim != 2 or (len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]):
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
         raise ValueError(
-            f"Expected logits (samples, classes) and labels below the number of classes, but got logits of shape "
-            f"{tuple(logits.shape)} and labels from {int(labels.min())} to {int(labels.max())}."
+            f"Expected logits (samples, classes) and whole labels (samples,), but got logits of shape "
+            f"{tuple(logits.shape)} and {labels.dtype} labels of shape {tuple(labels.shape)}."
+        )
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+        raise ValueError(
+            f"Expected labels from 0 to {logits.shape[1] - 1}, the model's classes, but got labels from "
+            f"{int(labels.min())} to {int(labels.max())}."
         )
     confidence, top = logits.softmax(dim=1).max(dim=1)
     top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lit_cka.editing.sources import own_weights
 
@@ -24,19 +25,18 @@ class FileBacked:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self._numbers = count()
-        self._placed: dict[int, tuple[Tensor, Tensor]] = {}
+        self._placed: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()  # keeps no original in memory
 
     def place(self, value: Tensor) -> Tensor:
         """A copy of the tensor in a file; of the same tensor always the same copy."""
-        if id(value) not in self._placed:
+        if value not in self._placed:
             copy = value
             if value.numel():
                 file = self.folder / f"{next(self._numbers)}.bin"
                 flat = torch.from_file(str(file), shared=True, size=value.numel(), dtype=value.dtype)
                 copy = flat.view(value.shape).copy_(value.detach())
-            self._placed[id(copy)] = (copy, copy)
-            return copy
-        return self._placed[id(value)][1]
+            self._placed[value] = self._placed[copy] = copy
+        return self._placed[value]
 
 
 class Placement:
@@ -44,7 +44,7 @@ class Placement:
 
     Args:
         module: the module.
-        sets: weights by name, as `own_weights` names them; what a set lacks stays as it is.
+        sets: weights by name, as `own_weights` names them; what a set lacks is the module's own.
         copy: copy the weights into the module's own tensors each time, rather than hold all sets on its device and
             point at them.
     """
@@ -80,7 +80,7 @@ class Placement:
 
     def _each(self) -> Iterator[str]:
         for key, weights in self._sets.items():
-            self._put(weights)
+            self._put({**self._own, **weights})
             yield key
 
     def _put(self, weights: Mapping[str, Tensor]) -> None:

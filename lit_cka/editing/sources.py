@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, Union
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lit_cka.checkpoints import fitting_weights, load_state_dict, strip_wrappers
@@ -133,29 +133,36 @@ def _table_of_differences(
 
 
 def write_weights(
-    weights: Mapping[str, Tensor], path: str | os.PathLike[str], source: Source, module: nn.Module
+    weights: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None,
+    module: nn.Module,
 ) -> None:
     """Write a variant's weights in the format, and under the names, of the source.
 
     A folder is written by `save_pretrained`, with the source's tokenizer; a Lightning or other checkpoint with
-    everything else that it holds; weights of a module as a state dict, or as safetensors if `path` says so.
+    everything else that it holds; weights of a module (a source of None) as a state dict. A file that is named so is
+    safetensors, whatever the source.
 
     Raises:
-        ValueError: if `path` exists, or is no name for a file of this format.
+        ValueError: if `path` exists.
     """
     path = Path(path)
     if path.exists():
         raise ValueError(f"Expected a path to write to, but {str(path)!r} exists already.")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial{path.suffix}")
-    if not isinstance(source, nn.Module) and Path(source).is_dir():
-        _write_folder(weights, partial, Path(source), module)
-    elif path.suffix == ".safetensors":
-        _write_safetensors(weights, partial, source)
-    else:
-        content = weights if isinstance(source, nn.Module) else _replaced(source, weights)
-        torch.save(content, partial)
-    os.replace(partial, path)
+    try:
+        if source is not None and Path(source).is_dir():
+            _write_folder(weights, partial, Path(source), module)
+        elif path.suffix == ".safetensors":
+            _write_safetensors(weights, partial, source)
+        else:
+            torch.save(dict(weights) if source is None else _replaced(source, weights), partial)
+        os.replace(partial, path)
+    except BaseException:
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+        raise
 
 
 def _write_folder(weights: Mapping[str, Tensor], partial: Path, source: Path, module: nn.Module) -> None:
@@ -178,12 +185,14 @@ def _write_folder(weights: Mapping[str, Tensor], partial: Path, source: Path, mo
             shutil.copy2(file, partial / file.name)
 
 
-def _write_safetensors(weights: Mapping[str, Tensor], partial: Path, source: Source) -> None:
+def _write_safetensors(weights: Mapping[str, Tensor], partial: Path, source: str | os.PathLike[str] | None) -> None:
     metadata, named = {"format": "pt"}, dict(weights)
-    if not isinstance(source, nn.Module) and Path(source).suffix == ".safetensors":
+    if source is not None and Path(source).suffix == ".safetensors":
         with safe_open(source, framework="pt") as file:
             metadata = file.metadata() or {}
             named = _renamed({name: file.get_tensor(name) for name in file.keys()}, weights)  # noqa: SIM118
+    elif source is not None:
+        named = _renamed(load_state_dict(source), weights)
     # Copies, since safetensors holds no tied tensors; a source in that format has each once.
     save_file({name: value.clone().contiguous() for name, value in named.items()}, partial, metadata)
 
@@ -191,7 +200,7 @@ def _write_safetensors(weights: Mapping[str, Tensor], partial: Path, source: Sou
 def _replaced(source: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> Any:
     """What the source's file holds, with the weights in it replaced."""
     if Path(source).suffix == ".safetensors":
-        return dict(weights)
+        return _renamed(load_file(source), weights)
     content = torch.load(source, map_location="cpu", weights_only=True)
     held, key, around = content, None, None  # type: Any, Any, Any
     while isinstance(held, Mapping) and (

@@ -116,7 +116,7 @@ def _untouched(name: str, W1: Tensor) -> ParameterRecord:
 
 
 def _why_left_alone(W0: Tensor | None, W1: Tensor) -> str | None:
-    if not W1.is_floating_point():
+    if not W1.is_floating_point() or (W0 is not None and not W0.is_floating_point()):
         return "not floating point"
     if W1.ndim < 2:
         return "fewer than two dimensions"
@@ -260,7 +260,11 @@ def _on_all_ranks(
         if record["reason"] is not None:
             done[name] = dict.fromkeys(EDITED, W1[name]), record
             continue
-        values = done[name][0] if owner == rank else {variant: torch.empty_like(W1[name]) for variant in EDITED}
+        if owner == rank:
+            values = done[name][0]
+        else:  # contiguous like the owner's, whatever `W1` is: what is sent is the memory as it lies
+            layout = torch.contiguous_format
+            values = {variant: torch.empty_like(W1[name], memory_format=layout) for variant in EDITED}
         there = {variant: value.to(device) if device is not None else value for variant, value in values.items()}
         for variant in EDITED:
             dist.broadcast(there[variant], owner)

@@ -1,0 +1,206 @@
+"""Weights in safetensors files, whole or in shards, read and written one tensor at a time.
+
+A safetensors file is the length of its header (8 bytes), the header (JSON: where each tensor's bytes are), and the
+bytes. An edit changes the bytes alone, so that the output has the very header of the input, and its tensors can be
+written in any order and by several processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CHUNK = 2**24  # bytes copied at a time
+# Other weights that a model's folder may hold besides its safetensors; an output with them would hold two models.
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz"}
+
+
+class TensorInfo(NamedTuple):
+    """What a file says of a tensor."""
+
+    shape: tuple[int, ...]
+    kind: str  # dtype, as the file format calls it
+    dtype: torch.dtype | None  # None unless it is one of those that are edited
+    nbytes: int
+
+
+class SafetensorsWeights:
+    """A safetensors file, or a folder of them as `save_pretrained` writes it, and how to write one like it.
+
+    Attributes:
+        tensors: what the headers say, by name.
+        tied: for each name the first one of the same tensor: here always itself.
+        files: what is read.
+
+    Raises:
+        ValueError: if a file is damaged, truncated or of another format, or shards don't fit their index.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        index, shards = _index_and_shards(path)
+        self._index = index
+        self.files = [*([index] if index else []), *shards]
+        self.tensors: dict[str, TensorInfo] = {}
+        self._places: dict[str, tuple[Path, int]] = {}
+        self._headers: dict[Path, bytes] = {}
+        for shard in shards:
+            self._headers[shard], entries = _read_header(shard)
+            for name, (info, start) in entries.items():
+                if name in self.tensors:
+                    raise ValueError(f"Expected {name!r} in one shard of {str(path)!r}, but several hold it.")
+                self.tensors[name], self._places[name] = info, (shard, start)
+        if index:
+            lacking = [name for name in json.loads(index.read_bytes())["weight_map"] if name not in self.tensors]
+            if lacking:
+                raise ValueError(
+                    f"The shards of {str(index)!r} lack {len(lacking)} of its tensors, such as {lacking[0]!r}."
+                )
+        self.tied = {name: name for name in sorted(self.tensors, key=_counting)}
+
+    def read(self, name: str) -> Tensor:
+        """A copy in memory of its own; what a memory map reads would stay in memory."""
+        (shard, start), info = self._places[name], self.tensors[name]
+        assert info.dtype is not None
+        content = torch.empty(info.nbytes, dtype=torch.uint8)
+        with shard.open("rb", buffering=0) as file:
+            file.seek(start)
+            view, done = bytes_of(content), 0
+            while done < info.nbytes:
+                count = file.readinto(view[done:])  # 2 GB at most
+                if not count:
+                    raise ValueError(f"{str(shard)!r} was truncated while it was read.")
+                done += count
+        return content.view(info.dtype).reshape(info.shape)
+
+    def create(self, target: Path) -> None:
+        """Write the headers and make room for the tensors."""
+        for shard, header in self._headers.items():
+            twin = self._twin(shard, target)
+            twin.parent.mkdir(exist_ok=True)
+            with twin.open("wb") as file:
+                file.write(header)
+                file.truncate(shard.stat().st_size)
+
+    def is_created(self, target: Path) -> bool:
+        twins = {shard: self._twin(shard, target) for shard in self._headers}
+        return all(twin.is_file() and twin.stat().st_size == shard.stat().st_size for shard, twin in twins.items())
+
+    def needed_bytes(self, target: Path) -> int:
+        """Disk space that the output takes, less what it already has."""
+        twins = [self._twin(shard, target) for shard in self._headers]
+        taken = sum(twin.stat().st_blocks * 512 for twin in twins if twin.is_file())
+        files = [*self._headers, *(file for file, _ in self._others(target))]
+        return max(sum(file.stat().st_size for file in files) - taken, 0)
+
+    def write(self, target: Path, name: str, value: Tensor | None) -> None:
+        """Put a tensor in its place, for good; None for the one that is here."""
+        (shard, start), nbytes = self._places[name], self.tensors[name].nbytes
+        with self._twin(shard, target).open("r+b", buffering=0) as file, shard.open("rb") as source:
+            file.seek(start)
+            source.seek(start)
+            for chunk in _chunks_of(source, nbytes) if value is None else [bytes_of(value)]:
+                write_all(file, chunk)
+            os.fsync(file.fileno())
+
+    def finish(self, target: Path, edited: set[str]) -> None:
+        """Add what else a model's folder holds: index, configuration, tokenizer."""
+        for file, twin in self._others(target):
+            twin.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, twin)
+            sync(twin)
+
+    def _twin(self, shard: Path, target: Path) -> Path:
+        return target / shard.name if self.path.is_dir() else target
+
+    def _others(self, target: Path) -> Iterator[tuple[Path, Path]]:
+        if not self.path.is_dir():
+            return
+        for root, folders, names in os.walk(self.path):
+            folders[:] = [name for name in folders if not name.startswith((".", "checkpoint-"))]
+            for file in (Path(root) / name for name in sorted(names) if not name.startswith(".")):
+                what = file.name.removesuffix(".index.json")  # an index tells of weights, and goes with them
+                if file == self._index or Path(what).suffix not in _WEIGHTS:
+                    yield file, target / file.relative_to(self.path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or what a folder lists, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _index_and_shards(path: Path) -> tuple[Path | None, list[Path]]:
+    if path.is_file():
+        return None, [path]
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.is_file():
+        return None, [whole]
+    if not index.is_file():
+        found = sorted(path.glob("*.safetensors"))
+        if len(found) == 1:
+            return None, found
+        raise ValueError(f"Expected {str(path)!r} to hold model.safetensors or {index.name}, but it holds neither.")
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(index)!r} is damaged or no index of shards ({type(error).__name__}).") from error
+    lacking = [name for name in names if Path(name).name != name or not (path / name).is_file()]
+    if lacking:
+        raise ValueError(f"{str(index)!r} names shards that are not beside it: {', '.join(map(repr, lacking[:5]))}.")
+    return index, [path / name for name in names]
+
+
+def _counting(name: str) -> list[str | int]:
+    """Sorts "layers.10" after "layers.2"."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
+
+
+def _read_header(path: Path) -> tuple[bytes, dict[str, tuple[TensorInfo, int]]]:
+    """The bytes before the tensors, and of each tensor what it is and where it starts."""
+    try:
+        with safe_open(path, framework="pt"):  # checks it, the length of the file included
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is truncated, damaged or no safetensors file: {error}.") from error
+    with path.open("rb") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+    entries = json.loads(header)
+    entries.pop("__metadata__", None)
+    return length + header, {
+        name: (
+            TensorInfo(tuple(entry["shape"]), entry["dtype"], DTYPES.get(entry["dtype"]), stop - start),
+            8 + len(header) + start,
+        )
+        for name, entry in entries.items()
+        for start, stop in [entry["data_offsets"]]
+    }
+
+
+def bytes_of(value: Tensor) -> memoryview:
+    content: Any = value.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(content)
+
+
+def _chunks_of(file: Any, nbytes: int) -> Iterator[memoryview]:
+    for start in range(0, nbytes, _CHUNK):
+        yield memoryview(file.read(min(_CHUNK, nbytes - start)))
+
+
+def write_all(file: Any, content: memoryview) -> None:
+    while content:
+        content = content[file.write(content) :]  # 2 GB at most

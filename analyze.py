@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-COMMANDS = ("monosoup", "edit")
+COMMANDS = ("compare", "probe", "project", "monosoup", "edit")
 
 
 def main(args: list[str] | None = None) -> object:

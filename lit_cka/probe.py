@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
 from torch.distributed.tensor import DTensor
 
+from lit_cka.calling import call_model, evaluating
 from lit_cka.isolation import preserved_rng
 from lit_cka.tracking import Tracker
 
@@ -51,7 +49,7 @@ class Probe:
             raise ValueError("Expected a module that every rank holds for `probe`, but got one sharded over ranks.")
         tracker.open("probe", 1, module.device)
         try:
-            with torch.no_grad(), preserved_rng(), _evaluating(module):
+            with torch.no_grad(), preserved_rng(), evaluating(module):
                 for index, batch in enumerate(self.batches):
                     if index % trainer.world_size == trainer.global_rank or rehearsal:
                         batch = trainer.precision_plugin.convert_input(batch)
@@ -70,23 +68,5 @@ class Probe:
 def _call(module: pl.LightningModule, batch: Any, index: int) -> None:
     if is_overridden("predict_step", module):
         module.predict_step(batch, index)
-    elif isinstance(batch, Mapping):
-        parameters = inspect.signature(module.forward).parameters
-        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        module(**{name: value for name, value in batch.items() if takes_all or name in parameters})
-    elif isinstance(batch, (tuple, list)):
-        module(batch[0])
     else:
-        module(batch)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """In eval mode; then every module in the mode it was in."""
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, training in modes:
-            child.training = training
+        call_model(module, batch)

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "lit_cka"
 ROWS = [
     {"functional"},
     {"collectives"},
-    {"metrics", "layers", "pooling", "plots", "checkpoints", "masks", "history", "options", "patches", "adapters", "progress"},
+    {"metrics", "layers", "pooling", "plots", "checkpoints", "masks", "history", "options", "patches", "adapters", "progress", "calling", "output"},
     {"features", "fingerprint", "cache", "snapshot"},
     {"isolation", "statistics", "rounding"},
     {"reference", "storage"},
@@ -17,6 +17,7 @@ ROWS = [
     {"probe"},
     {"callback", "models", "data"},
     {"editing"},
+    {"analysis"},
     {"commands"},
     {"__init__"},
 ]

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import platform
+import warnings
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lit_cka import plots
 from lit_cka.editing.results import EvaluationResults
 from lit_cka.editing.weights import ParameterRecord
 from lit_cka.history import mean_score
+from lit_cka.output import file_name, versions, write_json
 
 _FORMATS = (".png", ".pdf")
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("lit-cka", "torch", "lightning", "torchmetrics", "timm", "open-clip-torch", "transformers", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def save_results(
@@ -62,10 +50,17 @@ def save_results(
     }
     written = [write_json(folder / "monosoup.json", full)]
     written.append(write_json(folder / "summary.json", {**frame, **_summary(results, records)}))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names in any script
+        return written + _save_pictures(folder, results, records)
+
+
+def _save_pictures(folder: Path, results: EvaluationResults, records: Sequence[ParameterRecord]) -> list[Path]:
+    written: list[Path] = []
     for number, (name, scores) in enumerate(results.cka.items()):
         if scores:
             figure, _ = cka_heatmap(results, name)
-            written += plots.save_figure(figure, folder / f"cka_{number}_{_file_name(name)}", _FORMATS)
+            written += plots.save_figure(figure, folder / f"cka_{number}_{file_name(name)}", _FORMATS)
     edited = [record for record in records if record["reason"] is None]
     if edited:
         high, low = ([record[key] or 0.0 for record in edited] for key in ("lambda_high", "lambda_low"))
@@ -83,7 +78,7 @@ def cka_heatmap(results: EvaluationResults, test_set: str) -> tuple[Any, Any]:
     layer_names = list(scores["pretrained"])
     values = np.array([[row[name] for name in layer_names] for row in scores.values()])
     return plots.heatmap(
-        values, list(scores), layer_names, title=f"CKA with the pretrained model, {test_set}", xlabel="block",
+        values, list(scores), layer_names, title=f"CKA with the pretrained model, {_caption(test_set)}", xlabel="block",
     )  # fmt: skip
 
 
@@ -102,12 +97,12 @@ def accuracy_figure(results: EvaluationResults) -> Any | None:
         + [(float(name.removeprefix("wise_ft_")), name) for name in places if name not in points]
     )
     curve = [(alpha, *places[name]) for alpha, name in alphas] if len(alphas) > 2 else []
+    names = [_caption(name) for name in results.test_names]
     figure, _ = plots.accuracy_plane(
         points,
         curve,
-        xlabel=f"{metric} on {results.test_names[0]}",
-        ylabel=f"mean {metric} on "
-        + (", ".join(results.test_names[1:]) if len(results.test_names) < 5 else "the shifts"),
+        xlabel=f"{metric} on {names[0]}",
+        ylabel=f"mean {metric} on {', '.join(names[1:]) if len(names) < 5 else 'the shifts'}",
         title="What each variant is worth",
     )
     return figure
@@ -119,14 +114,14 @@ def print_results(results: EvaluationResults, records: Sequence[ParameterRecord]
     table = Table(title="Variants by test set")
     table.add_column("variant")
     for name, metric in metrics.items():
-        table.add_column(f"{name}\n{metric or ''}", justify="right")
+        table.add_column(f"{escape(name)}\n{metric or ''}", justify="right")
     common = {metric for metric in metrics.values()}
     shown = common.pop() if len(common) == 1 and len(metrics) > 1 else None
     if shown is not None:
         table.add_column("shifted\naverage", justify="right", style="bold")
     with_cka = any(results.cka.values())
     if with_cka:
-        table.add_column(f"mean CKA\n{results.test_names[0]}", justify="right")
+        table.add_column(f"mean CKA\n{escape(results.test_names[0])}", justify="right")
     for variant, by_set in results.metrics.items():
         row = [variant] + [_number(by_set[name].get(metric or "")) for name, metric in metrics.items()]
         if shown is not None:
@@ -136,7 +131,7 @@ def print_results(results: EvaluationResults, records: Sequence[ParameterRecord]
             row.append("1.0000" if variant == "pretrained" else _number(mean_score(scores) if scores else None))
         table.add_row(*row)
     console.print(table)
-    console.print(describe_edit(records))
+    console.print(escape(describe_edit(records)))
 
 
 def describe_edit(records: Sequence[ParameterRecord]) -> str:
@@ -173,27 +168,10 @@ def _summary(results: EvaluationResults, records: Sequence[ParameterRecord]) -> 
     }
 
 
-def write_json(path: Path, content: Any) -> Path:
-    """Write JSON, whole or not at all; NaN becomes null."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-    return path
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}" if abs(value) < 100 else f"{value:.4g}"
 
 
-def _file_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
+def _caption(name: str) -> str:
+    """A name in a picture: not too long, and no formula, whatever it holds."""
+    return (name if len(name) <= 40 else f"{name[:39]}…").replace("$", r"\$")

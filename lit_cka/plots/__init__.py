@@ -4,7 +4,10 @@ from lit_cka.plots.canvas import figure_pixels, save_figure, short_names
 from lit_cka.plots.editing import accuracy_plane, lambda_figure
 from lit_cka.plots.heatmap import heatmap
 from lit_cka.plots.layer_time import layer_time_heatmap
+from lit_cka.plots.side_by_side import side_by_side
+from lit_cka.plots.trend import epoch_trend, layer_trend, probe_figure
 
 __all__ = [
-    "accuracy_plane", "figure_pixels", "heatmap", "lambda_figure", "layer_time_heatmap", "save_figure", "short_names",
+    "accuracy_plane", "epoch_trend", "figure_pixels", "heatmap", "lambda_figure", "layer_time_heatmap", "layer_trend",
+    "probe_figure", "save_figure", "short_names", "side_by_side",
 ]  # fmt: skip

@@ -1,0 +1,1 @@
+"""Compare models: features of whole datasets, and what they have in common."""

@@ -1,0 +1,250 @@
+"""Compare two models layer by layer: `compare`, and `compare_features` for features that are there already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lit_cka.analysis.extraction import extract
+from lit_cka.analysis.features import Features, check_matched
+from lit_cka.analysis.rsa import pairwise_rsa
+from lit_cka.analysis.uncertainty import bootstrap_cka, permutation_test
+from lit_cka.functional.cka import cka_from_gram
+from lit_cka.functional.kernels import linear_gram, rbf_gram
+from lit_cka.functional.matrix import cka_matrix
+from lit_cka.functional.procrustes import procrustes_distance
+from lit_cka.functional.rsa import rdm
+from lit_cka.history import verdict
+from lit_cka.layers import Layers
+from lit_cka.metrics import MinibatchCKA
+from lit_cka.pooling import Pooling
+
+Measure: TypeAlias = Literal["cka", "minibatch_cka", "rbf_cka", "rsa", "procrustes"]
+MEASURES = ("cka", "minibatch_cka", "rbf_cka", "rsa", "procrustes")
+Array: TypeAlias = "NDArray[np.float64]"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compute.
+
+    Args:
+        measure: "cka" (linear, over all samples at once), "minibatch_cka" (mean of each batch's unbiased HSIC),
+            "rbf_cka", "rsa", or "procrustes" (a distance: 0 for equal).
+        debiased: use the unbiased HSIC, for "cka" and "rbf_cka".
+        batch_size: of "minibatch_cka"; a rest of fewer than 4 samples is left out.
+        distance: of "rsa": "cosine", "correlation" or "euclidean".
+        comparison: of "rsa": "spearman", "pearson" or "kendall".
+        bandwidth: of "rbf_cka", as a multiple of the median distance.
+        num_resamples: bootstrap resamples for the intervals, 0 for none; for "cka" and "rbf_cka".
+        num_permutations: for p-values, 0 for none; for "cka" and "rbf_cka".
+        level: of the intervals.
+        seed: of resamples and permutations.
+
+    Raises:
+        ValueError: if an option is unknown, or intervals are asked for where there are none.
+    """
+
+    measure: Measure = "cka"
+    debiased: bool = True
+    batch_size: int = 64
+    distance: Literal["cosine", "correlation", "euclidean"] = "correlation"
+    comparison: Literal["spearman", "pearson", "kendall"] = "spearman"
+    bandwidth: float = 1.0
+    num_resamples: int = 0
+    num_permutations: int = 0
+    level: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.measure not in MEASURES:
+            raise ValueError(f"Expected `measure` to be one of {', '.join(MEASURES)}, but got {self.measure!r}.")
+        if (self.num_resamples or self.num_permutations) and self.measure not in ("cka", "rbf_cka"):
+            raise ValueError(f"Intervals and p-values are for 'cka' and 'rbf_cka', but `measure` is {self.measure!r}.")
+        if not 0 < self.level < 1:
+            raise ValueError(f"Expected `level` to be in (0, 1), but got {self.level}.")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A matrix of layers by layers, with the intervals and p-values that were asked for.
+
+    Attributes:
+        values: (layers of a, layers of b); NaN where undefined.
+        low: lower ends of the intervals.
+        high: upper ends.
+        p_values: of the permutation test: how often unrelated samples would look as similar.
+        layers_a: layer names of model a.
+        layers_b: layer names of model b.
+    """
+
+    values: Array
+    layers_a: list[str]
+    layers_b: list[str]
+    model_a: str
+    model_b: str
+    data: str
+    num_samples: int
+    settings: Settings
+    low: Array | None = None
+    high: Array | None = None
+    p_values: Array | None = None
+
+    @property
+    def has_counterparts(self) -> bool:
+        """Whether both models have the same layers, so that the diagonal says something."""
+        return self.layers_a == self.layers_b
+
+    def diagonal(self) -> list[dict[str, Any]]:
+        """A row for each layer and its counterpart: layer, value, low, high, p, verdict."""
+        if not self.has_counterparts:
+            raise ValueError(f"Expected models with the same layers, but {self.model_a} and {self.model_b} differ.")
+        rows: list[dict[str, Any]] = []
+        for index, name in enumerate(self.layers_a):
+            row: dict[str, Any] = {"layer": name, "value": float(self.values[index, index])}
+            for key, held in (("low", self.low), ("high", self.high), ("p", self.p_values)):
+                if held is not None:
+                    row[key] = float(held[index, index])
+            if self.settings.measure.endswith("cka"):
+                row["verdict"] = verdict(row["value"], (0.99, 0.9))
+            rows.append(row)
+        return rows
+
+
+def compare(
+    model_a: nn.Module,
+    model_b: nn.Module | None,
+    loader: Iterable[Any],
+    loader_b: Iterable[Any] | None = None,
+    *,
+    layers: Layers | None = None,
+    layers_b: Layers | None = None,
+    pooling: Pooling = "mean",
+    names: tuple[str, str] = ("a", "b"),
+    data: str = "data",
+    settings: Settings | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Similarity of every layer of one model with every layer of another, of any widths, depths and architectures.
+
+    Each model is run once over its loader, and the features of all samples are kept in memory (n times the widths of
+    all layers, float64).
+
+    Args:
+        model_a: the first network.
+        model_b: the second; None to compare the first with itself.
+        loader: batches for the first, see `extract`.
+        loader_b: batches for the second, of the same samples in the same order; None for `loader`.
+        layers: of the first model.
+        layers_b: of the second; None for what `layers` says.
+        pooling: as in `FeatureExtractor`.
+        names: of the models, for tables and figures.
+        data: name of the dataset.
+        settings: what to compute; None for debiased linear CKA.
+        device: where to run the models.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: if samples differ in number, id or order, or there are too few.
+
+    Example:
+        >>> X = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> compare(net, None, [X], layers=["0", "2"], progress=False).values.shape
+        (2, 2)
+    """
+    options: dict[str, Any] = {"pooling": pooling, "device": device, "data": data, "progress": progress}
+    a = extract(model_a, loader, layers=layers, name=names[0], **options)
+    if model_b is None:
+        return compare_features(a, a, settings)
+    b = extract(
+        model_b,
+        loader if loader_b is None else loader_b,
+        layers=layers if layers_b is None else layers_b,
+        name=names[1],
+        **options,
+    )
+    return compare_features(a, b, settings)
+
+
+def compare_features(a: Features, b: Features, settings: Settings | None = None) -> Comparison:
+    """`compare`, from features; the same object twice compares a model with itself.
+
+    Raises:
+        ValueError: if samples differ in number, id or order, or there are too few.
+    """
+    settings = settings or Settings()
+    check_matched(a, b)
+    same = a is b
+    Xs = list(a.layers.values())
+    Ys = Xs if same else list(b.layers.values())
+    values = _MEASURES[settings.measure](Xs, Ys, settings)
+    low = high = p_values = None
+    if settings.num_resamples or settings.num_permutations:
+        Ks = _grams(Xs, settings)
+        Ls = Ks if same else _grams(Ys, settings)
+        if settings.num_resamples:
+            ends = bootstrap_cka(
+                Ks, Ls, debiased=settings.debiased, num_resamples=settings.num_resamples, level=settings.level,
+                seed=settings.seed,
+            )  # fmt: skip
+            low, high = (end.numpy() for end in ends)
+        if settings.num_permutations:
+            p_values = permutation_test(
+                Ks, Ls, debiased=settings.debiased, num_permutations=settings.num_permutations, seed=settings.seed
+            ).numpy()
+    return Comparison(
+        values.numpy(), list(a.layers), list(b.layers), a.model, b.model, a.data, a.num_samples, settings, low, high,
+        p_values,
+    )  # fmt: skip
+
+
+def _grams(layers: Sequence[Tensor], settings: Settings) -> Tensor:
+    if settings.measure == "rbf_cka":
+        return torch.stack([rbf_gram(X, bandwidth=settings.bandwidth) for X in layers])
+    return torch.stack([linear_gram(X) for X in layers])
+
+
+def _cka(Xs: Sequence[Tensor], Ys: Sequence[Tensor], settings: Settings) -> Tensor:
+    return cka_matrix(Xs, Ys, debiased=settings.debiased)
+
+
+def _minibatch_cka(Xs: Sequence[Tensor], Ys: Sequence[Tensor], settings: Settings) -> Tensor:
+    metric = MinibatchCKA()
+    for start in range(0, len(Xs[0]), settings.batch_size):
+        part = slice(start, start + settings.batch_size)
+        if len(Xs[0][part]) >= 4:
+            metric.update([X[part] for X in Xs], [Y[part] for Y in Ys])
+    return metric.compute()
+
+
+def _rbf_cka(Xs: Sequence[Tensor], Ys: Sequence[Tensor], settings: Settings) -> Tensor:
+    Ks = _grams(Xs, settings)
+    Ls = Ks if Xs is Ys else _grams(Ys, settings)
+    return torch.stack([torch.stack([cka_from_gram(K, L, debiased=settings.debiased) for L in Ls]) for K in Ks])
+
+
+def _rsa(Xs: Sequence[Tensor], Ys: Sequence[Tensor], settings: Settings) -> Tensor:
+    Rs = torch.stack([rdm(X, settings.distance) for X in Xs])
+    Ss = Rs if Xs is Ys else torch.stack([rdm(Y, settings.distance) for Y in Ys])
+    return pairwise_rsa(Rs, Ss, settings.comparison)
+
+
+def _procrustes(Xs: Sequence[Tensor], Ys: Sequence[Tensor], settings: Settings) -> Tensor:
+    return torch.stack([torch.stack([procrustes_distance(X, Y) for Y in Ys]) for X in Xs])
+
+
+_MEASURES = {
+    "cka": _cka,
+    "minibatch_cka": _minibatch_cka,
+    "rbf_cka": _rbf_cka,
+    "rsa": _rsa,
+    "procrustes": _procrustes,
+}

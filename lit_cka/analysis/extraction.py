@@ -1,0 +1,147 @@
+"""Run a model once over a dataset and keep the features of its layers: `extract`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+
+from lit_cka.analysis.features import Features
+from lit_cka.calling import call_model, evaluating
+from lit_cka.features import FeatureExtractor, tensors_in
+from lit_cka.isolation import preserved_rng
+from lit_cka.layers import Layers
+from lit_cka.pooling import Pooling
+from lit_cka.progress import progress_bar
+
+
+def extract(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    layers: Layers | None = None,
+    pooling: Pooling = "mean",
+    device: torch.device | str | None = None,
+    ids: Sequence[str] | None = None,
+    name: str = "model",
+    data: str = "data",
+    progress: bool = True,
+) -> Features:
+    """Run a model once over a dataset, in eval mode, and keep the features of its layers.
+
+    Where a GPU has too little memory for a batch, batches are run in halves from then on.
+
+    Args:
+        model: the network.
+        loader: gives batches: mappings, of which the model gets what it takes by name, "id" names the samples and
+            "labels" are kept; tuples, of which the model gets the first, and the second are labels; or inputs alone.
+            Samples without ids are numbered, so two loaders have to give the same samples in the same order.
+        layers: see `lit_cka.layers.select_layers`; None for the repeated blocks.
+        pooling: as in `FeatureExtractor`.
+        device: where to run; None for where the model is.
+        ids: of all samples in order, in place of those in batches.
+        name: of the model, for tables and files.
+        data: name of the dataset.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if the loader gives no samples, an id comes twice, or a layer has no features, see
+            `FeatureExtractor.collect`.
+    """
+    place = next(model.parameters(), torch.empty(0)).device if device is None else torch.device(device)
+    model.to(place)
+    taken: dict[str, list[Tensor]] = {}
+    found: list[str] = []
+    labels: list[Any] = []
+    extractor = FeatureExtractor(model, layers, pooling)
+    run = _Halving(model, extractor)
+    total = len(loader) if isinstance(loader, Sized) else 0
+    with (
+        torch.no_grad(),
+        preserved_rng(),
+        evaluating(model),
+        extractor,
+        extractor.alone(),
+        progress_bar(f"{name} on {data}", total, enabled=progress) as advance,
+    ):
+        for batch in loader:
+            features = run(move_data_to_device(batch, place))
+            for layer, value in features.items():
+                taken.setdefault(layer, []).append(value)
+            found += _ids(batch, len(next(iter(features.values()))), len(found))
+            labels += _labels(batch)
+            advance(1)
+    if not found:
+        raise ValueError(f"Expected {data!r} to give samples, but it gave none.")
+    if ids is not None and len(ids) != len(found):
+        raise ValueError(f"Expected an id for each of {len(found)} samples, but got {len(ids)}.")
+    ids = found if ids is None else list(ids)
+    if len(set(ids)) < len(ids):
+        twice = next(sample for sample in ids if ids.count(sample) > 1)
+        raise ValueError(f"Expected every sample to have its own id, but {twice!r} comes more than once.")
+    joined = {layer: torch.cat(values) for layer, values in taken.items()}
+    shown = pooling if isinstance(pooling, str) else getattr(pooling, "__name__", "callable")
+    return Features(joined, ids, name, data, shown, labels if len(labels) == len(ids) else None)
+
+
+def _ids(batch: Any, num_samples: int, start: int) -> list[str]:
+    named = batch.get("id") if isinstance(batch, Mapping) else None
+    if named is None:
+        return [str(start + index) for index in range(num_samples)]
+    return [str(sample) for sample in (named.tolist() if isinstance(named, Tensor) else named)]
+
+
+def _labels(batch: Any) -> list[Any]:
+    if isinstance(batch, Mapping):
+        held = batch.get("labels", batch.get("label"))
+    else:
+        held = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+    if isinstance(held, Tensor):
+        return held.tolist() if held.ndim == 1 else []
+    return list(held) if isinstance(held, (tuple, list)) else []
+
+
+class _Halving:
+    """Runs the model on a batch, in as many parts as it takes to fit into memory."""
+
+    def __init__(self, model: nn.Module, extractor: FeatureExtractor) -> None:
+        self._model = model
+        self._extractor = extractor
+        self._num_parts = 1
+
+    def __call__(self, batch: Any) -> dict[str, Tensor]:
+        num_samples = max((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), default=1)
+        while True:
+            size = -(-num_samples // self._num_parts)
+            try:
+                parts = [
+                    self._run(_part(batch, num_samples, start, start + size)) for start in range(0, num_samples, size)
+                ]
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+            else:
+                return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            # Out of the `except`: the exception holds the tensors of the run that failed.
+            self._extractor.drain()
+            self._num_parts *= 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _run(self, batch: Any) -> dict[str, Tensor]:
+        call_model(self._model, batch)
+        return {name: value.cpu() for name, value in self._extractor.collect().items()}
+
+
+def _part(value: Any, num_samples: int, start: int, stop: int) -> Any:
+    """The samples from `start` to `stop` of everything in a batch that has one entry a sample."""
+    if isinstance(value, Tensor):
+        return value[start:stop] if value.ndim and len(value) == num_samples else value
+    if isinstance(value, Mapping):
+        return {name: _part(item, num_samples, start, stop) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_part(item, num_samples, start, stop) for item in value]
+    return value

@@ -1,0 +1,161 @@
+"""Image models and images for a comparison: `ImageModel`, `ImageFiles`, `Digits`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lit_cka.analysis.extraction import extract
+from lit_cka.analysis.features import Features
+from lit_cka.analysis.texts import Samples
+from lit_cka.layers import Layers
+from lit_cka.pooling import Pooling
+
+
+class ImageModel:
+    """A network for images, with its preprocessing.
+
+    Args:
+        model: the network, such as a `lit_cka.models.ImageClassifier`. Its `eval_transform` is the preprocessing.
+        name: for tables and figures; None for the class's.
+        layers: see `lit_cka.layers.select_layers`; None for the repeated blocks.
+        pooling: as in `FeatureExtractor`.
+        batch_size: images per batch.
+        num_workers: processes that load images.
+        device: where to run; None for where the model is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str | None = None,
+        layers: str | list[str] | None = None,
+        pooling: str = "mean",
+        batch_size: int = 64,
+        num_workers: int = 0,
+        device: str | None = None,
+    ) -> None:
+        self.model = model
+        self.name = name or type(model).__name__
+        self.layers: Layers | None = layers
+        self.pooling: Pooling = pooling
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.device = device
+
+    def features(self, samples: Samples, *, progress: bool = True) -> Features:
+        """Features of all images, which are tensors, or paths of files.
+
+        Raises:
+            ValueError: if there are files to read, and the model has no `eval_transform`.
+        """
+        transform = getattr(self.model, "eval_transform", None)
+        if transform is None and not all(isinstance(item, Tensor) for item in samples.items):
+            raise ValueError(
+                f"Expected {self.name!r} to have an `eval_transform`, the preprocessing that its weights were trained "
+                "with, but it has none. The models of lit_cka.models do; set it on your own."
+            )
+        loader: DataLoader[Any] = DataLoader(
+            _Images(samples, transform),  # type: ignore[arg-type]  # with a length and items it is a dataset
+            self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=_collate,
+        )
+        return extract(
+            self.model, loader, layers=self.layers, pooling=self.pooling, device=self.device,
+            ids=samples.ids, name=self.name, data=samples.name, progress=progress,
+        )  # fmt: skip
+
+
+class _Images:
+    def __init__(self, samples: Samples, transform: Callable[[Any], Tensor] | None) -> None:
+        self.samples = samples
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.samples.ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        item = self.samples.items[index]
+        if not isinstance(item, Tensor):
+            from PIL import Image
+
+            assert self.transform is not None
+            with Image.open(item) as image:
+                item = self.transform(image.convert("RGB"))
+        return item, self.samples.labels[index] if self.samples.labels else None
+
+
+def _collate(items: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, list[Any]]:
+    images, labels = zip(*items, strict=True)
+    return torch.stack(images), list(labels)
+
+
+class ImageFiles:
+    """The images below a folder; labels are the names of its subfolders, ids the paths below it.
+
+    Args:
+        root: the folder.
+        num_samples: so many of them, drawn at random but always the same; None for all.
+        name: for tables and figures; None for the folder's.
+    """
+
+    def __init__(self, root: str, num_samples: int | None = None, name: str | None = None) -> None:
+        self.root = Path(root)
+        self.num_samples = num_samples
+        self.name = name or self.root.name
+
+    def read(self) -> Samples:
+        """Find the files.
+
+        Raises:
+            FileNotFoundError: if there is no such folder, or there are no images in it.
+        """
+        from torchvision.datasets.folder import IMG_EXTENSIONS
+
+        files = sorted(path for path in self.root.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        if not files:
+            raise FileNotFoundError(f"Expected images below {str(self.root)!r}, but found none.")
+        if self.num_samples is not None and self.num_samples < len(files):
+            order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[: self.num_samples]
+            files = [files[index] for index in sorted(order.tolist())]
+        ids = [path.relative_to(self.root).as_posix() for path in files]
+        return Samples(ids, files, [path.parent.name for path in files], self.name)
+
+
+class Digits:
+    """The digits that ship with scikit-learn, as tensors (1, 8, 8) in [-1, 1]; see `DigitShiftsDataModule`.
+
+    Args:
+        classes: the digits to use.
+        shift: "digits" for them as they are, or "rotated", "noisy", "blurred".
+        name: for tables and figures; None for the shift's.
+    """
+
+    def __init__(
+        self, classes: Sequence[int] = tuple(range(10)), shift: str = "digits", name: str | None = None
+    ) -> None:
+        self.classes = tuple(classes)
+        self.shift = shift
+        self.name = name or shift
+
+    def read(self) -> Samples:
+        """The test part.
+
+        Raises:
+            ValueError: if there is no such shift.
+        """
+        from lit_cka.data.digit_shifts import DigitShiftsDataModule
+
+        data = DigitShiftsDataModule(classes=list(self.classes))
+        data.setup("test")
+        if self.shift not in data.test_names:
+            raise ValueError(f"Expected `shift` to be one of {', '.join(data.test_names)}, but got {self.shift!r}.")
+        dataset: Any = data.test_sets[data.test_names.index(self.shift)].dataset
+        images, labels = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
+        return Samples([str(index) for index in range(len(images))], list(images), [int(y) for y in labels], self.name)

@@ -1,0 +1,34 @@
+"""How a network is called with a dataloader's batch: `call_model`; and `evaluating`, the mode that it runs in."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """Call `model` with the inputs in a batch: of a mapping those that `forward` takes by name, without labels; of a
+    tuple or list the first element; anything else as it is.
+    """
+    if isinstance(batch, Mapping):
+        parameters = inspect.signature(model.forward).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        names = [name for name in batch if name in parameters or (takes_all and name not in ("labels", "label", "id"))]
+        return model(**{name: batch[name] for name in names if name not in ("labels", "label")})
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """In eval mode; then every module in the mode it was in."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training

@@ -1,0 +1,77 @@
+"""`analyze.py compare`: the layers x layers matrix of two models, or of one with itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from lit_cka.analysis.comparison import Comparison, Settings, compare_features
+from lit_cka.analysis.features import Features
+from lit_cka.analysis.page import Section, write_page
+from lit_cka.commands.results import Data, Model, all_features, as_json, label, print_table, save_comparison
+from lit_cka.commands.running import run
+from lit_cka.output import file_name, versions, write_json
+
+
+def parser() -> ArgumentParser:
+    """The command's options."""
+    parser = ArgumentParser(prog="analyze.py compare", description="Compare models layer by layer.")
+    parser.add_argument("--config", action="config", help="YAML file with these options.")
+    parser.add_argument("--models", type=list[Model], default=[], help="One model, or two.")
+    parser.add_argument(
+        "--data", type=list[Data] | Data, default=[], help="What they are compared on: one set, or several."
+    )
+    parser.add_argument(
+        "--features", type=list[str], default=[], help="In place of models and data: one or two files that were stored."
+    )
+    parser.add_class_arguments(Settings, "settings")
+    parser.add_argument("--output", type=str, required=True, help="Folder for the results.")
+    parser.add_argument("--title", type=str | None, default=None, help="Of the report.")
+    parser.add_argument("--num_threads", type=int | None, default=None, help="CPU threads for torch.")
+    return parser
+
+
+def main(args: list[str]) -> list[Comparison]:
+    """Run the command."""
+    return run(parser(), args, _compare)
+
+
+def _compare(options: Any, config: dict[str, Any]) -> list[Comparison]:
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    comparisons = [compare_features(pair[0], pair[-1], options.settings) for pair in _pairs(options, folder)]
+    console = Console(soft_wrap=True, highlight=False)
+    sections = []
+    for number, comparison in enumerate(comparisons):
+        name = f"{number}_{file_name(comparison.model_a)}_{file_name(comparison.model_b)}_{file_name(comparison.data)}"
+        pictures = save_comparison(comparison, folder, name)
+        heading = f"{comparison.model_a} and {comparison.model_b} on {comparison.data}"
+        text = [f"{label(comparison)}; n = {comparison.num_samples} samples."]
+        rows = comparison.diagonal() if comparison.has_counterparts and len(pictures) > 1 else []
+        sections.append(Section(heading, text, rows, pictures))
+        if rows:
+            print_table(f"{heading}: {label(comparison)}, n = {comparison.num_samples}", rows, console)
+    write_json(
+        folder / "comparison.json",
+        {"config": config, "versions": versions(), "comparisons": [as_json(comparison) for comparison in comparisons]},
+    )
+    title = options.title or " and ".join(dict.fromkeys([comparisons[0].model_a, comparisons[0].model_b]))
+    page = write_page(folder, title, sections, about="Similarity of representations, layer by layer.")
+    console.print(f"Report: {page}")
+    return comparisons
+
+
+def _pairs(options: Any, folder: Path) -> list[list[Features]]:
+    if options.features:
+        if options.models or len(options.features) > 2:
+            raise ValueError("Expected `features` to name one or two files, and no `models` besides.")
+        return [[Features.load(path) for path in options.features]]
+    if not 1 <= len(options.models) <= 2:
+        raise ValueError(f"Expected one or two `models`, but got {len(options.models)}.")
+    sets = options.data if isinstance(options.data, list) else [options.data]
+    if not sets:
+        raise ValueError("Expected `data` to compare the models on, but got none.")
+    return [all_features(options.models, data, folder) for data in sets]

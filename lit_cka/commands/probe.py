@@ -1,0 +1,85 @@
+"""`analyze.py probe`: where fine-tuning changed a model, and whether the change helped."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from lit_cka import plots
+from lit_cka.analysis.comparison import compare_features
+from lit_cka.analysis.page import Section, write_page
+from lit_cka.analysis.probes import ProbeRow, advice, probe_layers
+from lit_cka.commands.results import FORMATS, Data, Model, all_features, as_json, label, print_table, save_comparison
+from lit_cka.commands.running import run
+from lit_cka.output import versions, write_json
+
+
+def parser() -> ArgumentParser:
+    """The command's options."""
+    parser = ArgumentParser(
+        prog="analyze.py probe", description="CKA and linear probes of a model before and after fine-tuning."
+    )
+    parser.add_argument("--config", action="config", help="YAML file with these options.")
+    parser.add_argument("--before", type=Model, required=True, help="The pretrained model.")
+    parser.add_argument("--after", type=Model, required=True, help="The fine-tuned model.")
+    parser.add_argument("--data", type=Data, required=True, help="Samples with labels.")
+    parser.add_argument("--num_folds", type=int, default=5, help="Of the cross-validation.")
+    parser.add_argument("--C", type=float, default=1.0, help="Inverse strength of the probe's regularisation.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the folds.")
+    parser.add_argument("--output", type=str, required=True, help="Folder for the results.")
+    parser.add_argument("--title", type=str, default="Where fine-tuning changed the model", help="Of the report.")
+    parser.add_argument("--num_threads", type=int | None, default=None, help="CPU threads for torch.")
+    return parser
+
+
+def main(args: list[str]) -> list[ProbeRow]:
+    """Run the command."""
+    return run(parser(), args, _probe)
+
+
+def _probe(options: Any, config: dict[str, Any]) -> list[ProbeRow]:
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    before, after = all_features([options.before, options.after], options.data, folder)
+    rows = probe_layers(before, after, num_folds=options.num_folds, C=options.C, seed=options.seed)
+    comparison = compare_features(before, after)
+    pictures = save_comparison(comparison, folder, "matrix")
+    figure, _ = plots.probe_figure(
+        [row.layer for row in rows],
+        [row.cka for row in rows],
+        [row.accuracy_before for row in rows],
+        [row.accuracy_after for row in rows],
+        errors=([row.error_before for row in rows], [row.error_after for row in rows]),
+        names=(before.model, after.model),
+        title=f"{before.data}, n = {before.num_samples}",
+    )
+    plots.save_figure(figure, folder / "probe", FORMATS)
+    table = [
+        {
+            "layer": row.layer, "CKA": row.cka, f"accuracy, {before.model}": row.accuracy_before,
+            f"accuracy, {after.model}": row.accuracy_after, "difference": row.difference, "verdict": row.verdict,
+        }
+        for row in rows
+    ]  # fmt: skip
+    said = advice(rows)
+    write_json(
+        folder / "probe.json",
+        {
+            "config": config, "versions": versions(), "layers": [asdict(row) for row in rows], "advice": said,
+            "comparison": as_json(comparison),
+        },
+    )  # fmt: skip
+    sections = [
+        Section("Did it change, and did the change help?", [said], table, {"probe.png": "CKA and accuracy by layer"}),
+        Section("Every layer with every layer", [f"{label(comparison)}."], images=pictures),
+    ]
+    page = write_page(folder, options.title, sections, about=f"{before.data}, n = {before.num_samples} samples.")
+    console = Console(soft_wrap=True, highlight=False)
+    print_table(f"{before.data}, n = {before.num_samples}", table, console)
+    console.print(said)
+    console.print(f"Report: {page}")
+    return rows

@@ -1,0 +1,116 @@
+"""What the commands that compare models share: their models and data, tables, and files of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Union
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from safetensors.numpy import save_file
+
+from lit_cka import plots
+from lit_cka.analysis.comparison import Comparison
+from lit_cka.analysis.features import Features
+from lit_cka.analysis.image_model import Digits, ImageFiles, ImageModel
+from lit_cka.analysis.text_file import TextFile
+from lit_cka.analysis.text_model import TextModel
+from lit_cka.output import file_name
+
+Model = Union[TextModel, ImageModel]
+Data = Union[TextFile, ImageFiles, Digits]
+FORMATS = (".png", ".pdf", ".svg")
+
+
+def all_features(models: Sequence[Model], data: Data, folder: Path) -> list[Features]:
+    """Every model's features of the data, each also in a file of the folder. A file that is there already is used.
+
+    Raises:
+        ValueError: if two models have the same name, or a file is of other samples.
+    """
+    names = [model.name for model in models]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Expected models of different names, but got {', '.join(names)}. Set `name`.")
+    samples = data.read()
+    return [_features(model, samples, folder) for model in models]
+
+
+def _features(model: Model, samples: Any, folder: Path) -> Features:
+    features = model.features(samples)
+    features.save(folder / f"features_{file_name(model.name)}_{file_name(samples.name)}.safetensors")
+    return features
+
+
+def save_comparison(comparison: Comparison, folder: Path, name: str) -> dict[str, str]:
+    """Write the matrices as safetensors, and the heatmap; returns descriptions of pictures by file name."""
+    arrays = {"values": comparison.values, "low": comparison.low, "high": comparison.high, "p": comparison.p_values}
+    held = {key: np.ascontiguousarray(value) for key, value in arrays.items() if value is not None}
+    partial = folder / f".{name}.safetensors.partial"
+    save_file(held, partial)
+    partial.replace(folder / f"{name}.safetensors")
+    figure, _ = matrix_figure(comparison)
+    plots.save_figure(figure, folder / name, FORMATS)
+    pictures = {f"{name}.png": f"{label(comparison)} of {comparison.model_a} and {comparison.model_b}, layer by layer"}
+    if comparison.has_counterparts and comparison.model_a != comparison.model_b:
+        rows = comparison.diagonal()
+        bands = None
+        if comparison.low is not None and comparison.high is not None:
+            bands = {"value": (np.diagonal(comparison.low), np.diagonal(comparison.high))}
+        figure, _ = plots.layer_trend(
+            {"value": [row["value"] for row in rows]}, comparison.layers_a, bands=bands, ylabel=label(comparison),
+            title=f"{comparison.model_a} and {comparison.model_b}: each layer with its counterpart",
+            limits=limits(comparison),
+        )  # fmt: skip
+        plots.save_figure(figure, folder / f"{name}_diagonal", FORMATS)
+        pictures[f"{name}_diagonal.png"] = "The diagonal: each layer with its counterpart"
+    return pictures
+
+
+def matrix_figure(comparison: Comparison) -> tuple[Any, Any]:
+    """The heatmap; of a model with itself, the lower half."""
+    same = comparison.model_a == comparison.model_b
+    mask = np.triu(np.ones(comparison.values.shape, dtype=bool), k=1) if same else None
+    return plots.heatmap(
+        comparison.values, comparison.layers_a, comparison.layers_b, mask=mask, label=label(comparison),
+        title=f"{comparison.model_a} and {comparison.model_b}, {comparison.data}, n = {comparison.num_samples}",
+        ylabel=comparison.model_a, xlabel=comparison.model_b, limits=limits(comparison),
+    )  # fmt: skip
+
+
+def label(comparison: Comparison) -> str:
+    """What the numbers are."""
+    settings = comparison.settings
+    return {
+        "cka": "CKA, debiased" if settings.debiased else "CKA",
+        "minibatch_cka": f"minibatch CKA, batches of {settings.batch_size}",
+        "rbf_cka": "RBF CKA, debiased" if settings.debiased else "RBF CKA",
+        "rsa": f"RSA ({settings.distance}, {settings.comparison})",
+        "procrustes": "Procrustes distance",
+    }[settings.measure]
+
+
+def limits(comparison: Comparison) -> tuple[float, float]:
+    """Of the colours: [0, 1] for similarities, [0, 2] for the Procrustes distance."""
+    return (0.0, 2.0) if comparison.settings.measure == "procrustes" else (0.0, 1.0)
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """All numbers by name."""
+    return {
+        "model_a": comparison.model_a, "model_b": comparison.model_b, "data": comparison.data,
+        "num_samples": comparison.num_samples, "settings": vars(comparison.settings),
+        "layers_a": comparison.layers_a, "layers_b": comparison.layers_b, "values": comparison.values,
+        "low": comparison.low, "high": comparison.high, "p": comparison.p_values,
+    }  # fmt: skip
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """A table of rows with the same keys."""
+    table = Table(title=title)
+    for number, key in enumerate(rows[0]):
+        table.add_column(key, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+    console.print(table)

@@ -1,0 +1,32 @@
+"""How a command runs: its options read, errors that a user can mend in one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+Result = TypeVar("Result")
+
+
+def run(parser: ArgumentParser, args: list[str], command: Callable[[Any, dict[str, Any]], Result]) -> Result:
+    """Parse `args`, and give the command its options, as objects and as they were written.
+
+    A wrong value or a missing file ends the process with one line and status 1.
+    """
+    import yaml
+
+    config = parser.parse_args(args)
+    if config.get("num_threads") is not None:
+        torch.set_num_threads(config.num_threads)
+    plain: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_none=True))
+    plain.pop("config", None)
+    try:
+        return command(parser.instantiate_classes(config), plain)
+    except (ValueError, OSError) as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", style="red", markup=False)
+        sys.exit(1)

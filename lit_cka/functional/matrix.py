@@ -1,0 +1,83 @@
+"""CKA of every layer of one model with every layer of another: `cka_matrix`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lit_cka.functional.cka import _ROUNDING, _check_num_samples, _hsic, _ratio
+from lit_cka.functional.moments import check_features
+
+_GRAM_BYTES = 2**30  # that all Gram matrices may take together
+
+
+def cka_matrix(Xs: Sequence[Tensor], Ys: Sequence[Tensor], *, debiased: bool = False) -> Tensor:
+    """`linear_cka` of every pair: element `(i, j)` is that of `Xs[i]` and `Ys[j]`, at about the cost of one product.
+
+    Computed in float64, from the samples' Gram matrices or from the products of the features, whichever is cheaper
+    and fits into memory: the two are equal.
+
+    Args:
+        Xs: features (n, d_i) of each layer, any floating dtypes and widths.
+        Ys: features of the same samples in the same order; the same object as `Xs` to compare a model with itself.
+        debiased: use the unbiased HSIC (Song et al. 2012), which needs 4 samples.
+
+    Returns:
+        Float64 (len(Xs), len(Ys)); NaN where a layer's features are the same for all samples, or not finite.
+
+    Raises:
+        ValueError: on no layers, integer features, wrong shapes, unequal `n`, or fewer than 2 samples (4 if debiased).
+    """
+    if not Xs or not Ys:
+        raise ValueError("Expected features of at least one layer on both sides, but got none.")
+    for layer in (*Xs, *Ys):
+        check_features(Xs[0], layer)
+    _check_num_samples(len(Xs[0]), debiased)
+    same = Xs is Ys
+    X, constant_x = _centred(Xs)
+    Y, constant_y = (X, constant_x) if same else _centred(Ys)
+    a, b = (torch.stack([layer.square().sum(dim=1) for layer in layers]) for layers in (X, Y))
+    n = torch.tensor(len(X[0]), dtype=torch.float64, device=X[0].device)
+    if _gram_form_is_cheaper(X, Y, same):
+        Ks = torch.stack([(layer @ layer.T).flatten() for layer in X])
+        Ls = Ks if same else torch.stack([(layer @ layer.T).flatten() for layer in Y])
+        cross, own_x, own_y = Ks @ Ls.T, Ks.square().sum(dim=1), Ls.square().sum(dim=1)
+    else:
+        own_x, own_y = (torch.stack([(layer.T @ layer).square().sum() for layer in layers]) for layers in (X, Y))
+        widths = [layer.shape[1] for layer in Y]
+        joined = torch.cat(Y, dim=1)
+        # One product a layer, summed in blocks.
+        cross = torch.stack(
+            [torch.stack([part.sum() for part in (layer.T @ joined).square().sum(dim=0).split(widths)]) for layer in X]
+        )
+    hsic_xy = _hsic(cross, a @ b.T, a.sum(dim=1)[:, None], b.sum(dim=1), n, debiased)
+    hsic_xx = _hsic(own_x, a.square().sum(dim=1), a.sum(dim=1), a.sum(dim=1), n, debiased)
+    hsic_yy = _hsic(own_y, b.square().sum(dim=1), b.sum(dim=1), b.sum(dim=1), n, debiased)
+    value = _ratio(hsic_xy, hsic_xx[:, None], hsic_yy[None, :])
+    return value.masked_fill(constant_x[:, None] | constant_y[None, :], torch.nan)
+
+
+def _centred(layers: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The layers in float64 about their means, and which of them are constant but for rounding."""
+    centred, constant = [], []
+    for layer in layers:
+        layer = layer.detach().to(torch.float64)
+        moved = layer - layer[:1]
+        mean = moved.mean(dim=0)
+        moved = moved - mean
+        centred.append(moved)
+        constant.append(moved.square().sum() <= len(layer) * _ROUNDING * (layer[0] + mean).square().sum())
+    return centred, torch.stack(constant)
+
+
+def _gram_form_is_cheaper(X: Sequence[Tensor], Y: Sequence[Tensor], same: bool) -> bool:
+    """By the number of multiplications, as long as the Gram matrices fit into memory."""
+    n, widths_x = len(X[0]), [layer.shape[1] for layer in X]
+    widths_y = [layer.shape[1] for layer in Y]
+    num_grams = len(X) + (0 if same else len(Y))
+    by_samples = n * n * (sum(widths_x) + (0 if same else sum(widths_y)) + len(X) * len(Y))
+    squares = sum(width * width for width in (widths_x if same else widths_x + widths_y))
+    by_features = n * (squares + sum(widths_x) * sum(widths_y))
+    return by_samples < by_features and 8 * n * n * num_grams <= _GRAM_BYTES

@@ -21,12 +21,18 @@ def new_axes(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes
     """The axes given, with their figure; or those of a new figure of this size in inches."""
     if ax is not None:
         return cast("Figure", ax.get_figure(root=True)), ax
+    figure = new_figure(width, height)
+    return figure, figure.add_subplot()
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Of this size in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", dpi=100)
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], formats: Sequence[str] = ()) -> list[Path]:
@@ -36,15 +42,20 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], formats: Sequence[
         ValueError: if a format is another.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = []
-    for suffix in formats or [path.suffix]:
+    suffixes = formats or [path.suffix]
+    for suffix in suffixes:
         if suffix not in _SUFFIXES:
             raise ValueError(f"Expected a figure's format to be one of {', '.join(_SUFFIXES)}, but got {suffix!r}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = []
+    for suffix in suffixes:
         target = path.with_name(path.name + suffix) if formats else path
         partial = target.with_name(f".{target.name}.partial")
-        figure.savefig(partial, format=suffix[1:], dpi=150)
-        os.replace(partial, target)
+        try:
+            figure.savefig(partial, format=suffix[1:], dpi=150)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
         written.append(target)
     return written
 

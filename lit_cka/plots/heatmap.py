@@ -52,7 +52,7 @@ def heatmap(
         ax: axes to draw on; None for a new figure.
 
     Raises:
-        ValueError: if names and values don't fit each other.
+        ValueError: if names, values and mask don't fit each other, or there are none.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.shape != (len(row_names), len(column_names)):
@@ -60,6 +60,10 @@ def heatmap(
             f"Expected `values` of shape {(len(row_names), len(column_names))}, one for each pair of names, but got "
             f"{values.shape}."
         )
+    if not values.size:
+        raise ValueError("Expected `values` of at least one row and one column, but got none.")
+    if mask is not None and np.shape(mask) != values.shape:
+        raise ValueError(f"Expected `mask` of the shape of `values`, {values.shape}, but got {np.shape(mask)}.")
     rows, columns = short_names(row_names), short_names(column_names)
     num_rows, num_columns = values.shape
     shown = np.where(mask, np.nan, values) if mask is not None else values

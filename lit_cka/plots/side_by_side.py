@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_cka.plots.canvas import new_axes, new_figure
 from lit_cka.plots.heatmap import heatmap
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def side_by_side(
     label: str = "CKA",
     limits: tuple[float, float] = (0.0, 1.0),
     title: str = "",
+    ax: Sequence[Axes] | None = None,
     **options: Any,
 ) -> tuple[Figure, list[Axes]]:
     """Heatmaps in one row, with one colour bar for all.
@@ -30,28 +32,31 @@ def side_by_side(
         label: what the values are.
         limits: of the colours.
         title: of the figure.
+        ax: axes to draw on, one for each matrix; None for a new figure.
         options: for every `heatmap`.
 
     Raises:
-        ValueError: if there is no matrix.
+        ValueError: if there is no matrix, or another number of axes.
     """
     if not matrices:
         raise ValueError("Expected `matrices` to hold at least one matrix, but it is empty.")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
 
-    sizes = [values.shape for values, _, _ in matrices.values()]
+    sizes = [np.shape(values) for values, _, _ in matrices.values()]
     widths = [max(0.4 * columns, 2.4) for _, columns in sizes]
-    figure = Figure(
-        figsize=(sum(widths) + 0.9 * len(widths) + 1.0, max(0.36 * max(rows for rows, _ in sizes), 2.2) + 1.2),
-        layout="constrained", dpi=100,
-    )  # fmt: skip
-    FigureCanvasAgg(figure)
-    axes: list[Axes] = list(figure.subplots(1, len(matrices), squeeze=False, width_ratios=widths)[0])
-    for ax, (name, (values, rows, columns)) in zip(axes, matrices.items(), strict=True):
-        heatmap(values, rows, columns, title=name, limits=limits, colorbar=False, ax=ax, **options)
+    if ax is None:
+        height = max(0.36 * max(rows for rows, _ in sizes), 2.2) + 1.2
+        figure = new_figure(sum(widths) + 0.9 * len(widths) + 1.0, height)
+        axes: list[Axes] = list(figure.subplots(1, len(matrices), squeeze=False, width_ratios=widths)[0])
+    else:
+        axes = list(ax)
+        if len(axes) != len(matrices):
+            raise ValueError(f"Expected `ax` to hold {len(matrices)} axes, one for each matrix, but got {len(axes)}.")
+        figure, _ = new_axes(axes[0], 0, 0)
+    for each, (name, (values, rows, columns)) in zip(axes, matrices.items(), strict=True):
+        heatmap(values, rows, columns, title=name, limits=limits, colorbar=False, ax=each, **options)
     figure.colorbar(ScalarMappable(Normalize(*limits), "viridis"), ax=axes, label=label, pad=0.02)
-    figure.suptitle(title, fontsize=11)
+    if title:
+        figure.suptitle(title, fontsize=11)
     return figure, axes

@@ -50,8 +50,9 @@ def layer_trend(
     for number, (name, values) in enumerate(curves.items()):
         values = np.asarray(values, dtype=np.float64)
         ends = [np.asarray(end, dtype=np.float64) for end in (bands or {}).get(name, ())]
-        if any(array.shape != places.shape for array in (values, *ends)):
-            raise ValueError(f"Expected {len(places)} values for {name!r}, one a layer, but got {values.shape}.")
+        for array in (values, *ends):
+            if array.shape != places.shape:
+                raise ValueError(f"Expected {len(places)} values for {name!r}, one a layer, but got {array.shape}.")
         color = COLORS[number % len(COLORS)]
         ax.plot(places, values, color=color, marker=_MARKERS[number % len(_MARKERS)], markersize=4.5, label=name)
         if ends:

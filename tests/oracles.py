@@ -72,3 +72,42 @@ def paired_features(
     X += offset * rng.standard_normal(d_x)
     Y += offset * rng.standard_normal(d_y)
     return torch.from_numpy(X).to(dtype), torch.from_numpy(Y).to(dtype)
+
+
+def update_svd(W0: Tensor, W1: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The full SVD of `W1 - W0` as a matrix (out, rest)."""
+    delta = float64(W1) - float64(W0)
+    return np.linalg.svd(delta.reshape(len(delta), -1), full_matrices=False)
+
+
+def monosoup_rank(s: np.ndarray, rule: str, R: float) -> int:
+    if rule in ("energy", "variance"):
+        shares = np.cumsum(s**2) / np.sum(s**2)
+        return int(np.argmax(shares >= R - 1e-12)) + 1
+    p = s[s > 0] / s.sum()
+    effective_rank = np.exp(-np.sum(p * np.log(p)))
+    return int(np.ceil(np.round(effective_rank, 8)))  # a whole number may have come out some digits off
+
+
+def monosoup_coefficients(s: np.ndarray, k: int) -> tuple[float, float, float, float]:
+    """P_k, rho, lambda_high and lambda_low (Abdollahpoorrostam et al. 2026)."""
+    P = np.sum(s[:k] ** 2) / np.sum(s**2)
+    rest = np.sum(s[k:] ** 2) / np.sum(s**2)  # 1 - P, with all its digits
+    rho = (s[k] / s[0]) ** 2 if k < len(s) else 0.0
+    low = rho + (1 - rho) * np.sqrt(rest)
+    return P, rho, 1 - low, low
+
+
+def monosoup_weights(
+    W0: Tensor, svd: tuple[np.ndarray, np.ndarray, np.ndarray], k: int, lambda_high: float, lambda_low: float
+) -> dict[str, np.ndarray]:
+    """The three edited weights, from the SVD of the update."""
+    U, s, Vh = svd
+    start = float64(W0)
+    high = ((U[:, :k] * s[:k]) @ Vh[:k]).reshape(start.shape)
+    low = ((U[:, k:] * s[k:]) @ Vh[k:]).reshape(start.shape)
+    return {
+        "monosoup": start + lambda_high * high + lambda_low * low,
+        "highonly": start + high,
+        "lowonly": start + low,
+    }

@@ -41,8 +41,8 @@ def main(args: list[str]) -> list[Comparison]:
 
 def _compare(options: Any, config: dict[str, Any]) -> list[Comparison]:
     folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
     comparisons = [compare_features(pair[0], pair[-1], options.settings) for pair in _pairs(options, folder)]
+    folder.mkdir(parents=True, exist_ok=True)
     console = Console(soft_wrap=True, highlight=False)
     sections = []
     for number, comparison in enumerate(comparisons):

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lit_cka.editing.artifacts import describe_edit
 from lit_cka.editing.files import edit_files
-from lit_cka.editing.weights import EDITED, EditSettings, ParameterRecord
+from lit_cka.editing.parameter import EDITED, EditSettings, ParameterRecord
 from lit_cka.functional.spectral import RULES
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from rich.console import Console
 from lit_cka.editing.artifacts import print_results, save_results
 from lit_cka.editing.editor import MonoSoupEditor
 
-_TRAINER = ("accelerator", "strategy", "devices", "num_nodes", "precision", "limit_test_batches", "deterministic")
+_TRAINER = (
+    "accelerator", "strategy", "devices", "num_nodes", "precision", "limit_test_batches", "deterministic", "logger",
+)  # fmt: skip
 
 
 def parser() -> ArgumentParser:
@@ -28,6 +31,7 @@ def parser() -> ArgumentParser:
     parser.add_subclass_arguments(pl.LightningDataModule, "data")
     skip = {name for name in pl.Trainer.__init__.__annotations__ if name not in _TRAINER}
     parser.add_class_arguments(pl.Trainer, "trainer", skip=skip)
+    parser.set_defaults({"trainer.logger": False})  # all results go to `output`
     parser.add_argument("--output", type=str, required=True, help="Folder for JSON, tables and pictures.")
     parser.add_argument("--export", type=dict[str, str], default={}, help="Variants to write: {monosoup: path}.")
     parser.add_argument("--seed", type=int, default=0)
@@ -42,7 +46,15 @@ def parser() -> ArgumentParser:
 
 
 def main(args: list[str]) -> MonoSoupEditor:
-    """Run the command."""
+    """Run the command; an error that a user can mend is one line and exit status 1."""
+    try:
+        return _main(args)
+    except (ValueError, OSError) as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", style="red", markup=False)
+        sys.exit(1)
+
+
+def _main(args: list[str]) -> MonoSoupEditor:
     options = parser()
     config = options.parse_args(args)
     if config.num_threads is not None:
@@ -50,12 +62,17 @@ def main(args: list[str]) -> MonoSoupEditor:
     _train_what_is_needed(config.needs)
     for path in config.export.values():
         if Path(path).exists():
-            options.error(f"Expected paths to write to in `export`, but {path!r} exists already.")
+            raise ValueError(f"Expected paths to write to in `export`, but {path!r} exists already.")
     pl.seed_everything(config.seed, workers=True, verbose=False)
     objects = options.instantiate_classes(config)
     trainer = objects.trainer
     editor: MonoSoupEditor = objects.editor
+    unknown = sorted(set(config.export) - set(editor.variant_names))
+    if unknown:
+        raise ValueError(f"Expected variants in `export` ({', '.join(editor.variant_names)}), but got {unknown}.")
     trainer.test(editor, datamodule=objects.data, verbose=False)
+    if editor.results is None:
+        raise ValueError("Expected samples to test on, but there were none; see `limit_test_batches`.")
     _report(editor, objects, _plain(options, config))
     return editor
 

@@ -43,7 +43,6 @@ def main(args: list[str]) -> list[ProbeRow]:
 
 def _probe(options: Any, config: dict[str, Any]) -> list[ProbeRow]:
     folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
     before, after = all_features([options.before, options.after], options.data, folder)
     rows = probe_layers(before, after, num_folds=options.num_folds, C=options.C, seed=options.seed)
     comparison = compare_features(before, after)

@@ -45,7 +45,6 @@ def main(args: list[str]) -> Projection:
 
 def _project(options: Any, config: dict[str, Any]) -> Projection:
     folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
     if bool(options.features) == bool(options.models):
         raise ValueError("Expected either `models` and `data`, or `features`.")
     features = [Features.load(path) for path in options.features]
@@ -55,11 +54,11 @@ def _project(options: Any, config: dict[str, Any]) -> Projection:
     write_json(folder / "projection.json", {"config": config, "versions": versions(), **asdict(projection)})
     pairs = _pair_table(projection)
     matrices, pictures = {}, {}
-    for each in features:
-        other = [found for found in features if found.model == each.model]
+    for model in dict.fromkeys(each.model for each in features):
+        other = [found for found in features if found.model == model]
         comparison = compare_features(other[0], other[-1], Settings(debiased=False))
         names = (f"{other[0].data}: ", f"{other[-1].data}: ") if len(other) > 1 else ("", "")
-        matrices[each.model] = (
+        matrices[model] = (
             comparison.values,
             [f"{names[0]}{layer}" for layer in comparison.layers_a],
             [f"{names[1]}{layer}" for layer in comparison.layers_b],
@@ -79,7 +78,7 @@ def _project(options: Any, config: dict[str, Any]) -> Projection:
     )  # fmt: skip
     text = [f"{name}: {value}" for name, value in notes.items()]
     sections = [
-        Section("The map", ["map.html is the interactive map (see the files below).", *text]),
+        Section("The map", text, links={"map.html": "Open the interactive map"}),
         Section("The same samples said differently", table=pairs, images=pictures),
     ]
     page = write_page(folder, options.title, sections, about=f"n = {features[0].num_samples} samples.")

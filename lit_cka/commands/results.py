@@ -25,10 +25,10 @@ FORMATS = (".png", ".pdf", ".svg")
 
 
 def all_features(models: Sequence[Model], data: Data, folder: Path) -> list[Features]:
-    """Every model's features of the data, each also in a file of the folder. A file that is there already is used.
+    """Every model's features of the data, each also in a file of the folder.
 
     Raises:
-        ValueError: if two models have the same name, or a file is of other samples.
+        ValueError: if two models have the same name.
     """
     names = [model.name for model in models]
     if len(set(names)) < len(names):
@@ -53,7 +53,7 @@ def save_comparison(comparison: Comparison, folder: Path, name: str) -> dict[str
     figure, _ = matrix_figure(comparison)
     plots.save_figure(figure, folder / name, FORMATS)
     pictures = {f"{name}.png": f"{label(comparison)} of {comparison.model_a} and {comparison.model_b}, layer by layer"}
-    if comparison.has_counterparts and comparison.model_a != comparison.model_b:
+    if comparison.has_counterparts and not comparison.is_with_itself:
         rows = comparison.diagonal()
         bands = None
         if comparison.low is not None and comparison.high is not None:
@@ -70,8 +70,7 @@ def save_comparison(comparison: Comparison, folder: Path, name: str) -> dict[str
 
 def matrix_figure(comparison: Comparison) -> tuple[Any, Any]:
     """The heatmap; of a model with itself, the lower half."""
-    same = comparison.model_a == comparison.model_b
-    mask = np.triu(np.ones(comparison.values.shape, dtype=bool), k=1) if same else None
+    mask = np.triu(np.ones(comparison.values.shape, dtype=bool), k=1) if comparison.is_with_itself else None
     return plots.heatmap(
         comparison.values, comparison.layers_a, comparison.layers_b, mask=mask, label=label(comparison),
         title=f"{comparison.model_a} and {comparison.model_b}, {comparison.data}, n = {comparison.num_samples}",
@@ -108,6 +107,9 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """A table of rows with the same keys."""
+    if "layer" in rows[0]:
+        names = plots.short_names([str(row["layer"]) for row in rows])
+        rows = [{**row, "layer": name} for row, name in zip(rows, names, strict=True)]
     table = Table(title=title)
     for number, key in enumerate(rows[0]):
         table.add_column(key, justify="right" if number else "left")

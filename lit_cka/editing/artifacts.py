@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from lit_cka import plots
+from lit_cka.editing.parameter import ParameterRecord
 from lit_cka.editing.results import EvaluationResults
-from lit_cka.editing.weights import ParameterRecord
 from lit_cka.history import mean_score
 from lit_cka.output import file_name, versions, write_json
 

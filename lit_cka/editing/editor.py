@@ -22,14 +22,15 @@ from lit_cka.dataloaders import num_first_samples
 from lit_cka.editing.baselines import interpolate, lines, uniform_soup
 from lit_cka.editing.comparison import Comparison
 from lit_cka.editing.evaluation import sample_values
+from lit_cka.editing.parameter import VARIANTS, EditSettings
 from lit_cka.editing.placement import FileBacked, Placement
 from lit_cka.editing.results import EvaluationResults
 from lit_cka.editing.sources import Source, load_folder, own_weights, weights_for, write_weights
-from lit_cka.editing.weights import EditedModel, EditSettings, edit_state_dicts
+from lit_cka.editing.weights import EditedModel, edit_state_dicts
 from lit_cka.features import FeatureExtractor
 from lit_cka.functional.spectral import RankRule
 from lit_cka.layers import Layers, select_layers
-from lit_cka.pooling import Pooling
+from lit_cka.pooling import Pooling, parse_pooling
 from lit_cka.snapshot import snapshot
 
 
@@ -88,6 +89,7 @@ class MonoSoupEditor(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.settings = EditSettings(rule, R, min_rel_update)
+        parse_pooling(pooling)  # an error rather now than in the first batch
         if max_cka_batches is not None and max_cka_batches < 0:
             raise ValueError(f"Expected `max_cka_batches` to be at least 0, or None, but got {max_cka_batches}.")
         self.model = _carrier(finetuned, model)
@@ -129,6 +131,11 @@ class MonoSoupEditor(pl.LightningModule):
             self._edited = self._edit()
         return self._edited
 
+    @property
+    def variant_names(self) -> list[str]:
+        """The variants that there are, known before the edit: the five, and the baselines asked for."""
+        return [*VARIANTS, *self._baselines()]
+
     def _edit(self) -> EditedModel:
         files: FileBacked | None = None
         if self.sequential:
@@ -159,9 +166,9 @@ class MonoSoupEditor(pl.LightningModule):
         made: dict[str, Callable[[], dict[str, Tensor]]] = {}
         if self.lines is not None:
             alpha, beta = self.lines
-            made["lines"] = lambda: lines(w0, w1, self.layer_names, alpha=alpha, beta=beta)
+            made["lines"] = partial(lines, w0, w1, self.layer_names, alpha=alpha, beta=beta)
         if self._soup:
-            made["uniform_soup"] = lambda: uniform_soup([w1, *self._soup])
+            made["uniform_soup"] = partial(uniform_soup, [w1, *self._soup])
         for alpha in self.wise_ft:
             made[f"wise_ft_{alpha:g}"] = partial(interpolate, w0, w1, alpha)
         return made
@@ -175,9 +182,8 @@ class MonoSoupEditor(pl.LightningModule):
         Raises:
             ValueError: if there is no such variant, or `path` exists.
         """
-        if variant not in self.edited.variants:
-            known = ", ".join(self.edited.variants)
-            raise ValueError(f"Expected `variant` to be one of {known}, but got {variant!r}.")
+        if variant not in self.variant_names:
+            raise ValueError(f"Expected `variant` to be one of {', '.join(self.variant_names)}, but got {variant!r}.")
         write_weights(self.edited.variants[variant], path, self._file, self.model)
 
     @override
@@ -244,9 +250,11 @@ class MonoSoupEditor(pl.LightningModule):
         if empty:
             raise ValueError(f"Expected all test sets to have samples, but {', '.join(map(repr, empty))} had none.")
         self.results = EvaluationResults.of(dict(zip(self._names, self._done, strict=True)))
+        values = self.results.flat().items()
+        # All ranks have the same values already; without `sync_dist`, Lightning warns of each.
         self.log_dict(
-            {key: torch.tensor(value, dtype=torch.float32) for key, value in self.results.flat().items()},
-            rank_zero_only=False,
+            {key: torch.tensor(value, dtype=torch.float32, device=self.device) for key, value in values},
+            sync_dist=True,
         )
 
     @override

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_cka.checkpoints import _NESTED, load_state_dict, strip_wrappers
 from lit_cka.editing.shards import DTYPES, SafetensorsWeights, TensorInfo, bytes_of, sync, write_all
-from lit_cka.editing.weights import _identity
+from lit_cka.editing.weights import tensor_identity
 
 
 class StateDictWeights:
@@ -98,7 +98,7 @@ class StateDictWeights:
 
     def _identity(self, name: str) -> object:
         value = self._weights[self._names[name]]
-        return id(value) if self.tensors[name].dtype is None else _identity(value)
+        return id(value) if self.tensors[name].dtype is None else tensor_identity(value)
 
     def _waiting(self, target: Path, name: str) -> Path:
         return target.with_name("tensors") / str(self._numbers[name])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias, Union
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -29,19 +30,20 @@ def load_folder(folder: str | os.PathLike[str]) -> nn.Module:
     """The LightningModule for a transformers folder: classification of text, or a causal language model.
 
     Raises:
-        ValueError: if the folder's model is of another kind.
+        ValueError: if the folder's model is of another kind, or damaged.
     """
-    architectures = json.loads((Path(folder) / "config.json").read_text()).get("architectures") or [""]
-    if architectures[0].endswith("ForSequenceClassification"):
-        from transformers import AutoConfig
+    with _reading(folder):
+        architectures = json.loads((Path(folder) / "config.json").read_text()).get("architectures") or [""]
+        if architectures[0].endswith("ForSequenceClassification"):
+            from transformers import AutoConfig
 
-        from lit_cka.models.text import TextClassifier
+            from lit_cka.models.text import TextClassifier
 
-        return TextClassifier(str(folder), AutoConfig.from_pretrained(folder).num_labels)
-    if architectures[0].endswith(("ForCausalLM", "LMHeadModel")):
-        from lit_cka.models.language import CausalLanguageModel
+            return TextClassifier(str(folder), AutoConfig.from_pretrained(folder).num_labels)
+        if architectures[0].endswith(("ForCausalLM", "LMHeadModel")):
+            from lit_cka.models.language import CausalLanguageModel
 
-        return CausalLanguageModel(str(folder))
+            return CausalLanguageModel(str(folder))
     raise ValueError(
         f"Expected {str(folder)!r} to hold a model for sequence classification or causal language modelling, but its "
         f"config says {architectures[0]!r}. Pass `model=` a module that takes its weights, and a file of them."
@@ -91,12 +93,18 @@ def _read_folder(folder: str | os.PathLike[str], module: nn.Module) -> dict[str,
     network = next((child for child in module.modules() if isinstance(child, PreTrainedModel)), None)
     if network is None:
         raise ValueError(f"Expected `model` to hold a transformers model, since {str(folder)!r} is a folder.")
-    try:
+    with _reading(folder):
         loading: Any = type(network).from_pretrained
         loaded, info = loading(folder, output_loading_info=True)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"The model in {str(folder)!r} could not be loaded: {error}") from error
     return {name: value for name, value in own_weights(loaded).items() if name not in info["missing_keys"]}
+
+
+@contextmanager
+def _reading(folder: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"The model in {str(folder)!r} could not be loaded: {error}") from error
 
 
 def _prefixes(names: Sequence[str]) -> list[str]:
@@ -115,7 +123,15 @@ def _fitting(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> d
 def _table_of_differences(
     lacking: Sequence[str], expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], role: str
 ) -> str:
-    ends = {name: next((own for own in weights if own == name or own.endswith(f".{name}")), None) for name in lacking}
+    # Either may have a prefix that the other hasn't.
+    ends = {
+        name: max(
+            (own for own in weights if f".{own}".endswith(f".{name}") or name.endswith(f".{own}")),
+            key=len,
+            default=None,
+        )
+        for name in lacking
+    }
     rows = [("parameter", "expected", "in the file")]
     for name in lacking[:10]:
         end = ends[name]

@@ -173,16 +173,19 @@ def low_rank_split(
         W0_norm: Frobenius norm of the pretrained weight, for the relative change.
         rule: see `split_rank`.
         R: see `split_rank`.
+
+    Raises:
+        ValueError: on factors that don't fit, NaN or infinity, an unknown rule, or `R` outside (0, 1].
     """
     check_rule(rule, R)
     if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0]:
         raise ValueError(f"Expected `B` (out, r) and `A` (r, rest), but got {tuple(B.shape)} and {tuple(A.shape)}.")
+    if not bool(torch.isfinite(B).all() and torch.isfinite(A).all()):
+        raise ValueError("Expected finite weights, but got NaN or infinity.")
     Q_B, R_B = torch.linalg.qr(B.detach().to(torch.float64))
     Q_A, R_A = torch.linalg.qr(A.detach().to(torch.float64).T)
     U, s, Vh = torch.linalg.svd(R_B @ R_A.T)
     total = s.square().sum().item()
-    if not math.isfinite(total):
-        raise ValueError("Expected finite weights, but got NaN or infinity.")
     change = math.sqrt(total) / W0_norm if W0_norm else (math.inf if total else 0.0)
     if total == 0:
         return change

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from lit_cka.editing.files import edit_files
-from lit_cka.editing.weights import EditSettings
+from lit_cka.editing.parameter import EditSettings
 
 SECONDS = 600
 

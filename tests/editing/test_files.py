@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lit_cka.editing.files import edit_files
-from lit_cka.editing.weights import EDITED, EditSettings, edit_parameter
+from lit_cka.editing.parameter import EDITED, EditSettings, edit_parameter
 from tests.sync_worker import run_to_end
 
 WORKER = str(Path(__file__).with_name("files_worker.py"))

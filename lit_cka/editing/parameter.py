@@ -1,0 +1,145 @@
+"""MonoSoup of one parameter: its edited values, and a record of what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, TypedDict
+
+import torch
+from torch import Tensor
+
+from lit_cka.functional.spectral import RankRule, check_rule, spectral_split
+
+VARIANTS = ("pretrained", "finetuned", "monosoup", "highonly", "lowonly")
+EDITED = VARIANTS[2:]
+_CHUNK = 2**22  # elements that are looked at at a time
+
+
+class ParameterRecord(TypedDict):
+    """What the edit did to one parameter. The numbers are None where it was left alone, and `reason` says why."""
+
+    name: str
+    shape: list[int]
+    reason: str | None
+    k: int | None
+    rank: int | None  # number of singular values, min(out, rest)
+    energy: float | None  # P_k
+    rho: float | None
+    lambda_high: float | None
+    lambda_low: float | None
+    relative_change: float | None  # ||W1 - W0||_F / ||W0||_F
+
+
+Edit: TypeAlias = "tuple[dict[str, Tensor], ParameterRecord]"
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """How weights are split.
+
+    Args:
+        rule: "effective_rank" (alias "freevariance", "vetterli") or "energy" (alias "variance").
+        R: share of the energy that the high part reaches, in (0, 1]; for "energy" alone.
+        min_rel_update: weights with a smaller relative change keep their fine-tuned value.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+    """
+
+    rule: RankRule = "effective_rank"
+    R: float = 0.8
+    min_rel_update: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_rule(self.rule, self.R)
+        if not self.min_rel_update >= 0:
+            raise ValueError(f"Expected `min_rel_update` to be at least 0, but got {self.min_rel_update}.")
+
+
+def edit_parameter(
+    name: str, W0: Tensor | None, W1: Tensor, settings: EditSettings, variants: Sequence[str] = EDITED
+) -> tuple[dict[str, Tensor], ParameterRecord]:
+    """The edited values of one parameter, and what was done.
+
+    Args:
+        name: of the parameter.
+        W0: pretrained value; None if the pretrained model has none.
+        W1: fine-tuned value.
+        settings: how to split.
+        variants: which of "monosoup", "highonly" and "lowonly".
+
+    Returns:
+        A tensor per variant: `W1` itself, not a copy, where the parameter is left alone (one-dimensional, no floating
+        point, unchanged, missing from the pretrained model or of another shape there).
+
+    Raises:
+        ValueError: if the weights hold NaN or infinity; the message names the parameter.
+    """
+    record = untouched(name, W1)
+    for W, model in ((W0, "pretrained"), (W1, "fine-tuned")):
+        if W is not None and W.is_floating_point() and not _is_finite(W):
+            raise ValueError(f"Expected finite weights, but {name!r} of the {model} model holds NaN or infinity.")
+    record["reason"] = reason = _why_left_alone(W0, W1)
+    if reason is None:
+        assert W0 is not None
+        split = spectral_split(W0, W1, rule=settings.rule, R=settings.R, min_rel_update=settings.min_rel_update)
+        if isinstance(split, float):
+            record["relative_change"] = split
+            record["reason"] = "unchanged" if split == 0 else f"relative change below {settings.min_rel_update:g}"
+        else:
+            energy, rho, high, low = split.coefficients
+            record.update(
+                {
+                    "k": split.rank,
+                    "rank": split.num_singular_values,
+                    "energy": energy,
+                    "rho": rho,
+                    "lambda_high": high,
+                    "lambda_low": low,
+                    "relative_change": split.relative_change,
+                }
+            )
+            weights = {"monosoup": (high, low), "highonly": (1.0, 0.0), "lowonly": (0.0, 1.0)}
+            edited = split.edited_weights(W0, W1, [weights[variant] for variant in variants])
+            return dict(zip(variants, edited, strict=True)), record
+    return dict.fromkeys(variants, W1), record
+
+
+def untouched(name: str, W1: Tensor) -> ParameterRecord:
+    """A record without numbers."""
+    return ParameterRecord(
+        name=name, shape=list(W1.shape), reason=None, k=None, rank=None, energy=None, rho=None, lambda_high=None,
+        lambda_low=None, relative_change=None,
+    )  # fmt: skip
+
+
+def _is_finite(W: Tensor) -> bool:
+    """In parts: of a tensor that fills the memory, even a mask is large."""
+    parts = W.detach().reshape(-1).split(_CHUNK) if W.is_contiguous() else (W,)
+    return all(bool(torch.isfinite(part).all()) for part in parts)
+
+
+def _why_left_alone(W0: Tensor | None, W1: Tensor) -> str | None:
+    if not W1.is_floating_point() or (W0 is not None and not W0.is_floating_point()):
+        return "not floating point"
+    if W1.ndim < 2:
+        return "fewer than two dimensions"
+    if W1.numel() == 0:
+        return "empty"
+    if W0 is None:
+        return "not in the pretrained model"
+    if W0.shape != W1.shape:
+        return f"shape {tuple(W0.shape)} in the pretrained model"
+    return None
+
+
+def edit_cost(shape: Sequence[int]) -> float:
+    """About how long the edit of a weight takes, in arbitrary units: to share weights out evenly."""
+    if len(shape) < 2 or 0 in shape:
+        return 0.0
+    rest = 1
+    for size in shape[1:]:
+        rest *= size
+    small, large = sorted((shape[0], rest))
+    return 9.0 * small**3 + 4.0 * small**2 * large + 100.0 * small * large

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 
 from lit_cka.analysis.extraction import extract
 from lit_cka.analysis.features import Features, check_matched
@@ -26,7 +27,11 @@ from lit_cka.metrics import MinibatchCKA
 from lit_cka.pooling import Pooling
 
 Measure: TypeAlias = Literal["cka", "minibatch_cka", "rbf_cka", "rsa", "procrustes"]
-MEASURES = ("cka", "minibatch_cka", "rbf_cka", "rsa", "procrustes")
+_CHOICES = {
+    "measure": get_args(Measure),
+    "distance": ("cosine", "correlation", "euclidean"),
+    "comparison": ("spearman", "pearson", "kendall"),
+}
 Array: TypeAlias = "NDArray[np.float64]"
 
 
@@ -36,9 +41,9 @@ class Settings:
 
     Args:
         measure: "cka" (linear, over all samples at once), "minibatch_cka" (mean of each batch's unbiased HSIC),
-            "rbf_cka", "rsa", or "procrustes" (a distance: 0 for equal).
+            "rbf_cka", "rsa", or "procrustes" (a squared distance in [0, 2]: 0 for equal).
         debiased: use the unbiased HSIC, for "cka" and "rbf_cka".
-        batch_size: of "minibatch_cka"; a rest of fewer than 4 samples is left out.
+        batch_size: of "minibatch_cka", at least 4; a rest of fewer than 4 samples is left out.
         distance: of "rsa": "cosine", "correlation" or "euclidean".
         comparison: of "rsa": "spearman", "pearson" or "kendall".
         bandwidth: of "rbf_cka", as a multiple of the median distance.
@@ -48,7 +53,7 @@ class Settings:
         seed: of resamples and permutations.
 
     Raises:
-        ValueError: if an option is unknown, or intervals are asked for where there are none.
+        ValueError: if an option is unknown or out of range, or intervals are asked for where there are none.
     """
 
     measure: Measure = "cka"
@@ -63,8 +68,16 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.measure not in MEASURES:
-            raise ValueError(f"Expected `measure` to be one of {', '.join(MEASURES)}, but got {self.measure!r}.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"Expected `{name}` to be one of {', '.join(choices)}, but got {getattr(self, name)!r}."
+                )
+        for name, least in (("batch_size", 4), ("num_resamples", 0), ("num_permutations", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"Expected `{name}` to be at least {least}, but got {getattr(self, name)}.")
+        if self.bandwidth <= 0:
+            raise ValueError(f"Expected `bandwidth` to be positive, but got {self.bandwidth}.")
         if (self.num_resamples or self.num_permutations) and self.measure not in ("cka", "rbf_cka"):
             raise ValueError(f"Intervals and p-values are for 'cka' and 'rbf_cka', but `measure` is {self.measure!r}.")
         if not 0 < self.level < 1:
@@ -100,6 +113,12 @@ class Comparison:
     def has_counterparts(self) -> bool:
         """Whether both models have the same layers, so that the diagonal says something."""
         return self.layers_a == self.layers_b
+
+    @property
+    def is_with_itself(self) -> bool:
+        """Whether a model is compared with itself on the same data, so that half of the matrix says all."""
+        same = self.model_a == self.model_b and self.has_counterparts
+        return same and np.allclose(self.values, self.values.T, equal_nan=True)
 
     def diagonal(self) -> list[dict[str, Any]]:
         """A row for each layer and its counterpart: layer, value, low, high, p, verdict."""
@@ -160,6 +179,10 @@ def compare(
         >>> compare(net, None, [X], layers=["0", "2"], progress=False).values.shape
         (2, 2)
     """
+    if model_b is not None and loader_b is None and _shuffles_anew(loader):
+        raise ValueError(
+            "Expected `loader` to give its samples in the same order twice, but it shuffles them by its own generator."
+        )
     options: dict[str, Any] = {"pooling": pooling, "device": device, "data": data, "progress": progress}
     a = extract(model_a, loader, layers=layers, name=names[0], **options)
     if model_b is None:
@@ -172,6 +195,11 @@ def compare(
         **options,
     )
     return compare_features(a, b, settings)
+
+
+def _shuffles_anew(loader: Any) -> bool:
+    # Drawn from the global generator, the order is the same for both models: `extract` leaves that as it was.
+    return isinstance(getattr(loader, "sampler", None), RandomSampler) and loader.generator is not None
 
 
 def compare_features(a: Features, b: Features, settings: Settings | None = None) -> Comparison:
@@ -201,8 +229,8 @@ def compare_features(a: Features, b: Features, settings: Settings | None = None)
                 Ks, Ls, debiased=settings.debiased, num_permutations=settings.num_permutations, seed=settings.seed
             ).numpy()
     return Comparison(
-        values.numpy(), list(a.layers), list(b.layers), a.model, b.model, a.data, a.num_samples, settings, low, high,
-        p_values,
+        values.numpy(), list(a.layers), list(b.layers), a.model, b.model,
+        " and ".join(dict.fromkeys([a.data, b.data])), a.num_samples, settings, low, high, p_values,
     )  # fmt: skip
 
 
@@ -218,6 +246,8 @@ def _cka(Xs: Sequence[Tensor], Ys: Sequence[Tensor], settings: Settings) -> Tens
 
 def _minibatch_cka(Xs: Sequence[Tensor], Ys: Sequence[Tensor], settings: Settings) -> Tensor:
     metric = MinibatchCKA()
+    if len(Xs[0]) < 4:
+        raise ValueError(f"Expected at least 4 samples for a batch, but got {len(Xs[0])}.")
     for start in range(0, len(Xs[0]), settings.batch_size):
         part = slice(start, start + settings.batch_size)
         if len(Xs[0][part]) >= 4:

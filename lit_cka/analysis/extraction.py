@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning.fabric.utilities.data import sized_len
 from torch import Tensor, nn
 
 from lit_cka.analysis.features import Features
@@ -58,7 +60,7 @@ def extract(
     labels: list[Any] = []
     extractor = FeatureExtractor(model, layers, pooling)
     run = _Halving(model, extractor)
-    total = len(loader) if isinstance(loader, Sized) else 0
+    total = sized_len(loader) or 0  # a DataLoader has `__len__` even where its dataset has none
     with (
         torch.no_grad(),
         preserved_rng(),
@@ -79,9 +81,9 @@ def extract(
     if ids is not None and len(ids) != len(found):
         raise ValueError(f"Expected an id for each of {len(found)} samples, but got {len(ids)}.")
     ids = found if ids is None else list(ids)
-    if len(set(ids)) < len(ids):
-        twice = next(sample for sample in ids if ids.count(sample) > 1)
-        raise ValueError(f"Expected every sample to have its own id, but {twice!r} comes more than once.")
+    most, times = Counter(ids).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"Expected every sample to have its own id, but {most!r} comes more than once.")
     joined = {layer: torch.cat(values) for layer, values in taken.items()}
     shown = pooling if isinstance(pooling, str) else getattr(pooling, "__name__", "callable")
     return Features(joined, ids, name, data, shown, labels if len(labels) == len(ids) else None)
@@ -113,7 +115,8 @@ class _Halving:
         self._num_parts = 1
 
     def __call__(self, batch: Any) -> dict[str, Tensor]:
-        num_samples = max((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), default=1)
+        # By the first tensor: there may be longer ones that hold no samples, such as weights of classes.
+        num_samples = next((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), 1)
         while True:
             size = -(-num_samples // self._num_parts)
             try:

@@ -26,6 +26,9 @@ class Features:
         data: a name for the dataset.
         pooling: how a layer's output became a vector per sample.
         labels: of the samples, where the data had some.
+
+    Raises:
+        ValueError: if a layer's features, or the labels, are not of as many samples as there are ids.
     """
 
     layers: dict[str, Tensor]
@@ -34,6 +37,16 @@ class Features:
     data: str = "data"
     pooling: str = "mean"
     labels: list[Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.layers.items():
+            if value.ndim != 2 or len(value) != len(self.ids):
+                raise ValueError(
+                    f"Expected features (n, d) of {len(self.ids)} samples, as many as there are ids, but those of "
+                    f"layer {name!r} have shape {tuple(value.shape)}."
+                )
+        if self.labels is not None and len(self.labels) != len(self.ids):
+            raise ValueError(f"Expected {len(self.ids)} labels, one for each id, but got {len(self.labels)}.")
 
     @property
     def num_samples(self) -> int:
@@ -50,8 +63,11 @@ class Features:
             "labels": json.dumps(self.labels),
         }  # fmt: skip
         partial = path.with_name(f".{path.name}.partial")
-        save_file({name: value.contiguous() for name, value in self.layers.items()}, partial, described)
-        os.replace(partial, path)
+        try:
+            save_file({name: value.contiguous() for name, value in self.layers.items()}, partial, described)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
         return path
 
     @classmethod

@@ -93,7 +93,7 @@ class _Images:
 
 def _collate(items: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, list[Any]]:
     images, labels = zip(*items, strict=True)
-    return torch.stack(images), list(labels)
+    return torch.stack(images), [label for label in labels if label is not None]
 
 
 class ImageFiles:

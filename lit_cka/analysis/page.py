@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 from lit_cka.output import write_text
 
@@ -37,12 +38,14 @@ class Section:
         text: paragraphs.
         table: rows of the same keys; numbers are shown with four digits.
         images: descriptions by file name.
+        links: what to read by file name.
     """
 
     heading: str
     text: Sequence[str] = ()
     table: Sequence[Mapping[str, object]] = ()
     images: Mapping[str, str] = field(default_factory=dict)
+    links: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_page(folder: str | os.PathLike[str], title: str, sections: Sequence[Section], *, about: str = "") -> Path:
@@ -57,7 +60,7 @@ def write_page(folder: str | os.PathLike[str], title: str, sections: Sequence[Se
     folder = Path(folder)
     files = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name[0] != ".")
     body = "".join(map(_section, sections))
-    links = "".join(f'<li><a href="{escape(name)}">{escape(name)}</a></li>' for name in files if name != "index.html")
+    links = "".join(f'<li><a href="{quote(name)}">{escape(name)}</a></li>' for name in files if name != "index.html")
     html = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -73,6 +76,8 @@ def write_page(folder: str | os.PathLike[str], title: str, sections: Sequence[Se
 def _section(section: Section) -> str:
     parts = [f"<section><h2>{escape(section.heading)}</h2>"]
     parts += [f"<p>{escape(text)}</p>" for text in section.text]
+    for name, shown in section.links.items():
+        parts.append(f'<p><a href="{quote(name)}">{escape(shown)}</a></p>')
     if section.table:
         columns = list(section.table[0])
         head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
@@ -82,7 +87,7 @@ def _section(section: Section) -> str:
         )
         parts.append(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>')
     for name, description in section.images.items():
-        parts.append(f'<figure><img src="{escape(name)}" alt="{escape(description)}"></figure>')
+        parts.append(f'<figure><img src="{quote(name)}" alt="{escape(description)}"></figure>')
     return "".join(parts) + "</section>"
 
 

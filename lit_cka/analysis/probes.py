@@ -94,7 +94,11 @@ def _checked_labels(labels: Sequence[Any] | None, num_samples: int, num_folds: i
         raise ValueError("Expected labels for the probe, but the features have none. Name the column that has them.")
     if len(labels) != num_samples:
         raise ValueError(f"Expected a label for each of {num_samples} samples, but got {len(labels)}.")
-    classes, codes, counts = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
+    missing = next((index for index, label in enumerate(labels) if label is None or label != label), None)
+    if missing is not None:
+        raise ValueError(f"Expected a label for each of {num_samples} samples, but sample {missing} has none.")
+    found, codes, counts = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
+    classes = found.tolist()
     if len(classes) < 2:
         raise ValueError(f"Expected labels of at least two classes, but all are {classes[0]!r}.")
     if counts.min() < num_folds:

@@ -39,7 +39,7 @@ class Pairing:
         cka: of each layer on the one dataset with itself on the other.
         distances: in the map.
         residual: sum of squared distances that is left when the one cloud of points is rotated onto the other.
-        relative_residual: the same, as a share of the other cloud's spread.
+        relative_residual: the same, as a share of the other cloud's spread. Both are NaN for one layer.
     """
 
     model: str
@@ -59,9 +59,10 @@ class Projection:
         points: in the order of the rows of `cka`.
         cka: (points, points), linear CKA of all pairs.
         explained: share of the variance of each of the three components.
-        correlation: by what points are told apart by ("dataset", "model"), correlation of each component with it.
+        correlation: by what points are told apart by ("dataset", "model"), correlation of each component with it;
+            NaN where there is only one.
         correlation_by_model: the same with the dataset, within each model.
-        pairings: of every model and pair of datasets.
+        pairings: of every model and pair of datasets, by the layers that both have.
     """
 
     points: list[Point]
@@ -106,24 +107,32 @@ def project(features: Sequence[Features], *, standardize: bool = False) -> Proje
     models = list(dict.fromkeys(point.model for point in points))
     by = {"dataset": [point.dataset for point in points], "model": [point.model for point in points]}
     within = {
-        model: component_label_correlation(
+        model: _correlation(
             coordinates[[index for index, point in enumerate(points) if point.model == model]],
             [point.dataset for point in points if point.model == model],
-        ).tolist()
+        )
         for model in models
     }
     return Projection(
         points,
         gram.numpy(),
         explained.tolist(),
-        {name: component_label_correlation(coordinates, labels).tolist() for name, labels in by.items()},
+        {name: _correlation(coordinates, labels) for name, labels in by.items()},
         within,
         _pairings(features, points, coordinates, gram),
     )
 
 
+def _correlation(coordinates: Tensor, labels: Sequence[str]) -> list[float]:
+    known = ~coordinates.isnan().any(dim=1)
+    if len({label for label, keep in zip(labels, known.tolist(), strict=True) if keep}) < 2:
+        return [float("nan")] * coordinates.shape[1]  # one model, or one dataset: nothing to tell apart
+    return component_label_correlation(coordinates, labels).tolist()
+
+
 def _standardized(X: Tensor) -> Tensor:
-    centred = X - X.mean(dim=0)
+    centred = X - X[:1]  # so that constant features become exact zeros
+    centred = centred - centred.mean(dim=0)
     deviation = centred.std(dim=0, unbiased=False)
     return centred / torch.where(deviation > 0, deviation, 1.0)
 
@@ -137,9 +146,11 @@ def _pairings(
         if a.model != b.model:
             continue
         shared = [layer for layer in a.layers if layer in b.layers]
+        if not shared:
+            continue
         one = [place[a.model, a.data, layer] for layer in shared]
         other = [place[b.model, b.data, layer] for layer in shared]
-        aligned = orthogonal_alignment(coordinates[one], coordinates[other])
+        residual, relative = _residual(coordinates[one], coordinates[other])
         pairings.append(
             Pairing(
                 a.model,
@@ -147,8 +158,15 @@ def _pairings(
                 shared,
                 gram[one, other].tolist(),
                 (coordinates[one] - coordinates[other]).norm(dim=1).tolist(),
-                float(aligned.residual),
-                float(aligned.relative),
+                residual,
+                relative,
             )
         )
     return pairings
+
+
+def _residual(one: Tensor, other: Tensor) -> tuple[float, float]:
+    if len(one) < 2:
+        return float("nan"), float("nan")  # a single point says nothing of the shape of a cloud
+    aligned = orthogonal_alignment(one, other)
+    return float(aligned.residual), float(aligned.relative)

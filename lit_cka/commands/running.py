@@ -28,5 +28,17 @@ def run(parser: ArgumentParser, args: list[str], command: Callable[[Any, dict[st
     try:
         return command(parser.instantiate_classes(config), plain)
     except (ValueError, OSError) as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", style="red", markup=False)
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            f"error: {_reason(error)}", style="red", markup=False
+        )
         sys.exit(1)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong in an object's constructor: jsonargparse lists that after the classes it could not be."""
+    lines = str(error).splitlines()
+    if not lines or not lines[0].startswith("Does not validate against any of the Union subtypes"):
+        return str(error)
+    tried = [line[4:] for line in lines if line.startswith("  - ")]
+    reasons = [line for line in tried if "does not correspond to a subclass of" not in line]
+    return reasons[0] if reasons else str(error)

@@ -1,7 +1,8 @@
-"""Pure tensor mathematics: CKA, HSIC and the statistics behind them. Imports torch alone."""
+"""Pure tensor mathematics: similarity of representations, and the split of weight updates. Imports torch alone."""
 
 from lit_cka.functional.cka import cka_from_gram, cka_from_moments, hsic, linear_cka, pairwise_hsic
 from lit_cka.functional.kernels import linear_gram, rbf_gram
+from lit_cka.functional.matrix import cka_matrix
 from lit_cka.functional.moments import (
     PairedMoments,
     add_samples,
@@ -10,19 +11,31 @@ from lit_cka.functional.moments import (
     paired_moments,
     recentre_moments,
 )
+from lit_cka.functional.procrustes import procrustes_distance
+from lit_cka.functional.rsa import rdm
+from lit_cka.functional.signatures import kernel_pca, signature, signature_gram
+from lit_cka.functional.spectral import low_rank_split, spectral_split
 
 __all__ = [
     "PairedMoments",
     "add_samples",
     "cka_from_gram",
     "cka_from_moments",
+    "cka_matrix",
     "empty_moments",
     "hsic",
+    "kernel_pca",
     "linear_cka",
     "linear_gram",
+    "low_rank_split",
     "merge_moments",
     "paired_moments",
     "pairwise_hsic",
+    "procrustes_distance",
     "rbf_gram",
+    "rdm",
     "recentre_moments",
+    "signature",
+    "signature_gram",
+    "spectral_split",
 ]

@@ -1,0 +1,208 @@
+"""Error bars of CKA over the samples, for every pair of layers at once: bootstrap intervals and permutation tests.
+
+Both work on the centred Gram matrices whose cosine CKA is: `Kc = H K H` for the plain estimator, and for the
+debiased one the U-centred matrix of Szekely & Rizzo 2014 (arXiv 1310.2926), a diagonal of 0 and rows that sum to 0:
+
+    A_ij = Kc_ij + (Kc_ii + Kc_jj) / (n - 2) - tr(Kc) / ((n - 1) (n - 2))            i != j
+
+whose inner products are n (n - 3) times the unbiased HSIC. Shapes: `Ks` (a, n, n), `Ls` (b, n, n), of any kernel.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_cka.analysis.resampling import Drawn, Resamples, draw_counts, u_centred
+from lit_cka.functional.cka import _double_centred, hsic
+
+_CHUNK = 256  # resamples whose sums over the samples are held at once
+_LARGEST = 1 - 1e-15  # that Fisher's transformation can take
+_NO_ERROR = 1e-12  # a standard error below this is rounding
+_TIE = 1e-12  # and so is a difference between two values of CKA
+_BLOCK_ELEMENTS = 2**18  # of Gram entries permuted at once: what stays in the processor's cache
+
+
+def bootstrap_cka(
+    Ks: Tensor,
+    Ls: Tensor,
+    *,
+    debiased: bool = True,
+    num_resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Bootstrap confidence intervals, over the samples, of the CKA of every `Ks` with every `Ls`.
+
+    The studentised bootstrap on Fisher's scale (DiCiccio & Efron 1996, "Bootstrap Confidence Intervals", section 4;
+    Tibshirani 1988 for the transformation). Samples are drawn with replacement, the same ones for all pairs, and
+
+        t* = (atanh T* - atanh T) / s*          interval = tanh(atanh T - s q), q the quantiles of t*
+
+    with `T` the CKA, `T*` that of a resample, `s`, `s*` their standard errors from the samples' influence on them.
+
+    Two things are not as in the textbook, since CKA is a ratio of U-statistics, sums over pairs of samples:
+
+    - A sample drawn twice is not a pair: its kernel value would be from the diagonal, which the debiased estimator
+      leaves out. Such pairs are dropped, so `T*` is as unbiased as `T`.
+    - Resampling exaggerates how much the samples' influences differ, since these are averages over n noisy pairs; for
+      unrelated features, where nothing else is left (a degenerate U-statistic, Arcones & Giné 1992), the variance
+      would come out three times too large. The influences are shrunk to the variance that is left without that
+      noise, `tau^2 / n`, with `tau^2` from an unbiased estimate: the HSIC of the pairs' contributions with themselves.
+
+    The debiased interval is one for the population's CKA. Covered of 400 draws of normal features, at 95 %: 93 to 97 %
+    with 50 to 300 samples, for a CKA from 0 to 0.999, also where the features are wider than the samples are many;
+    92 to 95 % with 20 to 30 samples, or for tails as heavy as t with 4 degrees of freedom. Below 20 samples, treat
+    an interval as a rough indication. Samples must be independent: repeated or grouped ones make it too narrow.
+
+    The plain interval is one for the mean of the plain estimator at this `n`, not for the population's CKA: no interval
+    about an estimator that is biased upward says how far it is off.
+
+    Args:
+        Ks: Gram matrices (a, n, n), any kernel and floating dtype; they need not be centred.
+        Ls: Gram matrices (b, n, n) of the same samples in the same order.
+        debiased: the estimator, as in `cka_from_gram`.
+        num_resamples: at least 1; 1,000 leave about half a percent of Monte Carlo noise in the coverage.
+        level: the intervals' confidence, in (0, 1).
+        seed: the same seed gives the same intervals.
+
+    Returns:
+        low, high: float64 (a, b) in [-1, 1]. NaN where the CKA is; the CKA itself where no resample can change it, as
+        for a matrix with itself.
+
+    Raises:
+        ValueError: on wrong shapes, integer matrices, fewer than 4 samples, or options out of range.
+    """
+    _check(Ks, Ls, num_resamples=num_resamples)
+    if not 0 < level < 1:
+        raise ValueError(f"Expected `level` to be between 0 and 1, but got {level}.")
+    A, B = ([u_centred(gram, debiased) for gram in grams] for grams in (Ks, Ls))
+    counts = draw_counts(Ks.shape[-1], num_resamples, seed).to(A[0].A)
+    once = Resamples(torch.ones_like(counts[:, :1]))
+    whole = [Drawn(L, once) for L in B]
+    origins = [[_origin(K, L) for L in whole] for K in (Drawn(K, once) for K in A)]
+    t = counts.new_empty(len(A), len(B), num_resamples)
+    for start in range(0, num_resamples, _CHUNK):
+        resamples = Resamples(counts[:, start : start + _CHUNK])
+        drawn = [Drawn(L, resamples) for L in B]
+        for i, K in enumerate(Drawn(K, resamples) for K in A):
+            for j, L in enumerate(drawn):
+                t[i, j, start : start + _CHUNK] = _studentised(K, L, origins[i][j])
+    centre = torch.stack([torch.stack([origin.value for origin in row]) for row in origins])
+    error = torch.stack([torch.stack([origin.error for origin in row]) for row in origins])
+    tails = t.new_tensor([(1 + level) / 2, (1 - level) / 2])
+    upper, lower = torch.stack([row.nanquantile(tails, dim=-1) for row in t], dim=1)
+    scale = error / (1 - centre.square())
+    fixed = error <= _NO_ERROR
+    low, high = (torch.tanh(centre.atanh() - scale * q).where(~fixed, centre) for q in (upper, lower))
+    return low, high
+
+
+def permutation_test(
+    Ks: Tensor, Ls: Tensor, *, debiased: bool = True, num_permutations: int = 999, seed: int = 0
+) -> Tensor:
+    """p-values for the hypothesis that the features of `Ks` and those of `Ls` are independent, for every pair.
+
+        p = (1 + #{permutations with CKA* >= CKA}) / (1 + num_permutations)
+
+    One side's samples are permuted, the same way for all pairs (Phipson & Smyth 2010 for counting the observed order,
+    which makes the test exact). It is one-sided: a CKA lower than by chance is no evidence. Permuting leaves the two
+    self-terms as they are, so that the plain and the debiased CKA differ by little more than a constant here.
+
+    Args:
+        Ks: Gram matrices (a, n, n), any kernel and floating dtype; they need not be centred.
+        Ls: Gram matrices (b, n, n) of the same samples in the same order.
+        debiased: the estimator, as in `cka_from_gram`.
+        num_permutations: at least 1; the smallest p-value is 1 / (1 + num_permutations).
+        seed: the same seed gives the same p-values.
+
+    Returns:
+        Float64 (a, b) in (0, 1]; NaN where the CKA is. Not corrected for the number of pairs.
+
+    Raises:
+        ValueError: as `bootstrap_cka`.
+    """
+    _check(Ks, Ls, num_permutations=num_permutations)
+    Ks, Ls = (torch.stack([_matrix(gram, debiased) for gram in grams]) for grams in (Ks, Ls))
+    a, b, n = len(Ks), len(Ls), Ks.shape[-1]
+    # Symmetric matrices: the upper triangle, counted twice, is enough.
+    halves = 2 * Ks.triu(1) + torch.diag_embed(Ks.diagonal(dim1=1, dim2=2))
+    pairs = Ls.permute(1, 2, 0).reshape(n * n, b).contiguous()  # so that permuting moves whole rows
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.arange(n), *(torch.randperm(n, generator=generator) for _ in range(num_permutations))]
+    orders = [order.to(Ks.device) for order in orders]
+    products = Ks.new_zeros(len(orders), a, b)
+    step = max(1, _BLOCK_ELEMENTS // (n * max(a, b)))
+    for start in range(0, n, step):
+        block = halves[:, start : start + step, start:].reshape(a, -1)
+        for product, order in zip(products, orders, strict=True):
+            taken = (order[start : start + step, None] * n + order[start:]).flatten()
+            product += block @ pairs.index_select(0, taken)
+    sizes = Ks.flatten(1).norm(dim=1)[:, None] * Ls.flatten(1).norm(dim=1)
+    reached = (products[1:] >= products[0] - _TIE * sizes).sum(dim=0)
+    p_values: Tensor = (1 + reached).to(products) / (1 + num_permutations)
+    return p_values.masked_fill(sizes == 0, torch.nan)
+
+
+class _Origin(NamedTuple):
+    """The CKA of two Gram matrices with every sample once."""
+
+    value: Tensor  # ()      T
+    error: Tensor  # ()      s
+    excess: Tensor  # (n, 1) what the estimated influence of each sample owes to noise
+
+
+def _cka_and_influence(K: Drawn, L: Drawn) -> tuple[Tensor, Tensor]:
+    """T (c,) and the samples' first-order influence on it (n, c)."""
+    cross, part = K.inner(L)
+    n, size = len(part), K.square.sqrt() * L.square.sqrt()
+    value = cross / size
+    return value, part * (2 * n / size) - (K.share + L.share) * (n * value)
+
+
+def _origin(K: Drawn, L: Drawn) -> _Origin:
+    value, influence = _cka_and_influence(K, L)
+    influence = influence - influence.mean()
+    n, A, B = len(influence), K.gram.A, L.gram.A
+    variance = influence.square().mean() / n
+    # The pairs' contributions to T, and the part of them that is neither of one sample nor of the other.
+    own = A.square() / K.square + B.square() / L.square
+    Q = n * (n - 3) * (A * B / (K.square * L.square).sqrt() - value / 2 * own)
+    tau2 = hsic(Q, Q, unbiased=True)
+    left = (1 - 4 * tau2 / (n * n * variance)).clamp(min=0).sqrt()
+    return _Origin(value[0].clamp(-_LARGEST, _LARGEST), variance.sqrt(), (1 - left) * influence)
+
+
+def _studentised(K: Drawn, L: Drawn, origin: _Origin) -> Tensor:
+    """t* (c,) of the resamples, on Fisher's scale; NaN where T* is not inside (-1, 1)."""
+    value, influence = _cka_and_influence(K, L)
+    W, n = K.resamples.W, len(influence)
+    influence -= origin.excess
+    drawn = W * influence
+    variance = (drawn * influence).sum(0) / n - (drawn.sum(0) / n).square()
+    error = (variance.clamp(min=0) / n).sqrt().clamp(min=1e-6 * origin.error)
+    excess = (origin.excess.T @ W)[0] / n / (1 - origin.value.square())
+    t: Tensor = (value.atanh() - origin.value.atanh() - excess) * (1 - value.square()) / error
+    return t.masked_fill(value.abs() >= 1, torch.nan)
+
+
+def _matrix(gram: Tensor, debiased: bool) -> Tensor:
+    """The matrix whose cosine with another is CKA."""
+    return u_centred(gram, debiased).A if debiased else _double_centred(gram.detach().to(torch.float64))
+
+
+def _check(Ks: Tensor, Ls: Tensor, **counts: int) -> None:
+    if Ks.ndim != 3 or Ls.ndim != 3 or not Ks.shape[1] == Ks.shape[2] == Ls.shape[1] == Ls.shape[2]:
+        raise ValueError(
+            "Expected `Ks` and `Ls` to be stacks of square matrices of the same size (layers, samples, samples), "
+            f"but got {tuple(Ks.shape)} and {tuple(Ls.shape)}."
+        )
+    if not (Ks.is_floating_point() and Ls.is_floating_point()):
+        raise ValueError(f"Expected `Ks` and `Ls` to be floating point, but got {Ks.dtype} and {Ls.dtype}.")
+    if Ks.shape[-1] < 4:
+        raise ValueError(f"Expected at least 4 samples, but got {Ks.shape[-1]}.")
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"Expected `{name}` to be at least 1, but got {count}.")

@@ -1,0 +1,111 @@
+"""Orthogonal Procrustes: how far apart two sets of features are after the best rotation or reflection.
+
+Ding et al. 2021, "Grounding Representation Similarity with Statistical Testing" (arXiv 2108.01661): the distance.
+Williams et al. 2021, "Generalized Shape Metrics on Neural Representations" (arXiv 2110.14739): its root is a metric.
+Schoenemann 1966, "A generalized solution of the orthogonal Procrustes problem": the rotation.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_cka.functional.moments import check_features
+
+_ROUNDING = 16 * torch.finfo(torch.float64).eps
+
+
+class Alignment(NamedTuple):
+    """The best orthogonal map of one set of points onto another, both centred. All float64."""
+
+    rotation: Tensor  # (d, d) R, orthogonal; reflections are allowed
+    residual: Tensor  # ()     ||Xc R - Yc||_F^2
+    relative: Tensor  # ()     residual / ||Yc||_F^2
+
+
+def procrustes_distance(X: Tensor, Y: Tensor, *, normalize: bool = True) -> Tensor:
+    """Orthogonal Procrustes distance of two sets of features of the same samples (Ding et al. 2021, section 2).
+
+        d = ||Xc||_F^2 + ||Yc||_F^2 - 2 ||Xc' Yc||_*  =  min_R ||Xc R - Yc||_F^2          Xc, Yc centred by column
+
+    with R orthogonal, and the narrower features padded with zeros where the widths differ. With `normalize` both are
+    scaled to unit Frobenius norm first, so that d = 2 - 2 ||Xc' Yc||_* is in [0, 2]: 0 equal up to rotation and
+    isotropic scaling, 2 uncorrelated. As in that paper `d` is the squared distance; its root is a metric (Williams et
+    al. 2021, with their alpha = 1).
+
+    Features wider than `n` are first rotated into `n` dimensions, so the cost is O(n d^2) or O(n^2 d), the smaller.
+
+    Args:
+        X: features (n, d_x), any floating dtype; computed in float64.
+        Y: features (n, d_y), same samples in the same order.
+        normalize: scale each to unit Frobenius norm.
+
+    Returns:
+        Float64 scalar, at least 0; NaN for NaN or infinite features and, with `normalize`, for constant ones.
+
+    Raises:
+        ValueError: on integer features, wrong shapes, unequal `n`, or fewer than 2 samples.
+
+    Example:
+        >>> X = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
+        >>> print(f"{procrustes_distance(X, 5 * X.flip(1) + 7).abs():.6f}")
+        0.000000
+    """
+    check_features(X, Y)
+    if len(X) < 2:
+        raise ValueError(f"Expected at least 2 samples, but got {len(X)}.")
+    x, y = _narrowed(_centred(X)), _narrowed(_centred(Y))
+    if normalize:
+        x, y = x / x.norm(), y / y.norm()
+    if not (x.isfinite().all() and y.isfinite().all()):
+        return x.new_tensor(torch.nan)
+    overlap = torch.linalg.svdvals(x.T @ y).sum()
+    distance: Tensor = x.square().sum() + y.square().sum() - 2 * overlap
+    return distance.clamp(min=0)
+
+
+def orthogonal_alignment(X: Tensor, Y: Tensor) -> Alignment:
+    """The orthogonal R that takes the centred points `X` (n, d) nearest to the centred `Y` (n, d), and what remains.
+
+        R = U V' with U S V' = Xc' Yc          residual = ||Xc R - Yc||_F^2          relative = residual / ||Yc||_F^2
+
+    Nothing is scaled: for points that differ in size alone the residual is not 0. NaN everywhere for non-finite
+    points; `relative` is NaN where all points of `Y` coincide.
+
+    Raises:
+        ValueError: as `procrustes_distance`, and on different widths.
+    """
+    check_features(X, Y)
+    if X.shape != Y.shape or len(X) < 2:
+        raise ValueError(
+            "Expected `X` and `Y` to be at least 2 points each, of the same width, "
+            f"but got {tuple(X.shape)} and {tuple(Y.shape)}."
+        )
+    x, y = _centred(X), _centred(Y)
+    cross = x.T @ y
+    if not cross.isfinite().all():
+        nan = cross.new_tensor(torch.nan)
+        return Alignment(torch.full_like(cross, torch.nan), nan, nan)
+    U, _, Vh = torch.linalg.svd(cross)
+    rotation = U @ Vh
+    residual = (x @ rotation - y).square().sum()
+    return Alignment(rotation, residual, residual / y.square().sum().where(y.any(), torch.nan))
+
+
+def _centred(features: Tensor) -> Tensor:
+    features = features.detach().to(torch.float64)
+    centred = features - features[:1]  # so that constant features centre to exact zeros
+    centred = centred - centred.mean(dim=0)
+    constant = centred.norm() <= _ROUNDING * features.norm()
+    return centred.masked_fill(constant, 0.0)
+
+
+def _narrowed(centred: Tensor) -> Tensor:
+    """The same up to a rotation of the features, no wider than there are samples."""
+    if centred.shape[1] <= len(centred) or not centred.isfinite().all():
+        return centred
+    _, triangle = torch.linalg.qr(centred.T, mode="r")
+    rotated: Tensor = triangle.T
+    return rotated

@@ -1,0 +1,260 @@
+"""Figures: what is drawn where, with which colours; files whole or not at all; nothing global."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+
+from lit_cka import plots
+
+NAMES = ["model.blocks.0", "model.blocks.1", "model.blocks.2"]
+VALUES = np.array([[1.0, 0.5], [np.nan, -0.2], [0.25, 1.7]])
+
+FUNCTIONS: dict[str, Callable[..., tuple[Figure, Axes]]] = {
+    "heatmap": lambda **options: plots.heatmap(VALUES, NAMES, NAMES[:2], **options),
+    "layer_trend": lambda **options: plots.layer_trend({"a": [0.1, np.nan, 0.3]}, NAMES, **options),
+    "epoch_trend": lambda **options: plots.epoch_trend(VALUES, NAMES, [10, 20], **options),
+    "probe_figure": lambda **options: plots.probe_figure(NAMES, [1, 0.9, 0.2], [0.5] * 3, [0.6] * 3, **options),
+    "lambda_figure": lambda **options: plots.lambda_figure(NAMES, [0.1] * 3, [0.9] * 3, **options),
+    "accuracy_plane": lambda **options: plots.accuracy_plane(
+        {"pretrained": (0.1, 0.2), "other": (0.5, 0.6)}, [(0.0, 0.1, 0.2), (0.5, 0.4, 0.5), (1.0, 0.5, 0.6)], **options
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_global(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Without pyplot, and with matplotlib's settings as they were."""
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # to import it is an error
+    before = dict(matplotlib.rcParams)
+    yield
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_no_module_names_pyplot() -> None:
+    for path in Path(plots.__file__).parent.glob("*.py"):
+        nodes = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))
+        ]
+        assert not [node for node in nodes if "pyplot" in ast.unparse(node)]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_figure_of_its_own_or_given_axes(name: str, tmp_path: Path) -> None:
+    figure, ax = FUNCTIONS[name](title="What it is")
+    assert isinstance(figure, Figure)
+    assert isinstance(ax, Axes)
+    assert ax.figure is figure
+    assert ax.get_title() == "What it is"
+    assert plots.figure_pixels(figure).std() > 0
+    mine = Figure()
+    given = mine.subplots(1, 2)
+    drawn_on, same = FUNCTIONS[name](ax=given[1])
+    assert drawn_on is mine
+    assert same is given[1]
+    assert not given[0].has_data()
+    assert given[1].has_data()
+    plots.save_figure(mine, tmp_path / "mine.png")
+
+
+@pytest.mark.parametrize("part", ["figure", "subfigure"])
+def test_axes_in_a_subfigure(part: str) -> None:
+    whole = Figure()
+    ax = whole.subplots() if part == "figure" else whole.subfigures(1, 2)[0].subplots()
+    assert plots.layer_trend({"a": [1.0]}, ["0"], ax=ax)[0] is whole
+
+
+def test_colours_are_fixed() -> None:
+    for values in (VALUES, np.array([[0.4, 0.5], [0.45, 0.41], [0.4, 0.4]])):
+        _, ax = plots.heatmap(values, NAMES, NAMES[:2])
+        image = ax.get_images()[0]
+        assert image.get_clim() == (0, 1)
+        assert image.get_cmap().name == "viridis"
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                drawn = image.to_rgba(image.get_array())[row, column]
+                np.testing.assert_allclose(drawn, colormaps["viridis"](value), atol=1e-6)
+    _, ax = plots.heatmap(VALUES, NAMES, NAMES[:2], limits=(0, 2))
+    assert ax.get_images()[0].get_clim() == (0, 2)
+    for trend in (plots.layer_trend({"a": [0.4, 0.5, 0.6]}, NAMES), plots.epoch_trend(VALUES, NAMES, [1, 2])):
+        assert trend[1].get_ylim() == pytest.approx((-0.03, 1.03))
+    low, high = plots.layer_trend({"a": [0.4, 0.5, 0.6]}, NAMES, limits=None)[1].get_ylim()
+    assert 0.3 < low < 0.4 < 0.6 < high < 0.7
+
+
+def cells(ax: Axes) -> np.ndarray:
+    image = ax.get_images()[0]
+    return np.asarray(image.to_rgba(image.get_array()))
+
+
+def test_undefined_and_masked_cells_are_grey() -> None:
+    mask = np.array([[False, True], [False, False], [False, False]])
+    figure, ax = plots.heatmap(VALUES, NAMES, NAMES[:2], mask=mask)
+    assert ax.get_facecolor() == to_rgba("0.85")
+    assert (cells(ax)[..., 3] == np.array([[1, 0], [0, 1], [1, 1]])).all()  # 0: the background shows
+    assert sorted(text.get_text() for text in ax.texts) == ["-0.20", "0.25", "1.00", "1.70"]
+    assert {tuple(map(round, text.get_position())) for text in ax.texts} == {(1, 1), (0, 2), (0, 0), (1, 2)}
+    assert figure.axes[1].get_ylabel() == "CKA (grey: undefined)"
+    figure, _ = plots.heatmap(np.nan_to_num(VALUES), NAMES, NAMES[:2], mask=mask)
+    assert figure.axes[1].get_ylabel() == "CKA"
+    figure, ax = plots.heatmap(np.full((3, 2), np.nan), NAMES, NAMES[:2], colorbar=False)
+    assert len(figure.axes) == 1
+    assert not ax.texts
+
+
+def test_numbers_can_be_read_on_their_colours() -> None:
+    _, ax = plots.heatmap(np.array([[0.1, 0.95]]), ["a"], ["b", "c"])
+    assert [text.get_color() for text in ax.texts] == ["white", "black"]
+    assert not plots.heatmap(np.zeros((30, 30)), NAMES * 10, NAMES * 10)[1].texts  # no room
+    assert not plots.heatmap(VALUES, NAMES, NAMES[:2], annotate=False)[1].texts
+
+
+def test_names_are_shortened() -> None:
+    _, ax = plots.heatmap(VALUES, NAMES, NAMES[:2], xlabel="columns", ylabel="rows")
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["blocks.0", "blocks.1"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("columns", "rows")
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first at the top
+    _, ax = plots.heatmap(VALUES, NAMES, NAMES[:2], first_row="bottom")
+    assert ax.get_ylim()[0] < ax.get_ylim()[1]
+    _, ax = plots.layer_trend({"a": [0.1, 0.2, 0.3]}, NAMES)
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["blocks.0", "blocks.1", "blocks.2"]
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["encoder.layer.0.output", "encoder.layer.11.output"], ["layer.0.output", "layer.11.output"]),
+        (["a", "b"], ["a", "b"]),
+        (["model.a", "other.b"], ["model.a", "other.b"]),
+        (["one.two.three"], ["three"]),
+        (["embeddings", "layers.0", "layers.1"], ["embeddings", "layers.0", "layers.1"]),
+        ([], []),
+        (["x" * 30 + "end"], ["x" * 11 + "…" + "x" * 8 + "end"]),
+        (["same.name", "same.name"], ["name", "name"]),
+    ],
+)
+def test_short_names(names: list[str], short: list[str]) -> None:
+    assert plots.short_names(names) == short
+    assert all(len(name) <= 24 for name in short)
+
+
+def test_many_names_do_not_crowd() -> None:
+    names = [f"model.layers.{index}" for index in range(200)]
+    figure, ax = plots.heatmap(np.zeros((200, 200)), names, names)
+    assert len(ax.get_xticks()) <= 40
+    assert len(ax.get_yticks()) <= 40
+    assert max(figure.get_size_inches()) < 16
+    _, ax = plots.layer_trend({"a": np.zeros(200)}, names)
+    assert len(ax.get_xticks()) <= 40
+    assert ax.get_xticklabels()[-1].get_text() == "layers.195"
+    _, ax = plots.epoch_trend(np.zeros((200, 2)), names, [1, 2])
+    assert len(ax.get_legend().get_texts()) <= 16
+
+
+def test_bands_and_curves() -> None:
+    curves = {"one": [0.2, 0.4, np.nan], "two": [0.5, 0.6, 0.7]}
+    _, ax = plots.layer_trend(curves, NAMES, bands={"two": ([0.4, 0.5, 0.6], [0.6, 0.8, 0.9])})
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["one", "two"]
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), curves["one"])
+    (band,) = ax.collections
+    corners = {(float(x), round(float(y), 6)) for x, y in band.get_paths()[0].vertices}
+    assert {(0.0, 0.4), (1.0, 0.5), (2.0, 0.6), (0.0, 0.6), (1.0, 0.8), (2.0, 0.9)} <= corners
+    assert tuple(band.get_facecolor()[0][:3]) == to_rgba(ax.lines[1].get_color())[:3]
+
+
+def test_the_probe_figure_has_errors_as_bands() -> None:
+    errors = ([0.1] * 3, [0.2] * 3)
+    _, ax = plots.probe_figure(NAMES, [1, 0.9, 0.2], [0.5] * 3, [0.6] * 3, errors=errors, names=("old", "new"))
+    assert [line.get_label() for line in ax.lines] == ["CKA of both", "accuracy, old", "accuracy, new"]
+    assert [tuple(band.get_paths()[0].get_extents().intervaly.round(6)) for band in ax.collections] == [
+        (0.4, 0.6),
+        (0.4, 0.8),
+    ]
+
+
+@pytest.mark.parametrize("mine", [False, True])
+def test_side_by_side_shares_one_colour_bar(mine: bool) -> None:
+    matrices = {"small": (VALUES, NAMES, NAMES[:2]), "large": (VALUES[:2], NAMES[:2], NAMES[:2])}
+    given = Figure().subplots(1, 3)[:2] if mine else None
+    figure, axes = plots.side_by_side(matrices, title="both" if not mine else "", ax=given, annotate=False)
+    assert [ax.get_title() for ax in axes] == ["small", "large"]
+    assert all(ax.get_images()[0].get_clim() == (0, 1) for ax in axes)
+    assert not any(ax.texts for ax in axes)
+    if given is None:
+        assert len(figure.axes) == 3  # with the colour bar
+        assert figure.get_suptitle() == "both"
+    else:
+        assert axes == list(given)
+        assert figure is given[0].figure
+        assert len(figure.axes) == 4
+        with pytest.raises(ValueError, match="`ax` to hold 2 axes, one for each matrix, but got 1"):
+            plots.side_by_side(matrices, ax=given[:1])
+    assert figure.axes[-1].get_ylim() == (0, 1)
+    assert plots.figure_pixels(figure).ndim == 3 if not mine else True
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: plots.heatmap(VALUES, NAMES, NAMES), r"`values` of shape \(3, 3\).* but got \(3, 2\)"),
+        (lambda: plots.heatmap(VALUES[0], NAMES, NAMES), r"but got \(2,\)"),
+        (lambda: plots.heatmap(np.zeros((0, 2)), [], NAMES[:2]), "at least one row"),
+        (lambda: plots.heatmap(VALUES, NAMES, NAMES[:2], mask=np.ones(2, bool)), r"`mask` .* but got \(2,\)"),
+        (lambda: plots.layer_trend({"a": [0.1]}, NAMES), r"3 values for 'a', one a layer, but got \(1,\)"),
+        (
+            lambda: plots.layer_trend({"a": [0.1] * 3}, NAMES, bands={"a": ([0.0] * 3, [1.0] * 2)}),
+            r"3 values for 'a', one a layer, but got \(2,\)",
+        ),
+        (lambda: plots.epoch_trend(VALUES, NAMES, [1]), r"of shape \(3, 1\), but got \(3, 2\)"),
+        (lambda: plots.probe_figure(NAMES, [1.0] * 3, [1.0] * 2, [1.0] * 3), "3 values for 'accuracy, pretrained'"),
+        (lambda: plots.side_by_side({}), "at least one matrix"),
+        (lambda: plots.side_by_side({"a": (VALUES, NAMES, NAMES)}), r"but got \(3, 2\)"),
+    ],
+)
+def test_shapes_that_do_not_fit(draw: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw()
+
+
+def test_files(tmp_path: Path) -> None:
+    figure, _ = plots.heatmap(VALUES, NAMES, NAMES[:2])
+    written = plots.save_figure(figure, tmp_path / "new" / "0.5_a", (".png", ".pdf", ".svg"))
+    assert [path.name for path in written] == ["0.5_a.png", "0.5_a.pdf", "0.5_a.svg"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(path.name for path in written)
+    png, pdf, svg = (path.read_bytes() for path in written)
+    assert png.startswith(b"\x89PNG")
+    assert pdf.startswith(b"%PDF")
+    assert b"<svg" in svg
+    assert plots.save_figure(figure, str(tmp_path / "one.svg")) == [tmp_path / "one.svg"]
+
+
+@pytest.mark.parametrize(("name", "formats"), [("a.gif", ()), ("a", ()), ("a", (".png", ".gif"))])
+def test_other_formats(name: str, formats: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"one of \.png, \.pdf, \.svg, but got"):
+        plots.save_figure(plots.heatmap(VALUES, NAMES, NAMES[:2])[0], tmp_path / name, formats)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    class Failing(Figure):
+        def savefig(self, fname: Any, **options: Any) -> None:
+            Path(fname).write_text("half")
+            raise OSError("disk full")
+
+    (tmp_path / "a.png").write_text("before")
+    with pytest.raises(OSError, match="disk full"):
+        plots.save_figure(Failing(), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

@@ -52,10 +52,10 @@ def bootstrap_cka(
       would come out three times too large. The influences are shrunk to the variance that is left without that
       noise, `tau^2 / n`, with `tau^2` from an unbiased estimate: the HSIC of the pairs' contributions with themselves.
 
-    The debiased interval is one for the population's CKA. Covered of 400 draws of normal features, at 95 %: 93 to 97 %
-    with 50 to 300 samples, for a CKA from 0 to 0.999, also where the features are wider than the samples are many;
-    92 to 95 % with 20 to 30 samples, or for tails as heavy as t with 4 degrees of freedom. Below 20 samples, treat
-    an interval as a rough indication. Samples must be independent: repeated or grouped ones make it too narrow.
+    The debiased interval is one for the population's CKA. It covered it in 93 to 98 % of 400 draws at 95 %: with 10 to
+    300 samples, a CKA from 0 to 0.999, features narrower and wider than the samples are many, normal ones and ones with
+    tails as heavy as t with 4 degrees of freedom. Where it misses, the CKA is mostly higher than the interval. With 10
+    samples it is next to all of [0, 1]. Samples must be independent: repeated or grouped ones make it too narrow.
 
     The plain interval is one for the mean of the plain estimator at this `n`, not for the population's CKA: no interval
     about an estimator that is biased upward says how far it is off.
@@ -143,7 +143,7 @@ def permutation_test(
     sizes = Ks.flatten(1).norm(dim=1)[:, None] * Ls.flatten(1).norm(dim=1)
     reached = (products[1:] >= products[0] - _TIE * sizes).sum(dim=0)
     p_values: Tensor = (1 + reached).to(products) / (1 + num_permutations)
-    return p_values.masked_fill(sizes == 0, torch.nan)
+    return p_values.masked_fill(~(sizes > 0), torch.nan)
 
 
 class _Origin(NamedTuple):

@@ -29,7 +29,7 @@ def signature(X: Tensor) -> Tensor:
     x = _centred(X)
     gram = x @ x.T
     rows, columns = torch.triu_indices(len(x), len(x), device=x.device)
-    flat: Tensor = gram[rows, columns] * torch.where(rows == columns, 1.0, 2**0.5)
+    flat = gram[rows, columns] * (1 + (rows != columns).to(gram)).sqrt()
     unit: Tensor = flat / flat.norm()
     return unit
 

@@ -39,7 +39,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         Features({"a": shared, "b": shared}, ["0", "1", "2"]).save(path)
     with pytest.raises(TypeError, match="not JSON serializable"):
         features(labels=[object()] * 3).save(path)
-    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        features().save(tmp_path / "folder")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.safetensors", "folder"]
     assert Features.load(path).ids == ["3"]
 
 

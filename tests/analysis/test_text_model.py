@@ -55,6 +55,8 @@ def config(family: str) -> Any:
             **size, **names, hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=3, num_attention_heads=2,
             ffn_dim=32, init_std=0.4,
         ),
+        # With a convolution and its norm behind the first block.
+        "deberta": lambda: transformers.DebertaV2Config(**SMALL, **size, conv_kernel_size=3, relative_attention=True),
         "albert": lambda: transformers.AlbertConfig(**SMALL, **size, embedding_size=8),
         "xlnet": lambda: transformers.XLNetConfig(vocab_size=len(WORDS), d_model=16, n_layer=3, n_head=2, d_inner=32),
     }  # fmt: skip
@@ -207,7 +209,7 @@ def test_models_with_a_head_have_the_weights_and_names_of_their_body(
     saved = getattr(transformers, head).from_pretrained(path).get_submodule(body).state_dict()
     weights = {name: value for name, value in model.network.model.state_dict().items() if "pooler" not in name}
     assert weights
-    assert all(torch.equal(value, saved[name]) for name, value in weights.items())
+    assert all(torch.equal(value.cpu(), saved[name]) for name, value in weights.items())
     bare = TextModel(save(tmp_path / "bare", family))
     assert list(bare.features(SAMPLES, False).layers) == list(model.features(SAMPLES, False).layers)
 
@@ -305,6 +307,11 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
 def test_architectures_of_another_kind(tmp_path: Path, family: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TextModel(save(tmp_path / family, family))
+
+
+def test_only_a_norm_behind_the_last_block_is_the_final_one(tmp_path: Path) -> None:
+    model = TextModel(save(tmp_path / "deberta", "deberta"))
+    assert list(model.features(SAMPLES, False).layers) == ["embeddings", "layers.0", "layers.1", "layers.2"]
 
 
 def test_texts_that_do_not_fit_the_model(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def test_a_network_without_weights_is_an_error() -> None:
         (("stem",), ["stem"]),
         (lambda name, module: isinstance(module, nn.Linear) and "." not in name, ["stem", "head"]),
     ],
-    ids=str,
+    ids=lambda value: str(value).partition(" at 0x")[0],
 )  # fmt: skip
 def test_layers_by_name_glob_regex_and_callable(layers: Layers, expected: list[str] | None) -> None:
     if expected is None:

@@ -89,7 +89,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         ([], "Expected `layers` to name at least one layer"),
         (lambda name, module: False, "Expected `layers` to accept at least one"),
     ],
-    ids=str,
+    ids=lambda value: str(value).partition(" at 0x")[0],
 )
 @pytest.mark.parametrize("num_sanity_val_steps", [0, 2])
 def test_unknown_layers(tmp_path: Path, layers: Any, message: str, num_sanity_val_steps: int) -> None:

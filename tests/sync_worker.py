@@ -247,9 +247,11 @@ def main(folder: Path, jobs: list[str]) -> None:
 
 def run_to_end(script: str, *args: object, seconds: float = 120) -> None:
     """Run a script until its end, or for so many seconds; then end all that it has started too."""
+    # scikit-learn, once imported, leaves settings of OpenMP behind that change how much memory a forked process takes.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("KMP_")}
     process = subprocess.Popen(
         [sys.executable, script, *map(str, args)],
-        env={**os.environ, "PYTHONPATH": str(Path(lit_cka.__file__).parents[1])},
+        env={**inherited, "PYTHONPATH": str(Path(lit_cka.__file__).parents[1])},
         start_new_session=True,  # a group of their own, that can be killed as one
     )
     try:

@@ -67,9 +67,9 @@ def in_process(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, text=True, capture_output=True, timeout=200, env=env)
 
 
-def test_the_config_end_to_end(checkpoints: Path, tmp_path: Path) -> None:
-    done = in_process(*arguments(checkpoints, "--export={monosoup: new/monosoup.ckpt, wise_ft_0.5: new/half.ckpt}"))
-    assert done.returncode == 0, done.stderr
+def test_the_config_end_to_end(checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(checkpoints, "--export={monosoup: new/monosoup.ckpt, wise_ft_0.5: new/half.ckpt}")
+    printed = capsys.readouterr().out
     variants = ["pretrained", "finetuned", "monosoup", "highonly", "lowonly"]
     variants += [f"wise_ft_{alpha}" for alpha in (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)]
     names = ["digits", "rotated", "noisy", "blurred"]
@@ -100,7 +100,7 @@ def test_the_config_end_to_end(checkpoints: Path, tmp_path: Path) -> None:
         "monosoup: new/monosoup.ckpt",
         "Results: out",
     ):
-        assert said in done.stdout
+        assert said in printed
     content = torch.load("new/monosoup.ckpt", weights_only=True)
     assert content["epoch"] == 2
     for name, value in editor.edited.variants["monosoup"].items():
@@ -203,3 +203,14 @@ def test_unknown_command(args: list[str], said: str, capsys: pytest.CaptureFixtu
     captured = capsys.readouterr()
     assert said in captured.err
     assert "usage: analyze.py" in captured.out
+
+
+def test_as_a_process(checkpoints: Path) -> None:
+    done = in_process("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    done = in_process("soup")
+    assert (done.returncode, done.stderr) == (2, "error: unknown command 'soup'\n")
+    done = in_process(*arguments(checkpoints, "--export={monosoop: new.ckpt}"))
+    assert done.returncode == 1
+    assert "got ['monosoop']" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -85,11 +85,14 @@ def bootstrap_cka(
     origins = [[_origin(K, L) for L in whole] for K in (Drawn(K, once) for K in A)]
     t = counts.new_empty(len(A), len(B), num_resamples)
     for start in range(0, num_resamples, _CHUNK):
-        resamples = Resamples(counts[:, start : start + _CHUNK])
+        part = slice(start, start + _CHUNK)
+        resamples = Resamples(counts[:, part])
         drawn = [Drawn(L, resamples) for L in B]
         for i, K in enumerate(Drawn(K, resamples) for K in A):
             for j, L in enumerate(drawn):
-                t[i, j, start : start + _CHUNK] = _studentised(K, L, origins[i][j])
+                # Half the work for a model with itself.
+                mirrored = Ls is Ks and j < i
+                t[i, j, part] = t[j, i, part] if mirrored else _studentised(K, L, origins[i][j])
     centre = torch.stack([torch.stack([origin.value for origin in row]) for row in origins])
     error = torch.stack([torch.stack([origin.error for origin in row]) for row in origins])
     tails = t.new_tensor([(1 + level) / 2, (1 - level) / 2])

@@ -60,7 +60,6 @@ def rdm(X: Tensor, distance: Distance = "correlation") -> Tensor:
 def _angular(x: Tensor, centre: bool) -> Tensor:
     size = x.norm(dim=1, keepdim=True)
     if centre:
-        x = x - x[:, :1]  # so that equal features centre to exact zeros
         x = x - x.mean(dim=1, keepdim=True)
     length = x.norm(dim=1, keepdim=True)
     unit = (x / length).masked_fill(length <= _ROUNDING * size, torch.nan)

@@ -173,13 +173,24 @@ def test_seed_and_level() -> None:
     assert (highs.diff() > 0).all()
 
 
+def test_a_model_with_itself_gives_a_symmetric_matrix() -> None:
+    Ks, _ = grams(20, 3)
+    ends = bootstrap_cka(Ks, Ks, num_resamples=50)
+    for end, expected in zip(ends, bootstrap_cka(Ks, Ks.clone(), num_resamples=50), strict=True):
+        torch.testing.assert_close(end, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(end, end.T, rtol=0, atol=1e-12)
+
+
 @ESTIMATORS
-def test_a_matrix_with_itself_has_no_uncertainty(debiased: bool) -> None:
-    Ks, _ = grams(20, 2)
-    low, high = bootstrap_cka(Ks, 3 * Ks, debiased=debiased, num_resamples=50)
-    torch.testing.assert_close(low.diagonal(), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-12)
-    torch.testing.assert_close(high.diagonal(), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-12)
-    assert low[0, 1] < high[0, 1]
+@pytest.mark.parametrize("n", [4, 20])  # with 4, some standard errors are exactly 0, not only nearly
+def test_a_matrix_with_itself_has_no_uncertainty(n: int, debiased: bool) -> None:
+    Ks, _ = grams(n, 8)
+    one = torch.ones(8, dtype=torch.float64)
+    for Ls in (Ks, 3 * Ks):
+        low, high = bootstrap_cka(Ks, Ls, debiased=debiased, num_resamples=50)
+        torch.testing.assert_close(low.diagonal(), one, rtol=0, atol=1e-12)
+        torch.testing.assert_close(high.diagonal(), one, rtol=0, atol=1e-12)
+        assert n == 4 or low[0, 1] < high[0, 1]
 
 
 @ESTIMATORS

@@ -106,6 +106,9 @@ def test_constant_and_non_finite_features(wide: bool) -> None:
         assert procrustes_distance(Y, broken, normalize=False).isnan()
         assert all(part.isnan().all() for part in orthogonal_alignment(broken, Y))
     assert orthogonal_alignment(X, constant).relative.isnan()
+    rounded = 1e3 + 1e-13 * Y  # the same value, but for rounding
+    assert (rounded != rounded[0]).any()
+    assert procrustes_distance(X, rounded).isnan()
 
 
 @pytest.mark.parametrize(("n", "d"), [(30, 3), (5, 9)])

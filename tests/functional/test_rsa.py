@@ -50,14 +50,18 @@ def test_what_each_distance_ignores() -> None:
         assert (difference < 1e-12) == same, distance
 
 
+def test_distances_far_from_zero_keep_their_digits() -> None:
+    X = paired_features(8, 5, 5)[0] + 1e7
+    np.testing.assert_allclose(rdm(X, "euclidean"), squareform(pdist(X.numpy())), atol=1e-6)
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e5])
 def test_repeated_samples_are_at_distance_zero(offset: float) -> None:
-    X, _ = paired_features(6, 40, 5)
-    X = X + offset
-    X[4] = X[1]
-    assert rdm(X, "euclidean")[1, 4] == 0
+    X = (paired_features(15, 41, 5)[0] + offset).repeat(2, 1)
+    again = torch.arange(15), torch.arange(15, 30)
+    assert (rdm(X, "euclidean")[again] == 0).all()
     for distance in DISTANCES:
-        assert rdm(X, distance)[1, 4].item() == pytest.approx(0, abs=1e-14)
+        assert rdm(X, distance)[again].max().item() == pytest.approx(0, abs=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +70,7 @@ def test_repeated_samples_are_at_distance_zero(offset: float) -> None:
         ("cosine", torch.zeros(5)),
         ("correlation", torch.zeros(5)),
         ("correlation", torch.full((5,), 0.1)),
+        ("correlation", torch.tensor([1, 1 + 2**-52, 1, 1, 1], dtype=torch.float64)),  # equal, but for rounding
         ("euclidean", torch.tensor([0, 0, torch.nan, 0, 0])),
         ("cosine", torch.tensor([0, 0, torch.inf, 0, 0])),
         ("euclidean", torch.tensor([0, 0, torch.inf, 0, 0])),

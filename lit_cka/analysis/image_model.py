@@ -158,4 +158,5 @@ class Digits:
             raise ValueError(f"Expected `shift` to be one of {', '.join(data.test_names)}, but got {self.shift!r}.")
         dataset: Any = data.test_sets[data.test_names.index(self.shift)].dataset
         images, labels = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
-        return Samples([str(index) for index in range(len(images))], list(images), [int(y) for y in labels], self.name)
+        ids = [f"{','.join(map(str, sorted(set(self.classes))))} {index}" for index in range(len(images))]
+        return Samples(ids, list(images), [int(y) for y in labels], self.name)

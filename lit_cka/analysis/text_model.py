@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from lit_cka.analysis.extraction import extract
 from lit_cka.analysis.features import Features
-from lit_cka.analysis.texts import Samples, collate, load_tokenizer, tokenize
+from lit_cka.analysis.texts import Samples, collate, tokenize
+from lit_cka.data.tokenizer import load_tokenizer
 from lit_cka.features import tensors_in
 from lit_cka.layers import Layers, named_layers
 

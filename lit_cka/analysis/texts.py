@@ -188,26 +188,6 @@ def _draw(labels: list[Any], num_samples: int, seed: int) -> list[int]:
     return sorted(index for _, index in turns[:num_samples])
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Any:
-    """The tokenizer in a folder or on the hub.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    from transformers import AutoTokenizer
-
-    missing = f"Expected a tokenizer at {str(path)!r}, but there is none; `tokenizer` can name another place."
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(missing) from error
-    # For some architectures transformers makes up a tokenizer where there are no files, of special tokens and a space.
-    special = set(tokenizer.all_special_ids)
-    if not any(token.strip("▁") for token, id in tokenizer.get_vocab().items() if id not in special):
-        raise ValueError(missing)
-    return tokenizer
-
-
 def tokenize(tokenizer: Any, samples: Samples, max_length: int) -> list[list[int]]:
     """Tokens of each text, with the special ones that the tokenizer adds; texts are cut with one warning."""
     # The tokens alone: tokenizers may add inputs, such as types, that change the features of models without them.

@@ -31,7 +31,7 @@ def all_features(models: Sequence[Model], data: Data, folder: Path) -> list[Feat
         ValueError: if two models have the same name.
     """
     names = [model.name for model in models]
-    if len(set(names)) < len(names):
+    if len({file_name(name) for name in names}) < len(names):  # they would overwrite each other's files
         raise ValueError(f"Expected models of different names, but got {', '.join(names)}. Set `name`.")
     samples = data.read()
     return [_features(model, samples, folder) for model in models]

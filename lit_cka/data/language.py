@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
 from lit_cka.data.test_sets import TestSet, TestSetsDataModule
+from lit_cka.data.tokenizer import load_tokenizer
 
 Kind = Literal["perplexity", "multiple_choice", "exact_match"]
 
@@ -231,18 +232,8 @@ class LanguageTestsDataModule(TestSetsDataModule):
         return test_sets
 
     def _load_tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
         module = self.trainer.lightning_module if self.trainer is not None else None
         name = self.tokenizer or getattr(module, "tokenizer_name", None)
         if name is None:
             raise ValueError("Expected `tokenizer` to name a tokenizer, since the LightningModule has none.")
-        missing = f"Expected a tokenizer at {str(name)!r}, but there is none; `tokenizer` can name another place."
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise ValueError(missing) from error
-        # For some architectures transformers makes up a tokenizer of special tokens where there are no files.
-        if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
-            raise ValueError(missing)
-        return tokenizer
+        return load_tokenizer(name)

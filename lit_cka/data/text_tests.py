@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lit_cka.data.test_sets import TestSet, TestSetsDataModule
 from lit_cka.data.text import read_labelled_text
+from lit_cka.data.tokenizer import load_tokenizer
 
 
 class TextTestsDataModule(TestSetsDataModule):
@@ -49,8 +50,6 @@ class TextTestsDataModule(TestSetsDataModule):
 
     @override
     def read_test_sets(self) -> list[TestSet]:
-        from transformers import AutoTokenizer
-
         missing = [f"{name}: {path}" for name, path in self.files.items() if not Path(path).is_file()]
         if missing:
             raise FileNotFoundError(f"Expected files of labelled text, but these are missing: {', '.join(missing)}.")
@@ -58,7 +57,7 @@ class TextTestsDataModule(TestSetsDataModule):
         name = self.tokenizer or getattr(module, "tokenizer_name", None)
         if name is None:
             raise ValueError("Expected `tokenizer` to name a tokenizer, since the LightningModule has none.")
-        self._tokenize = AutoTokenizer.from_pretrained(name)
+        self._tokenize = load_tokenizer(name)
         return [
             TestSet(
                 name,

@@ -61,7 +61,7 @@ class MonoSoupEditor(pl.LightningModule):
         layers: blocks for CKA and LiNeS, counted from the model; None for its repeated blocks.
         pooling: of the features for CKA, as in `CKACallback`.
         debiased: use the unbiased HSIC in CKA.
-        max_cka_batches: take CKA over so many batches of each test set at most; 0 for none, None for all.
+        max_cka_batches: take CKA over so many batches of each test set at most, per rank; 0 for none, None for all.
         sequential: keep the variants in files rather than in memory, and one at a time in the model: slower.
 
     Raises:

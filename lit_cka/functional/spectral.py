@@ -29,6 +29,7 @@ RULES: dict[str, str] = {
     "variance": "energy",
 }
 _CHUNK = 2**21  # elements of an update at a time
+_NUM_BLOCKS = 4  # rows of blocks that a Gram matrix is computed in
 _TIE = 1e-9  # an effective rank this close above a whole number is that number: rounding put it there
 
 
@@ -111,8 +112,11 @@ class SpectralSplit(NamedTuple):
             part = basis @ (basis.T @ delta) if self.rows else (delta @ basis) @ basis.T
             for target, (high, low) in zip(flat, weights, strict=True):
                 rest, own = (high, low) if self.complement else (low, high)
-                edited = torch.add(w0, delta, alpha=rest).add_(part, alpha=own - rest)
-                _narrow(target, start, stop, self.rows).copy_(edited)
+                into = _narrow(target, start, stop, self.rows)
+                if into.dtype == dtype:
+                    torch.add(w0, delta, alpha=rest, out=into).add_(part, alpha=own - rest)
+                else:
+                    into.copy_(torch.add(w0, delta, alpha=rest).add_(part, alpha=own - rest))
         return out
 
 
@@ -212,15 +216,20 @@ def _is_doubtful(s: Tensor) -> bool:
 
 
 def _gram(W0: Tensor, W1: Tensor, rows: bool) -> tuple[Tensor, float]:
-    """The smaller Gram matrix of `W1 - W0`, and `||W0||_F^2`, in float64."""
+    """The smaller Gram matrix of `W1 - W0`, its lower triangle, and `||W0||_F^2`, in float64."""
     size = min(_matrix(W1).shape)
+    edges = [size * block // _NUM_BLOCKS for block in range(_NUM_BLOCKS + 1)]
     gram = torch.zeros(size, size, dtype=torch.float64, device=W1.device)
     norm = torch.zeros((), dtype=torch.float64, device=W1.device)
     for start, stop in _chunks(_matrix(W1), along=1 if rows else 0):
         w0 = _narrow(_matrix(W0), start, stop, rows).to(torch.float64)
         delta = _narrow(_matrix(W1), start, stop, rows).to(torch.float64) - w0
         norm += w0.square().sum()
-        gram.addmm_(delta, delta.T) if rows else gram.addmm_(delta.T, delta)
+        columns = delta.T if rows else delta  # (chunk, size)
+        # Block by block below the diagonal, which is all that `eigh` reads.
+        for block in range(_NUM_BLOCKS):
+            first, last = edges[block], edges[block + 1]
+            gram[first:last, :last].addmm_(columns[:, first:last].T, columns[:, :last])
     return gram, norm.item()
 
 

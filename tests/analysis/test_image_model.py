@@ -108,7 +108,7 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
 def test_digits() -> None:
     samples = Digits(classes=[7, 3]).read()
     assert (samples.name, set(samples.labels or [])) == ("digits", {3, 7})
-    assert samples.ids == [str(index) for index in range(len(samples))]
+    assert samples.ids == [f"3,7 {index}" for index in range(len(samples))]  # other classes are other images
     known = load_digits()
     for image, label in zip(samples.items, samples.labels or [], strict=True):
         assert image.shape == (1, 8, 8)

@@ -77,13 +77,14 @@ def edit_parameter(
         ValueError: if the weights hold NaN or infinity; the message names the parameter.
     """
     record = untouched(name, W1)
-    for W, model in ((W0, "pretrained"), (W1, "fine-tuned")):
-        if W is not None and W.is_floating_point() and not _is_finite(W):
-            raise ValueError(f"Expected finite weights, but {name!r} of the {model} model holds NaN or infinity.")
     record["reason"] = reason = _why_left_alone(W0, W1)
     if reason is None:
         assert W0 is not None
-        split = spectral_split(W0, W1, rule=settings.rule, R=settings.R, min_rel_update=settings.min_rel_update)
+        try:
+            split = spectral_split(W0, W1, rule=settings.rule, R=settings.R, min_rel_update=settings.min_rel_update)
+        except ValueError:
+            _check_finite(name, W0, W1)  # which says where it is not
+            raise
         if isinstance(split, float):
             record["relative_change"] = split
             record["reason"] = "unchanged" if split == 0 else f"relative change below {settings.min_rel_update:g}"
@@ -103,6 +104,8 @@ def edit_parameter(
             weights = {"monosoup": (high, low), "highonly": (1.0, 0.0), "lowonly": (0.0, 1.0)}
             edited = split.edited_weights(W0, W1, [weights[variant] for variant in variants])
             return dict(zip(variants, edited, strict=True)), record
+    else:
+        _check_finite(name, W0, W1)
     return dict.fromkeys(variants, W1), record
 
 
@@ -112,6 +115,12 @@ def untouched(name: str, W1: Tensor) -> ParameterRecord:
         name=name, shape=list(W1.shape), reason=None, k=None, rank=None, energy=None, rho=None, lambda_high=None,
         lambda_low=None, relative_change=None,
     )  # fmt: skip
+
+
+def _check_finite(name: str, W0: Tensor | None, W1: Tensor) -> None:
+    for W, model in ((W0, "pretrained"), (W1, "fine-tuned")):
+        if W is not None and W.is_floating_point() and not _is_finite(W):
+            raise ValueError(f"Expected finite weights, but {name!r} of the {model} model holds NaN or infinity.")
 
 
 def _is_finite(W: Tensor) -> bool:

@@ -222,9 +222,9 @@ def _gram(W0: Tensor, W1: Tensor, rows: bool) -> tuple[Tensor, float]:
     gram = torch.zeros(size, size, dtype=torch.float64, device=W1.device)
     norm = torch.zeros((), dtype=torch.float64, device=W1.device)
     for start, stop in _chunks(_matrix(W1), along=1 if rows else 0):
-        w0 = _narrow(_matrix(W0), start, stop, rows).to(torch.float64)
-        delta = _narrow(_matrix(W1), start, stop, rows).to(torch.float64) - w0
-        norm += w0.square().sum()
+        w0, w1 = (_narrow(_matrix(W), start, stop, rows) for W in (W0, W1))
+        norm += torch.linalg.vector_norm(w0, dtype=torch.float64).square()
+        delta = w1.to(torch.float64) - w0
         columns = delta.T if rows else delta  # (chunk, size)
         # Block by block below the diagonal, which is all that `eigh` reads.
         for block in range(_NUM_BLOCKS):

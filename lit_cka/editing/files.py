@@ -176,7 +176,7 @@ class _Job:
             return record
         W0 = None if before is None else self.W0.read(name).to(self.device)
         W1 = self.W1.read(name).to(self.device)
-        values, record = edit_parameter(name, W0, W1, self.settings, [self.variant])
+        values, record = edit_parameter(name, W0, W1, self.settings, [self.variant], overwrite=True)
         edited: Tensor | None = values[self.variant].cpu() if record["reason"] is None else None
         self.W1.write(self.partial.staged, name, edited)
         return record
@@ -207,12 +207,12 @@ class _Job:
         return info.nbytes + (0.0 if info.dtype is None else edit_cost(info.shape))
 
     def _memory(self, name: str) -> int:
-        """The weights before and after, the Gram matrix and what its eigenvectors take, in bytes."""
+        """The two weights, in one of which the edited one is made, and what the eigenvectors take, in bytes."""
         info = self.W1.tensors[name]
         if info.dtype is None:
             return 0
         small = min(info.shape[0], math.prod(info.shape[1:])) if len(info.shape) > 1 else 0
-        return 3 * info.nbytes + 40 * small**2
+        return 2 * info.nbytes + 40 * small**2
 
 
 class _Memory:

@@ -58,7 +58,13 @@ class EditSettings:
 
 
 def edit_parameter(
-    name: str, W0: Tensor | None, W1: Tensor, settings: EditSettings, variants: Sequence[str] = EDITED
+    name: str,
+    W0: Tensor | None,
+    W1: Tensor,
+    settings: EditSettings,
+    variants: Sequence[str] = EDITED,
+    *,
+    overwrite: bool = False,
 ) -> tuple[dict[str, Tensor], ParameterRecord]:
     """The edited values of one parameter, and what was done.
 
@@ -68,6 +74,7 @@ def edit_parameter(
         W1: fine-tuned value.
         settings: how to split.
         variants: which of "monosoup", "highonly" and "lowonly".
+        overwrite: the last variant may take the memory of `W1`, whose value is lost.
 
     Returns:
         A tensor per variant: `W1` itself, not a copy, where the parameter is left alone (one-dimensional, no floating
@@ -102,7 +109,7 @@ def edit_parameter(
                 }
             )
             weights = {"monosoup": (high, low), "highonly": (1.0, 0.0), "lowonly": (0.0, 1.0)}
-            edited = split.edited_weights(W0, W1, [weights[variant] for variant in variants])
+            edited = split.edited_weights(W0, W1, [weights[variant] for variant in variants], overwrite=overwrite)
             return dict(zip(variants, edited, strict=True)), record
     else:
         _check_finite(name, W0, W1)

@@ -28,8 +28,8 @@ RULES: dict[str, str] = {
     "energy": "energy",
     "variance": "energy",
 }
-_CHUNK = 2**21  # elements of an update at a time
-_NUM_BLOCKS = 4  # rows of blocks that a Gram matrix is computed in
+_CHUNK = 2**19  # elements of an update at a time
+_NUM_BLOCKS = 6  # rows of blocks that a Gram matrix is computed in
 _TIE = 1e-9  # an effective rank this close above a whole number is that number: rounding put it there
 
 
@@ -97,12 +97,16 @@ class SpectralSplit(NamedTuple):
     rows: bool
     complement: bool
 
-    def edited_weights(self, W0: Tensor, W1: Tensor, weights: Sequence[tuple[float, float]]) -> list[Tensor]:
+    def edited_weights(
+        self, W0: Tensor, W1: Tensor, weights: Sequence[tuple[float, float]], *, overwrite: bool = False
+    ) -> list[Tensor]:
         """`W0 + high Delta_high + low Delta_low` for each `(high, low)`, in the shape, dtype and place of `W1`.
 
-        Computed in float32, or float64 if `W1` is.
+        Computed in float32, or float64 if `W1` is. With `overwrite`, the last of them takes the memory of `W1`.
         """
-        out = [torch.empty_like(W1, memory_format=torch.contiguous_format) for _ in weights]
+        into_W1 = overwrite and W1.is_contiguous()
+        new = weights[1:] if into_W1 else weights
+        out = [torch.empty_like(W1, memory_format=torch.contiguous_format) for _ in new] + [W1] * into_W1
         flat = [_matrix(edited) for edited in out]
         dtype = _dtype(W1)
         basis = self.basis.to(dtype)
@@ -113,10 +117,11 @@ class SpectralSplit(NamedTuple):
             for target, (high, low) in zip(flat, weights, strict=True):
                 rest, own = (high, low) if self.complement else (low, high)
                 into = _narrow(target, start, stop, self.rows)
+                base = w0 if rest == 0 else w1 if rest == 1 else torch.add(w0, delta, alpha=rest)
                 if into.dtype == dtype:
-                    torch.add(w0, delta, alpha=rest, out=into).add_(part, alpha=own - rest)
+                    torch.add(base, part, alpha=own - rest, out=into)
                 else:
-                    into.copy_(torch.add(w0, delta, alpha=rest).add_(part, alpha=own - rest))
+                    into.copy_(torch.add(base, part, alpha=own - rest))
         return out
 
 

@@ -502,6 +502,7 @@ def test_four_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     measured = json.loads((tmp_path / "memory.json").read_text())
     print(measured)
     assert measured["bytes"] < 1.5e9
+    assert measured["bytes"] < 3.2 * (64_000 * 1024 * 4)  # about three times the largest tensor
 
     monkeypatch.setenv("LIT_CKA_PAUSE", str(measured["seconds"] / 12))
     run_to_end(WORKER, "kills", a, b, tmp_path / "out", 10, seconds=1500)

@@ -200,12 +200,15 @@ class MonoSoupEditor(pl.LightningModule):
         from lit_cka.data.test_sets import TestSet
 
         loaders = self.trainer.test_dataloaders
-        num_sets = len(loaders) if isinstance(loaders, (list, tuple, Mapping)) else 1
+        listed = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
+        listed = listed if isinstance(listed, (list, tuple)) else [listed]
+        num_sets = len(listed)
         datamodule = getattr(self.trainer, "datamodule", None)
         test_sets = [test_set for test_set in getattr(datamodule, "test_sets", []) if isinstance(test_set, TestSet)]
         self._names = list(loaders) if isinstance(loaders, Mapping) else [f"test_{i}" for i in range(num_sets)]
         self._to_classes: list[Callable[[Tensor], Tensor] | None] = [None] * num_sets
-        if len(test_sets) == num_sets:
+        # A trainer keeps the data module of an earlier run: its test sets count only if they are what is loaded.
+        if [getattr(loader, "dataset", None) for loader in listed] == [test_set.dataset for test_set in test_sets]:
             self._names = [test_set.name for test_set in test_sets]
             self._to_classes = [test_set.to_classes for test_set in test_sets]
         variants = list(self.edited.variants)

@@ -66,8 +66,9 @@ class Placement:
             for key, weights in sets.items()
         }
         self._keep = sets  # so that no identity is used twice
-        self._own = {
-            name: tensor.detach().clone() if copy else tensor.detach() for name, tensor in self._tensors.items()
+        self._own = {  # copies not on a GPU, which has to hold one model alone
+            name: tensor.detach().to("cpu", copy=True) if copy else tensor.detach()
+            for name, tensor in self._tensors.items()
         }
 
     @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import re
 import signal
 import tempfile
@@ -26,6 +27,7 @@ from lit_cka.models import ImageClassifier
 from tests.callback.helpers import WIDTH, Classifier, Net, trainer
 from tests.editing.evaluation_worker import NUM_CLASSES, Sets, models, samples, weights
 from tests.small_models import image_folder
+from tests.sync_worker import run_to_end
 
 VARIANTS = ["pretrained", "finetuned", "monosoup", "highonly", "lowonly"]
 
@@ -440,3 +442,23 @@ def test_many_threads_of_data(tmp_path: Path) -> None:
         )
         trainer(tmp_path).test(editor, run, verbose=False)
     assert editors[0].results == editors[1].results
+
+
+def test_sequential_takes_less_memory_for_the_same_results(tmp_path: Path) -> None:
+    """One module and a copy of its own weights, next to one module and five sets."""
+    found = {}
+    for mode in ("together", "sequential"):
+        run_to_end(str(Path(__file__).with_name("memory_worker.py")), mode, tmp_path / mode, seconds=100)
+        found[mode] = json.loads((tmp_path / mode).read_text())
+    assert found["together"]["metrics"] == found["sequential"]["metrics"]
+    assert 5.5 < found["together"]["models"] < 6.8
+    assert found["sequential"]["models"] < 2.8
+
+
+def test_a_trainer_that_had_a_datamodule_forgets_its_names(tmp_path: Path) -> None:
+    run, editor = trainer(tmp_path), MonoSoupEditor(*models())
+    run.test(editor, datamodule=Sets(), verbose=False)
+    assert editor.results is not None
+    assert "test_0" not in editor.results.metrics["monosoup"]
+    run.test(editor, [loader() for _ in Sets.sizes], verbose=False)
+    assert {"test_0", "test_1", "test_2"} <= editor.results.metrics["monosoup"].keys()

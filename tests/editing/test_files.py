@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -385,11 +387,11 @@ def test_an_interrupted_edit_goes_on_where_it_was(tmp_path: Path, kind: str, mon
     whole = edit(*paths, tmp_path / "whole.pt")
     seen: list[str] = []
 
-    def stopping(name: str, *args: Any) -> Any:
+    def stopping(name: str, *args: Any, **more: Any) -> Any:
         seen.append(name)
         if len(seen) == 9:
             raise Stop
-        return edit_parameter(name, *args)
+        return edit_parameter(name, *args, **more)
 
     monkeypatch.setattr("lit_cka.editing.files.edit_parameter", stopping)
     with pytest.raises(Stop):
@@ -463,6 +465,21 @@ def test_ranks_write_what_one_process_writes(tmp_path: Path, kind: str, monkeypa
     assert run_ranks(a, b, tmp_path / "out.pt", size=3, monkeypatch=monkeypatch) == ["no error"] * 3
     assert contents(tmp_path / "out.pt") == contents(tmp_path / "whole.pt")
     assert not (tmp_path / "out.pt.partial").exists()
+
+
+@pytest.mark.timeout(120)
+def test_torchrun(tmp_path: Path) -> None:
+    a, b = folder(tmp_path / "a", W0, 2), folder(tmp_path / "b", W1, 3)
+    edit(a, b, tmp_path / "whole")
+    script = Path(__file__).parents[2] / "analyze.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    command += ["edit", f"--pretrained={a}", f"--finetuned={b}", f"--output={tmp_path / 'out'}"]
+    command += [f"--report={tmp_path / 'report.json'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"monosoup: {tmp_path / 'out'}") == 1  # the first rank alone speaks
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert len(json.loads((tmp_path / "report.json").read_text())["parameters"]) == len(W1)
 
 
 @pytest.mark.timeout(120)

@@ -447,6 +447,26 @@ def test_chunks_change_nothing(
         torch.testing.assert_close(value, expected[variant], rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40)], ids=str)
+def test_the_last_may_take_the_memory_of_the_finetuned_weight(
+    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spectral, "_CHUNK", 100)  # several, each of which is read before it is written
+    W0, W1 = weights(shape, low_rank(shape, 5) + 0.1 * noise(shape), dtype)
+    split = split_of(W0, W1)
+    wanted: list[tuple[float, float]] = [(1.0, 0.0), (0.3, 0.6), (0.0, 1.0)]
+    for order in (wanted, wanted[::-1], wanted[1:2]):
+        expected, own = split.edited_weights(W0, W1, order), W1.clone()
+        found = split.edited_weights(W0, own, order, overwrite=True)
+        assert [value.data_ptr() == own.data_ptr() for value in found] == [False] * (len(order) - 1) + [True]
+        for value, wish in zip(found, expected, strict=True):
+            assert torch.equal(value, wish)
+    aside = W1.T.contiguous().T  # no place to write rows to
+    assert split.edited_weights(W0, aside, wanted, overwrite=True)[-1].data_ptr() != aside.data_ptr()
+    assert torch.equal(aside, W1)
+
+
 def test_weights_that_are_not_contiguous() -> None:
     W0, W1 = weights((12, 4, 3, 3), low_rank((12, 4, 3, 3), 5) + 0.1 * noise((12, 4, 3, 3)))
     expected = edited(split_of(W0, W1), W0, W1)

@@ -60,7 +60,7 @@ def weights_for(module: nn.Module, source: Source, role: str, shared: Sequence[s
         shared: beginnings of names that may be missing; they are left out of the result.
 
     Raises:
-        ValueError: if weights are missing or have another shape, with a table of them.
+        ValueError: if weights are missing or have another shape, or there are more blocks, with a table of them.
     """
     expected = own_weights(module)
     weights = _read(source, module)
@@ -72,6 +72,12 @@ def weights_for(module: nn.Module, source: Source, role: str, shared: Sequence[s
     ]
     if lacking:
         raise ValueError(_table_of_differences(lacking, expected, weights, role))
+    surplus = _further_blocks(expected, weights, fitting)
+    if surplus:
+        shown = "\n".join(f"  {name}  {tuple(weights[name].shape)}" for name in surplus[:10])
+        raise ValueError(
+            f"The {role} weights are of a deeper model, with {len(surplus)} tensors that have no counterpart:\n{shown}"
+        )
     return {
         name: value.detach().to(expected[name].dtype) if value.is_floating_point() else value.detach()
         for name, value in fitting.items()
@@ -118,6 +124,28 @@ def _fitting(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> d
         below = {name[len(prefix) :]: value for name, value in expected.items() if name.startswith(prefix)}
         readings.append({prefix + name: value for name, value in fitting_weights(below, weights).items()})
     return max(readings, key=len)
+
+
+def _further_blocks(
+    expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], fitting: Mapping[str, Tensor]
+) -> list[str]:
+    """Names like those expected, but with a number that none of these has; other parts (a text tower) don't count."""
+    names = {id(value): name for name, value in weights.items()}
+    own, held = next(((own, names[id(value)]) for own, value in fitting.items() if id(value) in names), ("", ""))
+    while own and held and own[-1] == held[-1]:
+        own, held = own[:-1], held[:-1]  # what is left: how all names begin here and there
+    known = {_without_numbers(name) for name in expected}
+    return [
+        name
+        for name in weights
+        if name.startswith(held)
+        and own + name[len(held) :] not in expected
+        and _without_numbers(own + name[len(held) :]) in known
+    ]
+
+
+def _without_numbers(name: str) -> str:
+    return ".".join("#" if part.isdecimal() else part for part in name.split("."))
 
 
 def _table_of_differences(

@@ -351,6 +351,23 @@ class TestDifferences:
         assert "  net.blocks.2.linear.weight" in message
         assert "`shared`" in message
 
+    @pytest.mark.parametrize("start", [None, "", "module.", "net."])
+    def test_deeper_model(self, tmp_path: Path, start: str | None) -> None:
+        deeper: Any = Classifier(Net(4, num_classes=7))
+        if start is not None:
+            named = {name.removeprefix("net."): value for name, value in weights(deeper).items()}
+            torch.save({start + name: value for name, value in named.items()}, tmp_path / "deeper.pt")
+            deeper = tmp_path / "deeper.pt"
+        with pytest.raises(ValueError, match=r"(?s)pretrained weights are of a deeper model, with 7 .*blocks\.3\."):
+            MonoSoupEditor(deeper, models()[1])
+
+    def test_other_parts_of_a_file_do_not_count(self, tmp_path: Path) -> None:
+        held = weights(models()[0])
+        held |= {f"text.blocks.{name.split('.')[-3]}.other": value for name, value in held.items() if "blocks" in name}
+        held |= {"text.blocks.7.linear.weight": torch.zeros(6, 6)}
+        torch.save(held, tmp_path / "more.pt")
+        assert MonoSoupEditor(tmp_path / "more.pt", models()[1]).edited.records
+
     def test_other_width(self, tmp_path: Path) -> None:
         torch.save(Classifier(Net(3, 8, num_classes=7)).state_dict(), tmp_path / "wide.pt")
         with pytest.raises(ValueError, match=r"parameter +expected +in the file\n") as caught:

@@ -58,24 +58,32 @@ def _distributed_sampler(loader: Any) -> DistributedSampler[Any] | None:
     return sampler if isinstance(sampler, DistributedSampler) else None
 
 
-def num_first_samples(trainer: pl.Trainer, stage: Stage, dataloader: int, batch_idx: int) -> int | None:
+def num_first_samples(
+    trainer: pl.Trainer, stage: Stage, dataloader: int, batch_idx: int, max_batches: int | None = None
+) -> int | None:
     """How many samples of a batch, from its start on, no rank has had before; None for all.
 
     torch's `DistributedSampler` repeats samples to give all ranks as many. It appends them to the list that it deals
     out to the ranks in turn, so sample `k` of rank `r` among `W` is a repetition if `r + k W` is `N` or more.
+
+    With `max_batches`, only the samples count that so many batches would hold without ranks; where the order of the
+    samples isn't known, each rank's own first batches.
     """
     loader = _dataloaders(trainer, stage)[dataloader]
     sampler = _distributed_sampler(loader)
-    if sampler is None or sampler.drop_last:
+    is_known = type(getattr(loader, "batch_sampler", None)) is BatchSampler and getattr(loader, "in_order", True)
+    num_samples = None if sampler is None else len(cast(Sized, sampler.dataset))
+    if sampler is None or num_samples is None or not is_known:
+        if sampler is not None and num_samples is not None and sampler.total_size > num_samples:
+            rank_zero_warn(
+                f"{stage} dataloader {dataloader} repeats {sampler.total_size - num_samples} of {num_samples} samples "
+                f"to give all ranks as many, in an order that {type(loader.batch_sampler).__name__} hides: they count "
+                "twice in CKA."
+            )
+        return None if max_batches is None or batch_idx < max_batches else 0
+    batch_size = loader.batch_sampler.batch_size
+    counted = num_samples if max_batches is None else min(max_batches * batch_size, num_samples)
+    if counted >= sampler.total_size:
         return None
-    num_samples, repeated = len(cast(Sized, sampler.dataset)), sampler.total_size - len(cast(Sized, sampler.dataset))
-    if repeated <= 0:
-        return None
-    if type(loader.batch_sampler) is not BatchSampler or not getattr(loader, "in_order", True):
-        rank_zero_warn(
-            f"{stage} dataloader {dataloader} repeats {repeated} of {num_samples} samples to give all ranks as many, "
-            f"in an order that {type(loader.batch_sampler).__name__} hides: they count twice in CKA."
-        )
-        return None
-    own = (num_samples - sampler.rank + sampler.num_replicas - 1) // sampler.num_replicas
-    return min(max(own - batch_idx * loader.batch_sampler.batch_size, 0), loader.batch_sampler.batch_size)
+    own = (counted - sampler.rank + sampler.num_replicas - 1) // sampler.num_replicas
+    return int(min(max(own - batch_idx * batch_size, 0), batch_size))

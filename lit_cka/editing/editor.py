@@ -61,7 +61,8 @@ class MonoSoupEditor(pl.LightningModule):
         layers: blocks for CKA and LiNeS, counted from the model; None for its repeated blocks.
         pooling: of the features for CKA, as in `CKACallback`.
         debiased: use the unbiased HSIC in CKA.
-        max_cka_batches: take CKA over so many batches of each test set at most, per rank; 0 for none, None for all.
+        max_cka_batches: take CKA over the samples of so many batches of each test set at most, which ranks share; 0 for
+            none, None for all.
         sequential: keep the variants in files rather than in memory, and one at a time in the model: slower.
 
     Raises:
@@ -225,11 +226,11 @@ class MonoSoupEditor(pl.LightningModule):
         assert self._extractor is not None
         assert self._placement is not None
         self._finish_before(dataloader_idx)
-        num_first = num_first_samples(self.trainer, "test", dataloader_idx, batch_idx)
-        num_rows = num_first
-        if num_first is not None and isinstance(batch, Mapping) and "sample" in batch:
-            num_rows = int((batch["sample"] < num_first).sum())
-        with_cka = self.max_cka_batches is None or batch_idx < self.max_cka_batches
+        first_of = partial(num_first_samples, self.trainer, "test", dataloader_idx, batch_idx)
+        num_first, num_rows = first_of(), first_of(max_batches=self.max_cka_batches)
+        if num_rows is not None and isinstance(batch, Mapping) and "sample" in batch:
+            num_rows = int((batch["sample"] < num_rows).sum())
+        with_cka = num_rows != 0
         comparison = self._comparisons[dataloader_idx]
         # Hooks for each batch anew: Lightning tells a module nothing about errors and interrupts in between.
         with self._extractor, self._placement.all_in_turn() as variants:

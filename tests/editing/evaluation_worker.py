@@ -140,6 +140,21 @@ def languages(rank: int, world_size: int, folder: Path) -> Any:
     return seen_of(editor, run)
 
 
+def limited(rank: int, world_size: int, folder: Path) -> Any:
+    """CKA over the samples of two batches, which the ranks share; of texts, over their rows."""
+    seen = []
+    files = {name: str(folder / f"{name}.jsonl") for name in ("texts", "choices")}
+    for sources, data in (
+        (models(), Sets()),
+        ((folder / "pretrained", folder / "finetuned"), LanguageTestsDataModule(files, batch_size=2)),
+    ):
+        editor = MonoSoupEditor(*sources, max_cka_batches=2)
+        run = ranks_worker.trainer(folder, world_size, precision="64-true")
+        run.test(editor, data, verbose=False)
+        seen.append(seen_of(editor, run))
+    return seen
+
+
 def damaged(rank: int, world_size: int, folder: Path) -> Any:
     """A NaN in a weight that one rank alone edits, which all ranks have to refuse."""
     pretrained, finetuned = models()
@@ -154,7 +169,7 @@ def damaged(rank: int, world_size: int, folder: Path) -> Any:
 
 def all_jobs(rank: int, world_size: int, folder: Path) -> Any:
     tempfile.tempdir = str(folder)  # forked processes end without a word to who would remove files
-    jobs = (evaluated, shared, languages, damaged)
+    jobs = (evaluated, shared, languages, limited, damaged)
     return {job.__name__: job(rank, world_size, folder) for job in jobs}
 
 

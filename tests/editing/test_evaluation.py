@@ -286,6 +286,7 @@ def alone(ranks: Path) -> dict[str, Any]:
             ),
         )
         jobs = (evaluation_worker.evaluated, evaluation_worker.shared, evaluation_worker.languages)
+        jobs += (evaluation_worker.limited,)
         return {job.__name__: job(0, 1, ranks) for job in jobs}
 
 
@@ -311,7 +312,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("job", ["evaluated", "shared", "languages"])
+@pytest.mark.parametrize("job", ["evaluated", "shared", "languages", "limited"])
 def test_on_ranks_as_in_one_process(ranks: Path, alone: dict[str, Any], job: str, world_size: int) -> None:
     for seen in of_ranks(ranks, job, world_size):
         assert_same(seen, json.loads(json.dumps(alone[job])))
@@ -321,6 +322,10 @@ def test_one_process_counts_each_sample_once(alone: dict[str, Any]) -> None:
     assert alone["evaluated"]["True"]["num_samples"] == {"clean": 37, "chosen": 41, "few": 10}
     assert alone["evaluated"]["True"]["num_cka_samples"] == {"clean": 37, "chosen": 41, "few": 10}
     assert alone["shared"]["num_samples"] == {"test_0": 37}
+    assert [each["num_cka_samples"] for each in alone["limited"]] == [
+        {"clean": 16, "chosen": 16, "few": 10},
+        {"texts": 4, "choices": 12},
+    ]
     assert alone["languages"]["num_samples"] == {"texts": 4, "choices": 5, "answers": 6}
     assert alone["languages"]["num_cka_samples"] == {"texts": 4, "choices": 14, "answers": 6}
 

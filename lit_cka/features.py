@@ -64,6 +64,7 @@ class FeatureExtractor:
         self._on_return = on_return
         self._handles = ExitStack()
         self._hooked = False
+        self._by_name: dict[str, nn.Module] = {}
         # Found once, so that a later batch of as many samples as tokens is no riddle.
         self._layouts: dict[str, str] = {}
         self._running: list[str] = []
@@ -90,15 +91,16 @@ class FeatureExtractor:
         if self._hooked:
             raise RuntimeError("This FeatureExtractor is already active; leave its `with` block first.")
         self._hooked = True
-        modules = {"": self.model, **named_layers(self.model)}
+        self._by_name = {"": self.model, **named_layers(self.model)}
         for name in self._ancestors():
-            self._handles.callback(self._hook_ancestor(name, modules[name]))
+            self._handles.callback(self._hook_ancestor(name, self._by_name[name]))
         for name in self.layer_names:
-            self._handles.callback(self._hook_layer(name, modules[name]))
+            self._handles.callback(self._hook_layer(name, self._by_name[name]))
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._handles.close()
+        self._by_name = {}
         self._hooked = False
         self._clear()
 
@@ -224,11 +226,10 @@ class FeatureExtractor:
             return self._layout
         known = self._layouts.get(name)
         if known is None or len(known) != tensor.ndim or tensor.shape[known.index("N")] not in batch_sizes:
-            known = self._layouts[name] = find_layout(name, module, tensor, batch_sizes, self._parent(name))
+            known = self._layouts[name] = find_layout(
+                name, module, tensor, batch_sizes, self._by_name[name.rpartition(".")[0]]
+            )
         return known
-
-    def _parent(self, name: str) -> nn.Module:
-        return {"": self.model, **named_layers(self.model)}[name.rpartition(".")[0]]
 
     def _mask(self, name: str, layout: str, tensor: Tensor) -> Tensor | None:
         """The innermost (n, tokens) mask around the layer; None where there is none, or it is for other tokens."""

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from typing_extensions import Self
 
 from lit_cka.collectives import agree_on_sizes, all_reduce_moments, flattened
-from lit_cka.functional.cka import cka_from_moments, hsic, pairwise_hsic
+from lit_cka.functional.cka import cka_from_moments, own_hsic, pairwise_hsic
 from lit_cka.functional.kernels import linear_gram, rbf_gram
 from lit_cka.functional.moments import (
     PairedMoments,
@@ -220,8 +220,8 @@ class MinibatchCKA(_Float64Metric):
         if self.hsic_xy.ndim and self.hsic_xy.shape != shape:
             raise ValueError(f"Expected {tuple(self.hsic_xy.shape)} layers as before, but got {shape}.")
         self.hsic_xy = self.hsic_xy + pairwise_hsic(grams_x, grams_y, unbiased=True)
-        self.hsic_xx = self.hsic_xx + torch.stack([hsic(K, K, unbiased=True) for K in grams_x])
-        self.hsic_yy = self.hsic_yy + torch.stack([hsic(L, L, unbiased=True) for L in grams_y])
+        self.hsic_xx = self.hsic_xx + own_hsic(grams_x, unbiased=True)
+        self.hsic_yy = self.hsic_yy + own_hsic(grams_y, unbiased=True)
         self.n = self.n + grams_x.shape[-1]
 
     def _grams(self, name: str, features: Sequence[Tensor] | Mapping[str, Tensor]) -> Tensor:

@@ -108,12 +108,12 @@ def find_layout(
         ValueError: if more than one layout fits, or none.
     """
     shape = output.shape
-    own, parents = _batch_first(module), None if parent is None else _batch_first(parent)
+    own = _batch_first(module)
     if own is False and output.ndim == 3:
         return "TNC"  # as it says itself; the model's inputs may be tokens first, too, where their sizes mislead
     sizes = batch_sizes or set(shape)
     fitting = [layout for layout in _candidates(output.ndim) if shape[layout.index("N")] in sizes]
-    said = own if own is not None else parents
+    said = _batch_first(parent) if own is None and parent is not None else own
     if said is not None and output.ndim > 2:
         agreeing = [layout for layout in fitting if (layout[0] == "N") is said]
         # Against the batch size, what is around a layer makes its layout a question, no more.

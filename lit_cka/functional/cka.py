@@ -105,6 +105,15 @@ def pairwise_hsic(Ks: Tensor, Ls: Tensor, *, unbiased: bool) -> Tensor:
     return _hsic(Ks.flatten(1) @ Ls.flatten(1).T, a @ b.T, a.sum(1)[:, None], b.sum(1), n, unbiased)
 
 
+def own_hsic(Ks: Tensor, *, unbiased: bool) -> Tensor:
+    """`hsic` of every matrix in `Ks` (k, n, n) with itself: (k,)."""
+    _check_num_samples(Ks.shape[-1], unbiased)
+    Ks = _double_centred(Ks.detach().to(torch.float64))
+    a = Ks.diagonal(dim1=1, dim2=2)
+    n = torch.tensor(Ks.shape[-1], dtype=torch.float64, device=Ks.device)
+    return _hsic(Ks.flatten(1).square().sum(1), a.square().sum(1), a.sum(1), a.sum(1), n, unbiased)
+
+
 def _hsic(cross: Tensor, ab: Tensor, a: Tensor, b: Tensor, n: Tensor, unbiased: bool) -> Tensor:
     """HSIC from sums over a centred pair: `cross = tr(Kc Lc)`, `a`, `b` the traces, `ab` the diagonals' product.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,14 +11,14 @@ from torch import Tensor
 from lit_cka.functional.cka import _ROUNDING, _check_num_samples, _hsic, _ratio
 from lit_cka.functional.moments import check_features
 
-_GRAM_BYTES = 2**30  # that all Gram matrices may take together
+_BLOCK_BYTES = 2**25  # that a block of rows of all Gram matrices may take
 
 
 def cka_matrix(Xs: Sequence[Tensor], Ys: Sequence[Tensor], *, debiased: bool = False) -> Tensor:
     """`linear_cka` of every pair: element `(i, j)` is that of `Xs[i]` and `Ys[j]`, at about the cost of one product.
 
-    Computed in float64, from the samples' Gram matrices or from the products of the features, whichever is cheaper
-    and fits into memory: the two are equal.
+    Computed in float64, from the samples' Gram matrices, a block of rows at a time, or from the products of the
+    features, whichever is cheaper: the two are equal.
 
     Args:
         Xs: features (n, d_i) of each layer, any floating dtypes and widths.
@@ -41,9 +42,7 @@ def cka_matrix(Xs: Sequence[Tensor], Ys: Sequence[Tensor], *, debiased: bool = F
     a, b = (torch.stack([layer.square().sum(dim=1) for layer in layers]) for layers in (X, Y))
     n = torch.tensor(len(X[0]), dtype=torch.float64, device=X[0].device)
     if _gram_form_is_cheaper(X, Y, same):
-        Ks = torch.stack([(layer @ layer.T).flatten() for layer in X])
-        Ls = Ks if same else torch.stack([(layer @ layer.T).flatten() for layer in Y])
-        cross, own_x, own_y = Ks @ Ls.T, Ks.square().sum(dim=1), Ls.square().sum(dim=1)
+        cross, own_x, own_y = _gram_products(X, Y)
     else:
         own_x, own_y = (torch.stack([(layer.T @ layer).square().sum() for layer in layers]) for layers in (X, Y))
         widths = [layer.shape[1] for layer in Y]
@@ -57,6 +56,38 @@ def cka_matrix(Xs: Sequence[Tensor], Ys: Sequence[Tensor], *, debiased: bool = F
     hsic_yy = _hsic(own_y, b.square().sum(dim=1), b.sum(dim=1), b.sum(dim=1), n, debiased)
     value = _ratio(hsic_xy, hsic_xx[:, None], hsic_yy[None, :])
     return value.masked_fill(constant_x[:, None] | constant_y[None, :], torch.nan)
+
+
+def _gram_products(X: Sequence[Tensor], Y: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Inner products of all Gram matrices of `X` with those of `Y` (k, l), and of each with itself (k,), (l,).
+
+    Gram matrices are symmetric, so that of each block of rows what is right of the diagonal is not computed, and what
+    is left of it counts twice.
+    """
+    n = len(X[0])
+    cross, own_x, own_y = X[0].new_zeros(len(X), len(Y)), X[0].new_zeros(len(X)), X[0].new_zeros(len(Y))
+    step = min(max(_BLOCK_BYTES // (8 * n * (len(X) + len(Y))), 16), n)
+    room_x = X[0].new_empty(len(X) * step * n)
+    room_y = room_x if X is Y else X[0].new_empty(len(Y) * step * n)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        Ks = _gram_rows(X, start, stop, room_x)
+        Ls = Ks if X is Y else _gram_rows(Y, start, stop, room_y)
+        cross += Ks @ Ls.T
+        own_x += torch.linalg.vector_norm(Ks, dim=1).square()
+        own_y += torch.linalg.vector_norm(Ls, dim=1).square()
+    return cross, own_x, own_y
+
+
+def _gram_rows(layers: Sequence[Tensor], start: int, stop: int, room: Tensor) -> Tensor:
+    """Rows of the Gram matrices up to the diagonal block, in a row for each layer; the rest scaled to count twice."""
+    num = stop - start
+    rows = room[: len(layers) * num * stop].view(len(layers), num * stop)
+    for layer, row in zip(layers, rows, strict=True):
+        torch.mm(layer[start:stop], layer[start:stop].T, out=row[: num * num].view(num, num))
+        if start:
+            torch.mm(math.sqrt(2) * layer[start:stop], layer[:start].T, out=row[num * num :].view(num, start))
+    return rows
 
 
 def _centred(layers: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -73,11 +104,9 @@ def _centred(layers: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
 
 
 def _gram_form_is_cheaper(X: Sequence[Tensor], Y: Sequence[Tensor], same: bool) -> bool:
-    """By the number of multiplications, as long as the Gram matrices fit into memory."""
+    """By the number of multiplications."""
     n, widths_x = len(X[0]), [layer.shape[1] for layer in X]
     widths_y = [layer.shape[1] for layer in Y]
-    num_grams = len(X) + (0 if same else len(Y))
-    by_samples = n * n * (sum(widths_x) + (0 if same else sum(widths_y)) + len(X) * len(Y))
+    by_samples = n * n * (sum(widths_x) + (0 if same else sum(widths_y)) + len(X) * len(Y)) / 2
     squares = sum(width * width for width in (widths_x if same else widths_x + widths_y))
-    by_features = n * (squares + sum(widths_x) * sum(widths_y))
-    return by_samples < by_features and 8 * n * n * num_grams <= _GRAM_BYTES
+    return by_samples < n * (squares + sum(widths_x) * sum(widths_y))

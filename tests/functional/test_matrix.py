@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,11 +61,18 @@ def test_the_cheaper_form_is_taken() -> None:
     assert not matrix._gram_form_is_cheaper(narrow, narrow, False)
 
 
-@pytest.mark.parametrize("gram_bytes", [0, 2**30])
-def test_memory_decides_too(gram_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrix, "_GRAM_BYTES", gram_bytes)
-    wide = layers(8, [500] * 2, 0)
-    assert matrix._gram_form_is_cheaper(wide, wide, False) is bool(gram_bytes)
+@pytest.mark.parametrize("n", [17, 100])
+@pytest.mark.parametrize("block_bytes", [1, 8 * 5 * 40 * 100, 2**24])
+def test_blocks_change_nothing(n: int, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix, "_BLOCK_BYTES", block_bytes)  # one row, 40 and all
+    Xs, Ys = layers(n, [5, 9, 300], 0), layers(n, [7, 20], 1)
+    Xs, Ys = ([layer.double() - layer.double().mean(0) for layer in side] for side in (Xs, Ys))
+    for A, B in ((Xs, Ys), (Xs, Xs)):
+        cross, own_a, own_b = matrix._gram_products(A, B)
+        Ks, Ls = (np.stack([layer.numpy() @ layer.numpy().T for layer in side]) for side in (A, B))
+        np.testing.assert_allclose(cross, np.einsum("aij,bij->ab", Ks, Ls), rtol=1e-11)
+        np.testing.assert_allclose(own_a, (Ks**2).sum((1, 2)), rtol=1e-11)
+        np.testing.assert_allclose(own_b, (Ls**2).sum((1, 2)), rtol=1e-11)
 
 
 def test_what_can_not_be_compared() -> None:

@@ -34,7 +34,7 @@ def heatmap(history: Sequence[Record]) -> Figure:
     layer_names = list(records[-1]["scores"])
     values = np.array([[record["scores"].get(name, np.nan) for record in records] for name in layer_names])
     times = [str(record["step"]) for record in records]
-    return plots.layer_time_heatmap(values, layer_names, times, title="CKA of each layer", xlabel="optimizer step")
+    return plots.layer_time_heatmap(values, layer_names, times, title="CKA of each layer", xlabel="optimizer step")[0]
 
 
 def log_records(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from html import unescape
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +24,7 @@ from lit_cka.analysis.probes import ProbeRow, advice, probe_layers
 from lit_cka.analysis.projection import Projection
 from lit_cka.models import ImageClassifier
 from tests import oracles
+from tests.browser import CHROMIUM, Page, browser_page
 
 ROOT = Path(__file__).parents[1]
 VIT = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -236,6 +238,19 @@ def test_project_one_model_or_one_dataset(checkpoints: Path) -> None:
     assert "nan" not in check_page("again")
 
 
+def test_project_three_datasets(checkpoints: Path) -> None:
+    """Every pair of them, in tabs of the map and in a figure a model."""
+    blurred = {**DIGITS, "init_args": {"classes": [3, 8], "shift": "blurred"}}
+    models = [entry("before", checkpoints), entry("after", checkpoints)]
+    run("project", models=models, data=[DIGITS, NOISY, blurred], output="out")
+    assert with_formats("matrices_before", "matrices_after") <= names()
+    assert not with_formats("matrices") & names()
+    check_page()
+    page = Path("out/map.html").read_text()
+    for pair in ("digits and noisy", "digits and blurred", "noisy and blurred"):
+        assert f"after: {pair}" in page
+
+
 def refused(capsys: pytest.CaptureFixture[str], command: str, *more: str, **options: Any) -> tuple[Any, str]:
     with pytest.raises(SystemExit) as ended:
         run(command, *more, **{"output": "out", **options})
@@ -333,3 +348,48 @@ def test_the_configs_are_read(path: Path) -> None:
 
 def test_there_is_a_config_for_each_command() -> None:
     assert {path.name.partition("_")[0] for path in CONFIGS} == {"compare", "probe", "project"}
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    with browser_page(tmp_path_factory.mktemp("profile")) as page:
+        yield page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+@pytest.mark.parametrize("command", ["compare", "probe", "project"])
+def test_the_report_in_a_browser(command: str, checkpoints: Path, browser: Page, tmp_path: Path) -> None:
+    """All pictures show, all links lead to files, nothing is loaded from elsewhere, on any screen, light and dark."""
+    models = [entry("before", checkpoints), entry("after", checkpoints)]
+    options: dict[str, Any] = {
+        "compare": {"models": models, "data": DIGITS, "settings": {"num_resamples": 10}},
+        "probe": {"before": models[0], "after": models[1], "data": DIGITS},
+        "project": {"models": models, "data": [DIGITS, NOISY]},
+    }[command]
+    run(command, **options, output="out", title="What <b>changed</b>")
+    page, folder = tmp_path / "out" / "index.html", tmp_path / "out"
+    for width, scheme in ((1280, "light"), (360, "dark")):
+        browser.open(page, width=width, scheme=scheme)
+        assert browser.text("h1") == "What <b>changed</b>"
+        pictures = browser.evaluate(
+            "Promise.all([...document.images].map((image) => image.decode().then(() =>"
+            " [image.naturalWidth, image.clientWidth, image.alt])))"
+        )
+        assert pictures
+        for natural, shown, description in pictures:
+            assert natural > 300
+            assert 200 < shown <= width
+            assert description
+        links = browser.evaluate("[...document.links].map((link) => link.href)")
+        assert {Path(unquote(link)[len("file://") :]).resolve() for link in links} == {
+            path.resolve() for path in folder.iterdir() if path.name != "index.html"
+        }
+        assert all(request.startswith(folder.resolve().as_uri()) for request in browser.requests)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
+        back = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (back == "rgb(255, 255, 255)") == (scheme == "light")
+        assert browser.errors == []
+    if command == "project":
+        browser.click_on('a[href="map.html"]')
+        browser.settle()
+        assert browser.evaluate("location.pathname").endswith("/map.html")

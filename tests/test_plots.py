@@ -23,6 +23,7 @@ VALUES = np.array([[1.0, 0.5], [np.nan, -0.2], [0.25, 1.7]])
 
 FUNCTIONS: dict[str, Callable[..., tuple[Figure, Axes]]] = {
     "heatmap": lambda **options: plots.heatmap(VALUES, NAMES, NAMES[:2], **options),
+    "layer_time_heatmap": lambda **options: plots.layer_time_heatmap(VALUES, NAMES, ["10", "20"], **options),
     "layer_trend": lambda **options: plots.layer_trend({"a": [0.1, np.nan, 0.3]}, NAMES, **options),
     "epoch_trend": lambda **options: plots.epoch_trend(VALUES, NAMES, [10, 20], **options),
     "probe_figure": lambda **options: plots.probe_figure(NAMES, [1, 0.9, 0.2], [0.5] * 3, [0.6] * 3, **options),
@@ -96,6 +97,28 @@ def test_colours_are_fixed() -> None:
 def cells(ax: Axes) -> np.ndarray:
     image = ax.get_images()[0]
     return np.asarray(image.to_rgba(image.get_array()))
+
+
+@pytest.mark.parametrize(
+    ("values", "extend"),
+    [
+        ([0.0, 1.0], "neither"),
+        ([-0.1, np.nan], "min"),
+        ([0.5, 1.2], "max"),
+        ([-1.0, 2.0], "both"),
+        ([1 + 1e-12], "neither"),
+    ],
+)
+def test_the_colour_bar_says_that_values_lie_beyond(values: list[float], extend: str) -> None:
+    matrix, columns = np.array([values]), [f"b{number}" for number in range(len(values))]
+    bars = [
+        plots.heatmap(matrix, ["a"], columns)[0],
+        plots.side_by_side({"one": (np.array([[0.5]]), ["a"], ["b"]), "two": (matrix, ["a"], columns)})[0],
+    ]
+    for figure in bars:
+        (bar,) = {id(ax): ax._colorbar for ax in figure.axes if hasattr(ax, "_colorbar")}.values()
+        assert bar.extend == extend
+        assert (bar.vmin, bar.vmax) == (0, 1)
 
 
 def test_undefined_and_masked_cells_are_grey() -> None:

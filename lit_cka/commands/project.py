@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from jsonargparse import ArgumentParser
+from numpy.typing import NDArray
 from rich.console import Console
 
 from lit_cka import plots
@@ -18,8 +20,10 @@ from lit_cka.analysis.page import Section, write_page
 from lit_cka.analysis.projection import Projection, project
 from lit_cka.commands.results import FORMATS, Data, Model, all_features, print_table
 from lit_cka.commands.running import run
-from lit_cka.output import versions, write_json
+from lit_cka.output import file_name, versions, write_json
 from lit_cka.plots.map_page import MapPoint, write_map
+
+Matrix: TypeAlias = tuple[NDArray[np.float64], list[str], list[str]]  # values, names of the rows and of the columns
 
 
 def parser() -> ArgumentParser:
@@ -53,27 +57,15 @@ def _project(options: Any, config: dict[str, Any]) -> Projection:
     projection = project(features, standardize=options.standardize)
     write_json(folder / "projection.json", {"config": config, "versions": versions(), **asdict(projection)})
     pairs = _pair_table(projection)
-    matrices, pictures = {}, {}
-    for model in dict.fromkeys(each.model for each in features):
-        other = [found for found in features if found.model == model]
-        comparison = compare_features(other[0], other[-1], Settings(debiased=False))
-        names = (f"{other[0].data}: ", f"{other[-1].data}: ") if len(other) > 1 else ("", "")
-        matrices[model] = (
-            comparison.values,
-            [f"{names[0]}{layer}" for layer in comparison.layers_a],
-            [f"{names[1]}{layer}" for layer in comparison.layers_b],
-        )
-    figure, _ = plots.side_by_side(
-        {name: (values, _bare(rows), _bare(columns)) for name, (values, rows, columns) in matrices.items()},
-        title=" and ".join(dict.fromkeys(each.data for each in features)), annotate=False,
-    )  # fmt: skip
-    plots.save_figure(figure, folder / "matrices", FORMATS)
-    pictures["matrices.png"] = "CKA of every layer on one dataset with every layer on the other, by model"
+    matrices = _matrices(features)
+    pictures = _draw(matrices, folder)
     notes = _notes(projection)
     write_map(
         folder / "map.html",
         [MapPoint(point.model, point.dataset, point.layer, point.depth, point.position) for point in projection.points],
-        title=options.title, explained=projection.explained, cka=np.asarray(projection.cka), matrices=matrices,
+        title=options.title, explained=projection.explained, cka=np.asarray(projection.cka),
+        matrices={_tab(model, pair, len(by_pair)): matrix for model, by_pair in matrices.items()
+                  for pair, matrix in by_pair.items()},
         notes=notes, tables={"Pairs of datasets": pairs} if pairs else {},
     )  # fmt: skip
     text = [f"{name}: {value}" for name, value in notes.items()]
@@ -89,6 +81,47 @@ def _project(options: Any, config: dict[str, Any]) -> Projection:
         console.print(line)
     console.print(f"Map: {folder / 'map.html'}\nReport: {page}")
     return projection
+
+
+def _matrices(features: list[Features]) -> dict[str, dict[tuple[str, str], Matrix]]:
+    """By model and pair of datasets, CKA of all layers on the one with all on the other; of one, with itself."""
+    found: dict[str, dict[tuple[str, str], Matrix]] = {}
+    for model in dict.fromkeys(each.model for each in features):
+        own = [each for each in features if each.model == model]
+        found[model] = {}
+        for a, b in combinations(own, 2) if len(own) > 1 else [(own[0], own[0])]:
+            comparison = compare_features(a, b, Settings(debiased=False))
+            starts = ("", "") if a is b else (f"{a.data}: ", f"{b.data}: ")
+            found[model][a.data, b.data] = (
+                comparison.values,
+                [f"{starts[0]}{layer}" for layer in comparison.layers_a],
+                [f"{starts[1]}{layer}" for layer in comparison.layers_b],
+            )
+    return found
+
+
+def _draw(matrices: dict[str, dict[tuple[str, str], Matrix]], folder: Path) -> dict[str, str]:
+    """One figure of all models; for three datasets or more, one a model. Returns descriptions by file name."""
+    if all(len(by_pair) == 1 for by_pair in matrices.values()):
+        pairs = dict.fromkeys(pair for by_pair in matrices.values() for pair in by_pair)
+        title = " and ".join(dict.fromkeys(name for pair in pairs for name in pair))
+        figures = {"matrices": (title, {model: next(iter(by_pair.values())) for model, by_pair in matrices.items()})}
+    else:
+        figures = {
+            f"matrices_{file_name(model)}": (model, {" and ".join(pair): matrix for pair, matrix in by_pair.items()})
+            for model, by_pair in matrices.items()
+        }
+    pictures = {}
+    for name, (title, shown) in figures.items():
+        bare = {key: (values, _bare(rows), _bare(columns)) for key, (values, rows, columns) in shown.items()}
+        figure, _ = plots.side_by_side(bare, title=title, annotate=False)
+        plots.save_figure(figure, folder / name, FORMATS)
+        pictures[f"{name}.png"] = f"CKA of every layer on one dataset with every layer on the other: {title}"
+    return pictures
+
+
+def _tab(model: str, pair: tuple[str, str], num_pairs: int) -> str:
+    return model if num_pairs == 1 else f"{model}: {' and '.join(pair)}"
 
 
 def _bare(names: list[str]) -> list[str]:

@@ -37,7 +37,8 @@ def heatmap(
     """Heatmap with one row and one column per name, its colours the same in every figure.
 
     Args:
-        values: (rows, columns); NaN and masked cells are left grey, those beyond the limits have the colour there.
+        values: (rows, columns); NaN and masked cells are left grey, those beyond the limits have the colour there,
+            and the colour bar an arrow.
         row_names: labels; what all begin with is left out.
         column_names: the same for the columns.
         title: of the axes.
@@ -76,7 +77,7 @@ def heatmap(
     figure, ax = new_axes(ax, width, height)
     ax.set_facecolor("0.85")
     low, high = limits
-    image = ax.imshow(shown.clip(low, high), vmin=low, vmax=high, cmap="viridis", aspect="auto")
+    image = ax.imshow(shown, vmin=low, vmax=high, cmap="viridis", aspect="auto")
     if first_row == "bottom":
         ax.invert_yaxis()
     row_ticks = range(0, num_rows, math.ceil(num_rows / 40))
@@ -95,5 +96,12 @@ def heatmap(
                 ax.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     if colorbar:
         note = " (grey: undefined)" if np.isnan(values).any() else ""
-        figure.colorbar(image, ax=ax, label=label + note, pad=0.02)
+        figure.colorbar(image, ax=ax, label=label + note, pad=0.02, extend=beyond([shown], limits))
     return figure, ax
+
+
+def beyond(matrices: Sequence[NDArray[np.float64]], limits: tuple[float, float]) -> str:
+    """At which ends of a colour bar there are values beyond: "neither", "min", "max" or "both"."""
+    low = any((matrix < limits[0] - 1e-9).any() for matrix in matrices)
+    high = any((matrix > limits[1] + 1e-9).any() for matrix in matrices)
+    return "both" if low and high else "min" if low else "max" if high else "neither"

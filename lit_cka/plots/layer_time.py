@@ -9,31 +9,45 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_cka.plots.canvas import new_axes
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
 def layer_time_heatmap(
-    values: NDArray[np.float64], layer_names: Sequence[str], times: Sequence[str], *, title: str, xlabel: str
-) -> Figure:
+    values: NDArray[np.float64],
+    layer_names: Sequence[str],
+    times: Sequence[str],
+    *,
+    title: str = "",
+    xlabel: str = "",
+    ax: Axes | None = None,
+) -> tuple[Figure, Axes]:
     """Heatmap of CKA in [0, 1]: one row per layer (the first at the bottom), one column per point in time.
 
     Args:
         values: (layers, times); NaN is left grey, values below 0 (debiased) are drawn as 0.
         layer_names: row labels.
         times: column labels; as many are shown as fit.
-        title: of the figure.
+        title: of the axes.
         xlabel: what the times are.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+        ax: axes to draw on; None for a new figure.
 
+    Raises:
+        ValueError: if names, times and values don't fit each other, or there are none.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.shape != (len(layer_names), len(times)) or not values.size:
+        raise ValueError(
+            f"Expected `values` of shape {(len(layer_names), len(times))}, one for each layer and time and at least "
+            f"one, but got {values.shape}."
+        )
     num_layers, num_times = values.shape
     label_width = 0.08 * max(map(len, layer_names))
     grid_width, grid_height = min(max(0.34 * num_times, 3.2), 6.5), min(max(0.4 * num_layers, 2.0), 12)
-    figure = Figure(figsize=(grid_width + label_width + 1.3, grid_height + 1.0), layout="constrained", dpi=100)
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = new_axes(ax, grid_width + label_width + 1.3, grid_height + 1.0)
     axes.set_facecolor("0.85")
     image = axes.imshow(values.clip(0, 1), vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
     rows = range(0, num_layers, math.ceil(num_layers / 40))
@@ -54,4 +68,4 @@ def layer_time_heatmap(
         label=f"CKA with the reference{' (grey: undefined)' if np.isnan(values).any() else ''}",
         pad=0.02,
     )
-    return figure
+    return figure, axes

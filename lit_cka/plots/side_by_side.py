@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_cka.plots.canvas import new_axes, new_figure
-from lit_cka.plots.heatmap import heatmap
+from lit_cka.plots.heatmap import beyond, heatmap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +56,8 @@ def side_by_side(
         figure, _ = new_axes(axes[0], 0, 0)
     for each, (name, (values, rows, columns)) in zip(axes, matrices.items(), strict=True):
         heatmap(values, rows, columns, title=name, limits=limits, colorbar=False, ax=each, **options)
-    figure.colorbar(ScalarMappable(Normalize(*limits), "viridis"), ax=axes, label=label, pad=0.02)
+    extend = beyond([np.asarray(values) for values, _, _ in matrices.values()], limits)
+    figure.colorbar(ScalarMappable(Normalize(*limits), "viridis"), ax=axes, label=label, pad=0.02, extend=extend)
     if title:
         figure.suptitle(title, fontsize=11)
     return figure, axes

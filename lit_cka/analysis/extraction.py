@@ -43,7 +43,7 @@ def extract(
             Samples without ids are numbered, so two loaders have to give the same samples in the same order.
         layers: see `lit_cka.layers.select_layers`; None for the repeated blocks.
         pooling: as in `FeatureExtractor`.
-        device: where to run; None for where the model is.
+        device: where to run, and from where the model then goes back; None for where it is.
         ids: of all samples in order, in place of those in batches.
         name: of the model, for tables and files.
         data: name of the dataset.
@@ -53,8 +53,16 @@ def extract(
         ValueError: if the loader gives no samples, an id comes twice, or a layer has no features, see
             `FeatureExtractor.collect`.
     """
-    place = next(model.parameters(), torch.empty(0)).device if device is None else torch.device(device)
-    model.to(place)
+    home = next(model.parameters(), torch.empty(0)).device
+    place = home if device is None else torch.device(device)
+    if place != home:
+        model.to(place)
+        try:
+            return extract(
+                model, loader, layers=layers, pooling=pooling, ids=ids, name=name, data=data, progress=progress
+            )
+        finally:
+            model.to(home)
     taken: dict[str, list[Tensor]] = {}
     found: list[str] = []
     labels: list[Any] = []
@@ -117,22 +125,23 @@ class _Halving:
     def __call__(self, batch: Any) -> dict[str, Tensor]:
         # By the first tensor: there may be longer ones that hold no samples, such as weights of classes.
         num_samples = next((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), 1)
-        while True:
+        parts: list[dict[str, Tensor]] = []
+        start = 0
+        while start < max(num_samples, 1):
             size = -(-num_samples // self._num_parts)
             try:
-                parts = [
-                    self._run(_part(batch, num_samples, start, start + size)) for start in range(0, num_samples, size)
-                ]
+                parts.append(self._run(_part(batch, num_samples, start, start + size)))
+                start += max(size, 1)
+                continue
             except torch.OutOfMemoryError:
-                if size == 1:
+                if size <= 1:
                     raise
-            else:
-                return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             # Out of the `except`: the exception holds the tensors of the run that failed.
             self._extractor.drain()
             self._num_parts *= 2
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _run(self, batch: Any) -> dict[str, Tensor]:
         call_model(self._model, batch)

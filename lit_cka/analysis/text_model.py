@@ -234,11 +234,14 @@ def _check_model(path: str | os.PathLike[str]) -> None:
 
 
 def _load_body(path: str | os.PathLike[str], dtype: str | torch.dtype) -> Any:
-    from transformers import AutoModel
+    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
 
+    # Saved by itself, the encoder of an encoder-decoder no longer says that it is one.
+    is_encoder = ((AutoConfig.from_pretrained(path).architectures or [""])[0]).endswith("EncoderModel")
+    loader: Any = AutoModelForTextEncoding if is_encoder else AutoModel
     # Releases before 4.56 do not know `dtype` yet; later ones still take `torch_dtype`.
-    model, info = AutoModel.from_pretrained(path, torch_dtype=dtype, output_loading_info=True)
-    body = model.get_encoder() if model.config.is_encoder_decoder else model
+    model, info = loader.from_pretrained(path, torch_dtype=dtype, output_loading_info=True)
+    body = model.get_encoder() if is_encoder or model.config.is_encoder_decoder else model
     # A pooler comes behind all layers, and models trained for tokens have none.
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key.split("."))
     if missing:

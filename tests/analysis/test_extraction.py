@@ -230,6 +230,20 @@ def test_batches_are_halved_until_they_fit_and_stay_so(most: int, sizes: list[in
     assert num_hooks(net) == 0
 
 
+def test_parts_that_are_done_are_not_run_again() -> None:
+    """Another program may take the memory in between."""
+
+    class Crowded(Net):
+        def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+            self.most = 3 if self.sizes == [8, 4] else 4
+            return super().forward(x, scale)
+
+    net = Crowded()
+    features = extract(net, loader(8), layers=LAYERS, progress=False)
+    assert net.sizes == [8, 4, 4, 2, 2, 1, 1, 1]
+    assert_right(features, net)
+
+
 def test_memory_for_less_than_one_sample() -> None:
     net = Net(0).train()
     with pytest.raises(torch.OutOfMemoryError, match="1 samples"):

@@ -197,6 +197,7 @@ def test_a_padding_token_that_the_model_has_no_embedding_for(tmp_path: Path) -> 
         ("gpt2", "AutoModelForCausalLM", "transformer"),
         ("llama", "AutoModelForCausalLM", "model"),
         ("t5", "AutoModelForSeq2SeqLM", "encoder"),
+        ("t5", "AutoModelForTextEncoding", "encoder"),  # which has no decoder
     ],
 )
 def test_models_with_a_head_have_the_weights_and_names_of_their_body(

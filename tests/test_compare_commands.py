@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from html import unescape
 from importlib import import_module
@@ -249,6 +252,43 @@ def test_project_three_datasets(checkpoints: Path) -> None:
     page = Path("out/map.html").read_text()
     for pair in ("digits and noisy", "digits and blurred", "noisy and blurred"):
         assert f"after: {pair}" in page
+
+
+def under_torchrun(*args: str) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(
+        [*launch, str(ROOT / "analyze.py"), *args], text=True, capture_output=True, timeout=200, env=env
+    )
+
+
+@pytest.mark.parametrize("command", ["compare", "project"])
+def test_ranks_share_the_batches(command: str, checkpoints: Path) -> None:
+    """The features of one process, in the order of the samples; one report."""
+    models = [entry("before", checkpoints), entry("other", checkpoints, depth=3, embed_dim=24)]
+    for model in models:
+        model["init_args"]["batch_size"] = 9  # eight batches, of which the last is smaller
+    run(command, models=models, data=[DIGITS], output="out")
+    done = under_torchrun(command, "--config=options.yaml", "--output=several")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Report: several/index.html") == 1
+    assert names("several") == names()
+    for model in ("before", "other"):
+        alone, shared = (
+            Features.load(f"{folder}/features_{model}_digits.safetensors") for folder in ("out", "several")
+        )
+        assert (shared.ids, shared.labels) == (alone.ids, alone.labels)
+        for layer, value in alone.layers.items():
+            torch.testing.assert_close(shared.layers[layer], value, rtol=0, atol=1e-6)
+
+
+def test_an_error_on_several_ranks_is_said_once(checkpoints: Path) -> None:
+    wrong = {**DIGITS, "init_args": {"shift": "melted"}}
+    Path("options.yaml").write_text(yaml.safe_dump({"models": [entry("before", checkpoints)], "data": wrong}))
+    done = under_torchrun("compare", "--config=options.yaml", "--output=several")
+    assert done.returncode != 0
+    assert done.stderr.count("error: Expected `shift` to be one of") == 1
+    assert not Path("several").exists()
 
 
 def refused(capsys: pytest.CaptureFixture[str], command: str, *more: str, **options: Any) -> tuple[Any, str]:

@@ -150,6 +150,7 @@ def compare(
     settings: Settings | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
+    distributed: bool = False,
 ) -> Comparison:
     """Similarity of every layer of one model with every layer of another, of any widths, depths and architectures.
 
@@ -169,6 +170,7 @@ def compare(
         settings: what to compute; None for debiased linear CKA.
         device: where to run the models.
         progress: show progress bars.
+        distributed: share the batches out over the ranks, which all have to call it; see `extract`.
 
     Raises:
         ValueError: if samples differ in number, id or order, or there are too few.
@@ -184,6 +186,7 @@ def compare(
             "Expected `loader` to give its samples in the same order twice, but it shuffles them by its own generator."
         )
     options: dict[str, Any] = {"pooling": pooling, "device": device, "data": data, "progress": progress}
+    options["distributed"] = distributed
     a = extract(model_a, loader, layers=layers, name=names[0], **options)
     if model_b is None:
         return compare_features(a, a, settings)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from itertools import islice, zip_longest
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.data import sized_len
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from lit_cka.analysis.features import Features
 from lit_cka.calling import call_model, evaluating
@@ -18,6 +20,7 @@ from lit_cka.isolation import preserved_rng
 from lit_cka.layers import Layers
 from lit_cka.pooling import Pooling
 from lit_cka.progress import progress_bar
+from lit_cka.ranks import Ranks
 
 
 def extract(
@@ -31,6 +34,7 @@ def extract(
     name: str = "model",
     data: str = "data",
     progress: bool = True,
+    distributed: bool = False,
 ) -> Features:
     """Run a model once over a dataset, in eval mode, and keep the features of its layers.
 
@@ -48,6 +52,8 @@ def extract(
         name: of the model, for tables and files.
         data: name of the dataset.
         progress: show a progress bar.
+        distributed: deal the batches out to the ranks of `torch.distributed`, or of torchrun. All ranks have to call it
+            with the same samples, and all get all features, in the order of the samples.
 
     Raises:
         ValueError: if the loader gives no samples, an id comes twice, or a layer has no features, see
@@ -63,44 +69,83 @@ def extract(
             )
         finally:
             model.to(home)
-    taken: dict[str, list[Tensor]] = {}
-    found: list[str] = []
-    labels: list[Any] = []
     extractor = FeatureExtractor(model, layers, pooling)
     run = _Halving(model, extractor)
-    total = sized_len(loader) or 0  # a DataLoader has `__len__` even where its dataset has none
-    with (
-        torch.no_grad(),
-        preserved_rng(),
-        evaluating(model),
-        extractor,
-        extractor.alone(),
-        progress_bar(f"{name} on {data}", total, enabled=progress) as advance,
-    ):
-        for batch in loader:
-            features = run(move_data_to_device(batch, place))
-            for layer, value in features.items():
-                taken.setdefault(layer, []).append(value)
-            found += _ids(batch, len(next(iter(features.values()))), len(found))
-            labels += _labels(batch)
-            advance(1)
-    if not found:
+
+    def batches(rank: int, num_ranks: int) -> list[_Batch]:
+        own, num_batches = _share(loader, rank, num_ranks)
+        taken = []
+        with (
+            torch.no_grad(),
+            preserved_rng(),
+            evaluating(model),
+            extractor,
+            extractor.alone(),
+            progress_bar(f"{name} on {data}", num_batches, enabled=progress and rank == 0) as advance,
+        ):
+            for batch in own:
+                features = run(move_data_to_device(batch, place))
+                taken.append(_Batch(features, len(next(iter(features.values()))), _ids(batch), _labels(batch)))
+                advance(1)
+        return taken
+
+    if distributed:
+        with Ranks() as ranks:
+            shares = ranks.gather(lambda: batches(ranks.rank, ranks.size))
+        taken = [batch for turn in zip_longest(*shares) for batch in turn if batch is not None]
+    else:
+        taken = batches(0, 1)
+    if not taken:
         raise ValueError(f"Expected {data!r} to give samples, but it gave none.")
+    found: list[str] = []
+    for batch in taken:
+        found += batch.ids or [str(len(found) + index) for index in range(batch.num_samples)]
+    labels = [label for batch in taken for label in batch.labels]
     if ids is not None and len(ids) != len(found):
         raise ValueError(f"Expected an id for each of {len(found)} samples, but got {len(ids)}.")
     ids = found if ids is None else list(ids)
     most, times = Counter(ids).most_common(1)[0]
     if times > 1:
         raise ValueError(f"Expected every sample to have its own id, but {most!r} comes more than once.")
-    joined = {layer: torch.cat(values) for layer, values in taken.items()}
+    joined = {layer: torch.cat([batch.features[layer] for batch in taken]) for layer in taken[0].features}
     shown = pooling if isinstance(pooling, str) else getattr(pooling, "__name__", "callable")
     return Features(joined, ids, name, data, shown, labels if len(labels) == len(ids) else None)
 
 
-def _ids(batch: Any, num_samples: int, start: int) -> list[str]:
+class _Batch(NamedTuple):
+    """What a batch gave."""
+
+    features: dict[str, Tensor]
+    num_samples: int
+    ids: list[str] | None
+    labels: list[Any]
+
+
+def _share(loader: Iterable[Any], rank: int, num_ranks: int) -> tuple[Iterable[Any], int]:
+    """Every so many-th batch, and how many there are, 0 if that isn't known."""
+    num_batches = sized_len(loader) or 0  # a DataLoader has `__len__` even where its dataset has none
+    if num_ranks == 1:
+        return loader, num_batches
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, RandomSampler):
+        raise ValueError("Expected a `loader` that does not shuffle: on several ranks, each would have its own order.")
+    if isinstance(loader, DataLoader) and type(loader.batch_sampler) is BatchSampler:
+        own = list(loader.batch_sampler)[rank::num_ranks]  # the others need not even be loaded
+        part = DataLoader(
+            loader.dataset,
+            batch_sampler=own,
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+        )
+        return part, len(own)
+    return islice(loader, rank, None, num_ranks), len(range(rank, num_batches, num_ranks))
+
+
+def _ids(batch: Any) -> list[str] | None:
     named = batch.get("id") if isinstance(batch, Mapping) else None
     if named is None:
-        return [str(start + index) for index in range(num_samples)]
+        return None
     return [str(sample) for sample in (named.tolist() if isinstance(named, Tensor) else named)]
 
 

@@ -48,8 +48,8 @@ class ImageModel:
         self.num_workers = num_workers
         self.device = device
 
-    def features(self, samples: Samples, *, progress: bool = True) -> Features:
-        """Features of all images, which are tensors, or paths of files.
+    def features(self, samples: Samples, *, progress: bool = True, distributed: bool = False) -> Features:
+        """Features of all images, which are tensors, or paths of files; on several ranks if `distributed`.
 
         Raises:
             ValueError: if there are files to read, and the model has no `eval_transform`.
@@ -68,7 +68,7 @@ class ImageModel:
         )
         return extract(
             self.model, loader, layers=self.layers, pooling=self.pooling, device=self.device,
-            ids=samples.ids, name=self.name, data=samples.name, progress=progress,
+            ids=samples.ids, name=self.name, data=samples.name, progress=progress, distributed=distributed,
         )  # fmt: skip
 
 

@@ -85,8 +85,8 @@ class TextModel:
         self.max_length = min(max_length, self.tokenizer.model_max_length, _context(body))
         self._num_embeddings = body.get_input_embeddings().weight.shape[0]
 
-    def features(self, samples: Samples, progress: bool = True) -> Features:
-        """The features of texts, from one run over them.
+    def features(self, samples: Samples, progress: bool = True, distributed: bool = False) -> Features:
+        """The features of texts, from one run over them; on several ranks if `distributed`, see `extract`.
 
         Raises:
             ValueError: if a text has no tokens, or tokens that the model does not know.
@@ -99,6 +99,7 @@ class TextModel:
             name=self.name,
             data=samples.name,
             progress=progress,
+            distributed=distributed,
         )
         return dataclasses.replace(features, pooling=self.pooling)
 

@@ -12,7 +12,7 @@ from lit_cka.analysis.comparison import Comparison, Settings, compare_features
 from lit_cka.analysis.features import Features
 from lit_cka.analysis.page import Section, write_page
 from lit_cka.commands.results import Data, Model, all_features, as_json, label, print_table, save_comparison
-from lit_cka.commands.running import run
+from lit_cka.commands.running import is_first_rank, run
 from lit_cka.output import file_name, versions, write_json
 
 
@@ -41,7 +41,10 @@ def main(args: list[str]) -> list[Comparison]:
 
 def _compare(options: Any, config: dict[str, Any]) -> list[Comparison]:
     folder = Path(options.output)
-    comparisons = [compare_features(pair[0], pair[-1], options.settings) for pair in _pairs(options, folder)]
+    pairs = _pairs(options, folder)
+    if not is_first_rank():
+        return []
+    comparisons = [compare_features(pair[0], pair[-1], options.settings) for pair in pairs]
     folder.mkdir(parents=True, exist_ok=True)
     console = Console(soft_wrap=True, highlight=False)
     sections = []

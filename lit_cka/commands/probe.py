@@ -14,7 +14,7 @@ from lit_cka.analysis.comparison import compare_features
 from lit_cka.analysis.page import Section, write_page
 from lit_cka.analysis.probes import ProbeRow, advice, probe_layers
 from lit_cka.commands.results import FORMATS, Data, Model, all_features, as_json, label, print_table, save_comparison
-from lit_cka.commands.running import run
+from lit_cka.commands.running import is_first_rank, run
 from lit_cka.output import versions, write_json
 
 
@@ -44,6 +44,8 @@ def main(args: list[str]) -> list[ProbeRow]:
 def _probe(options: Any, config: dict[str, Any]) -> list[ProbeRow]:
     folder = Path(options.output)
     before, after = all_features([options.before, options.after], options.data, folder)
+    if not is_first_rank():
+        return []
     rows = probe_layers(before, after, num_folds=options.num_folds, C=options.C, seed=options.seed)
     comparison = compare_features(before, after)
     pictures = save_comparison(comparison, folder, "matrix")

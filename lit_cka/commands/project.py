@@ -19,7 +19,7 @@ from lit_cka.analysis.features import Features
 from lit_cka.analysis.page import Section, write_page
 from lit_cka.analysis.projection import Projection, project
 from lit_cka.commands.results import FORMATS, Data, Model, all_features, print_table
-from lit_cka.commands.running import run
+from lit_cka.commands.running import is_first_rank, run
 from lit_cka.output import file_name, versions, write_json
 from lit_cka.plots.map_page import MapPoint, write_map
 
@@ -42,18 +42,20 @@ def parser() -> ArgumentParser:
     return parser
 
 
-def main(args: list[str]) -> Projection:
+def main(args: list[str]) -> Projection | None:
     """Run the command."""
     return run(parser(), args, _project)
 
 
-def _project(options: Any, config: dict[str, Any]) -> Projection:
+def _project(options: Any, config: dict[str, Any]) -> Projection | None:
     folder = Path(options.output)
     if bool(options.features) == bool(options.models):
         raise ValueError("Expected either `models` and `data`, or `features`.")
     features = [Features.load(path) for path in options.features]
     for data in options.data if options.models else ():
         features += all_features(options.models, data, folder)
+    if not is_first_rank():
+        return None
     projection = project(features, standardize=options.standardize)
     write_json(folder / "projection.json", {"config": config, "versions": versions(), **asdict(projection)})
     pairs = _pair_table(projection)

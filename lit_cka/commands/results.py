@@ -17,6 +17,7 @@ from lit_cka.analysis.features import Features
 from lit_cka.analysis.image_model import Digits, ImageFiles, ImageModel
 from lit_cka.analysis.text_file import TextFile
 from lit_cka.analysis.text_model import TextModel
+from lit_cka.commands.running import is_first_rank, num_ranks
 from lit_cka.output import file_name
 
 Model = Union[TextModel, ImageModel]
@@ -25,7 +26,7 @@ FORMATS = (".png", ".pdf", ".svg")
 
 
 def all_features(models: Sequence[Model], data: Data, folder: Path) -> list[Features]:
-    """Every model's features of the data, each also in a file of the folder.
+    """Every model's features of the data, each also in a file of the folder; under torchrun, ranks share the batches.
 
     Raises:
         ValueError: if two models have the same name.
@@ -38,8 +39,9 @@ def all_features(models: Sequence[Model], data: Data, folder: Path) -> list[Feat
 
 
 def _features(model: Model, samples: Any, folder: Path) -> Features:
-    features = model.features(samples)
-    features.save(folder / f"features_{file_name(model.name)}_{file_name(samples.name)}.safetensors")
+    features = model.features(samples, distributed=num_ranks() > 1)
+    if is_first_rank():
+        features.save(folder / f"features_{file_name(model.name)}_{file_name(samples.name)}.safetensors")
     return features
 
 

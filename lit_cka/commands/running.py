@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,13 +11,16 @@ import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from lit_cka.ranks import Ranks
+
 Result = TypeVar("Result")
 
 
 def run(parser: ArgumentParser, args: list[str], command: Callable[[Any, dict[str, Any]], Result]) -> Result:
     """Parse `args`, and give the command its options, as objects and as they were written.
 
-    A wrong value or a missing file ends the process with one line and status 1.
+    A wrong value or a missing file ends the process with one line and status 1. Under torchrun, ranks share what the
+    command lets them share; each has a GPU of its own, where there are GPUs.
     """
     import yaml
 
@@ -25,13 +29,27 @@ def run(parser: ArgumentParser, args: list[str], command: Callable[[Any, dict[st
         torch.set_num_threads(config.num_threads)
     plain: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_none=True))
     plain.pop("config", None)
+    if num_ranks() > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
-        return command(parser.instantiate_classes(config), plain)
+        with Ranks():
+            return command(parser.instantiate_classes(config), plain)
     except (ValueError, OSError) as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"error: {_reason(error)}", style="red", markup=False
-        )
+        if is_first_rank():
+            Console(stderr=True, soft_wrap=True, highlight=False).print(
+                f"error: {_reason(error)}", style="red", markup=False
+            )
         sys.exit(1)
+
+
+def num_ranks() -> int:
+    """How many processes torchrun has started; else 1."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _reason(error: Exception) -> str:

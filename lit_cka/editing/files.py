@@ -21,10 +21,10 @@ from lit_cka.editing.checks import check_models, check_output, check_report
 from lit_cka.editing.parameter import EDITED, EditSettings, ParameterRecord, edit_cost, edit_parameter
 from lit_cka.editing.partial import PartialOutput
 from lit_cka.editing.pickles import Weights, open_weights
-from lit_cka.editing.ranks import Ranks
 from lit_cka.editing.shards import sync
 from lit_cka.editing.sharing import one_thread_each, share_out
 from lit_cka.progress import progress_bar
+from lit_cka.ranks import Ranks
 
 _LEAST_MEMORY = 2**29  # bytes that tensors edited at once may take together even where the largest takes less
 

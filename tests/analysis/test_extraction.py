@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from lit_cka.analysis import extraction
 from lit_cka.analysis.extraction import extract
 from lit_cka.analysis.features import Features
 
@@ -256,3 +257,31 @@ def test_memory_for_less_than_one_sample() -> None:
 def test_other_errors_are_not_taken_for_too_little_memory() -> None:
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         extract(Net(), [X[:, :3]], layers=LAYERS, progress=False)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
+@pytest.mark.parametrize("kind", ["DataLoader", "generator"])
+def test_ranks_have_every_batch_once(kind: str, num_ranks: int) -> None:
+    batches = loader(2)
+    shares = []
+    for rank in range(num_ranks):
+        own, num_batches = extraction._share(batches if kind == "DataLoader" else iter(batches), rank, num_ranks)
+        shares.append([batch[0] for batch in own])
+        assert num_batches in (0, len(shares[-1]))
+    turns = [shares[number % num_ranks][number // num_ranks] for number in range(6)]
+    assert torch.equal(torch.cat(turns), X)
+    assert sum(map(len, shares)) == 6
+
+
+def test_an_order_of_their_own_is_no_order_for_ranks() -> None:
+    shuffled = DataLoader(TensorDataset(X), 2, shuffle=True)
+    with pytest.raises(ValueError, match="does not shuffle"):
+        extraction._share(shuffled, 0, 2)
+
+
+def test_distributed_without_ranks_is_one_process() -> None:
+    alone, shared = (
+        extract(Net(), loader(4), layers=LAYERS, progress=False, distributed=flag) for flag in (False, True)
+    )
+    assert all(torch.equal(alone.layers[name], shared.layers[name]) for name in LAYERS)
+    assert alone.ids == shared.ids

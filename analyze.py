@@ -1,5 +1,8 @@
 """Look into trained models: `python analyze.py monosoup --config configs/monosoup_digits.yaml`.
 
+compare    the matrix of all layers of two models, with intervals and p-values
+probe      where fine-tuning changed a model, and whether linear probes gained
+project    all layers of several models on several datasets in one interactive map
 monosoup   edit a fine-tuned model in memory, evaluate all variants, draw what came of it
 edit       edit checkpoint files into a checkpoint file, without any model code
 """

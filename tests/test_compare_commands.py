@@ -144,6 +144,8 @@ def test_compare_two_models(checkpoints: Path, capsys: pytest.CaptureFixture[str
     assert again.settings.measure == "rsa"
     np.testing.assert_array_equal(again.values, compare_features(a, b, again.settings).values)
     assert names("again") == names() - {Path(path).name for path in paths}
+    (typed,) = analyze.main(["compare", "--features", *paths, "--settings.measure=rsa", "--output=typed"])
+    np.testing.assert_array_equal(typed.values, again.values)
     check_page("again")
 
 
@@ -229,6 +231,8 @@ def test_project(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (model, data) for model in ("before", "other") for data in ("digits", "noisy")
     }
     assert {"index.html", "map.html", "projection.json"} < names("again")
+    typed = analyze.main(["project", "--features", *(f"out/{name}" for name in sorted(stored)), "--output=typed"])
+    assert len(typed.points) == len(again.points)
 
 
 def test_project_one_model_or_one_dataset(checkpoints: Path) -> None:

@@ -22,8 +22,8 @@ h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 
 a { color: var(--link); } .soft { color: var(--soft); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } caption { text-align: left; padding-bottom: .4rem; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: bottom; }
+td { white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; padding: 4px; box-sizing: border-box; }
 figure { margin: 1rem 0; } ul { padding-left: 1.2rem; }
 """

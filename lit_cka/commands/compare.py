@@ -25,7 +25,11 @@ def parser() -> ArgumentParser:
         "--data", type=list[Data] | Data, default=[], help="What they are compared on: one set, or several."
     )
     parser.add_argument(
-        "--features", type=list[str], default=[], help="In place of models and data: one or two files that were stored."
+        "--features",
+        type=str,
+        nargs="+",
+        default=[],
+        help="In place of models and data: one or two files that were stored.",
     )
     parser.add_class_arguments(Settings, "settings")
     parser.add_argument("--output", type=str, required=True, help="Folder for the results.")

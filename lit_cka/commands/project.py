@@ -34,7 +34,7 @@ def parser() -> ArgumentParser:
     parser.add_argument("--config", action="config", help="YAML file with these options.")
     parser.add_argument("--models", type=list[Model], default=[], help="The models.")
     parser.add_argument("--data", type=list[Data], default=[], help="The datasets: the same samples said differently.")
-    parser.add_argument("--features", type=list[str], default=[], help="In place of both: files that were stored.")
+    parser.add_argument("--features", type=str, nargs="+", default=[], help="In place of both: files that were stored.")
     parser.add_argument("--standardize", type=bool, default=False, help="Give every feature unit variance first.")
     parser.add_argument("--output", type=str, required=True, help="Folder for the results.")
     parser.add_argument("--title", type=str, default="A map of layers", help="Of the report.")
@@ -131,6 +131,7 @@ def _bare(names: list[str]) -> list[str]:
 
 
 def _pair_table(projection: Projection) -> list[dict[str, str | float]]:
+    models = list(dict.fromkeys(pairing.model for pairing in projection.pairings))
     return [
         {
             "model": pairing.model, "datasets": " and ".join(pairing.datasets), "mean CKA": fmean(pairing.cka),
@@ -138,7 +139,7 @@ def _pair_table(projection: Projection) -> list[dict[str, str | float]]:
             "spread of distances": stdev(pairing.distances) if len(pairing.distances) > 1 else 0.0,
             "Procrustes residual": pairing.residual, "relative residual": pairing.relative_residual,
         }
-        for pairing in projection.pairings
+        for pairing in sorted(projection.pairings, key=lambda pairing: models.index(pairing.model))
     ]  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,13 +10,13 @@ from torch import Tensor
 from lit_cka.functional.cka import _ROUNDING, _check_num_samples, _hsic, _ratio
 from lit_cka.functional.moments import check_features
 
-_BLOCK_BYTES = 2**25  # that a block of rows of all Gram matrices may take
+_TILE = 256  # rows and columns of the Gram matrices at a time
 
 
 def cka_matrix(Xs: Sequence[Tensor], Ys: Sequence[Tensor], *, debiased: bool = False) -> Tensor:
     """`linear_cka` of every pair: element `(i, j)` is that of `Xs[i]` and `Ys[j]`, at about the cost of one product.
 
-    Computed in float64, from the samples' Gram matrices, a block of rows at a time, or from the products of the
+    Computed in float64, from the samples' Gram matrices, tile by tile, or from the products of the
     features, whichever is cheaper: the two are equal.
 
     Args:
@@ -61,33 +60,23 @@ def cka_matrix(Xs: Sequence[Tensor], Ys: Sequence[Tensor], *, debiased: bool = F
 def _gram_products(X: Sequence[Tensor], Y: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Inner products of all Gram matrices of `X` with those of `Y` (k, l), and of each with itself (k,), (l,).
 
-    Gram matrices are symmetric, so that of each block of rows what is right of the diagonal is not computed, and what
-    is left of it counts twice.
+    Gram matrices are symmetric, so that tiles above the diagonal are not computed, and those below count twice.
     """
-    n = len(X[0])
-    cross, own_x, own_y = X[0].new_zeros(len(X), len(Y)), X[0].new_zeros(len(X)), X[0].new_zeros(len(Y))
-    step = min(max(_BLOCK_BYTES // (8 * n * (len(X) + len(Y))), 16), n)
-    room_x = X[0].new_empty(len(X) * step * n)
-    room_y = room_x if X is Y else X[0].new_empty(len(Y) * step * n)
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        Ks = _gram_rows(X, start, stop, room_x)
-        Ls = Ks if X is Y else _gram_rows(Y, start, stop, room_y)
-        cross += Ks @ Ls.T
-        own_x += torch.linalg.vector_norm(Ks, dim=1).square()
-        own_y += torch.linalg.vector_norm(Ls, dim=1).square()
-    return cross, own_x, own_y
-
-
-def _gram_rows(layers: Sequence[Tensor], start: int, stop: int, room: Tensor) -> Tensor:
-    """Rows of the Gram matrices up to the diagonal block, in a row for each layer; the rest scaled to count twice."""
-    num = stop - start
-    rows = room[: len(layers) * num * stop].view(len(layers), num * stop)
-    for layer, row in zip(layers, rows, strict=True):
-        torch.mm(layer[start:stop], layer[start:stop].T, out=row[: num * num].view(num, num))
-        if start:
-            torch.mm(math.sqrt(2) * layer[start:stop], layer[:start].T, out=row[num * num :].view(num, start))
-    return rows
+    n, k = len(X[0]), len(X)
+    layers = X if X is Y else [*X, *Y]
+    room = X[0].new_empty(len(layers) * min(_TILE, n) ** 2)
+    cross, own = X[0].new_zeros(k, len(Y)), X[0].new_zeros(len(layers))
+    for top in range(0, n, _TILE):
+        rows = [layer[top : top + _TILE] for layer in layers]
+        for left in range(0, top + 1, _TILE):
+            height, width = len(rows[0]), min(_TILE, n - left)
+            tiles = room[: len(layers) * height * width].view(len(layers), height, width)
+            for layer, some, tile in zip(layers, rows, tiles, strict=True):
+                torch.mm(some, layer[left : left + _TILE].T, out=tile)
+            flat, times = tiles.view(len(layers), -1), 1 if left == top else 2
+            cross.addmm_(flat[:k], flat[-len(Y) :].T, alpha=times)
+            own.add_(torch.linalg.vector_norm(flat, dim=1).square(), alpha=times)
+    return cross, own[:k], own[-len(Y) :]
 
 
 def _centred(layers: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -62,9 +62,9 @@ def test_the_cheaper_form_is_taken() -> None:
 
 
 @pytest.mark.parametrize("n", [17, 100])
-@pytest.mark.parametrize("block_bytes", [1, 8 * 5 * 40 * 100, 2**24])
-def test_blocks_change_nothing(n: int, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrix, "_BLOCK_BYTES", block_bytes)  # one row, 40 and all
+@pytest.mark.parametrize("tile", [1, 25, 40, 256])
+def test_tiles_change_nothing(n: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix, "_TILE", tile)
     Xs, Ys = layers(n, [5, 9, 300], 0), layers(n, [7, 20], 1)
     Xs, Ys = ([layer.double() - layer.double().mean(0) for layer in side] for side in (Xs, Ys))
     for A, B in ((Xs, Ys), (Xs, Xs)):

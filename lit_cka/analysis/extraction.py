@@ -65,8 +65,9 @@ def extract(
         model.to(place)
         try:
             return extract(
-                model, loader, layers=layers, pooling=pooling, ids=ids, name=name, data=data, progress=progress
-            )
+                model, loader, layers=layers, pooling=pooling, ids=ids, name=name, data=data, progress=progress,
+                distributed=distributed,
+            )  # fmt: skip
         finally:
             model.to(home)
     extractor = FeatureExtractor(model, layers, pooling)

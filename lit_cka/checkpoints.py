@@ -66,6 +66,7 @@ def _weights_in(content: Any, path: Path) -> dict[str, Tensor]:
             if isinstance(content.get(key), (Mapping, nn.Module)):
                 return _weights_in(content[key], path)
         weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        weights = {name: value for name, value in weights.items() if isinstance(name, str)}
         if weights:
             return weights
     held = f"keys {list(content)[:5]}" if isinstance(content, Mapping) else f"a {type(content).__name__}"

@@ -54,8 +54,9 @@ def write_json(path: str | os.PathLike[str], content: Any) -> Path:
 
 
 def file_name(name: str) -> str:
-    """A name of letters, digits, dashes and underscores, 50 at most: few enough in any script, with what is added."""
-    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)[:50] or "_"
+    """A name of letters, digits, dashes and underscores, at most 60 bytes: three of them fit into a file's name."""
+    plain = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
+    return plain.encode()[:60].decode(errors="ignore") or "_"
 
 
 def _plain(value: Any) -> Any:

@@ -59,11 +59,12 @@ class Ranks:
                 raise error
             return [result]  # type: ignore[list-item]  # there was no error
         told: list[Any] = [None] * self.size
-        mine = (result, None if error is None else f"{type(error).__name__}: {error}", isinstance(error, ValueError))
+        kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), RuntimeError)
+        mine = (result, None if error is None else f"{type(error).__name__}: {error}", kind)
         dist.all_gather_object(told, mine, group=self._group)
         if error is not None:
             raise error
-        for rank, (_, text, is_value_error) in enumerate(told):
+        for rank, (_, text, kind) in enumerate(told):
             if text is not None:
-                raise (ValueError if is_value_error else RuntimeError)(f"Rank {rank} failed with {text}")
+                raise kind(f"Rank {rank} failed with {text}")
         return [each for each, _, _ in told]

@@ -250,12 +250,48 @@ def test_project_three_datasets(checkpoints: Path) -> None:
     blurred = {**DIGITS, "init_args": {"classes": [3, 8], "shift": "blurred"}}
     models = [entry("before", checkpoints), entry("after", checkpoints)]
     run("project", models=models, data=[DIGITS, NOISY, blurred], output="out")
-    assert with_formats("matrices_before", "matrices_after") <= names()
+    assert with_formats("matrices_0_before", "matrices_1_after") <= names()
     assert not with_formats("matrices") & names()
     check_page()
     page = Path("out/map.html").read_text()
     for pair in ("digits and noisy", "digits and blurred", "noisy and blurred"):
         assert f"after: {pair}" in page
+
+
+def stored(path: str, model: str, data: str, layers: dict[str, torch.Tensor]) -> str:
+    Features(layers, [str(index) for index in range(12)], model, data).save(path)
+    return path
+
+
+def test_names_are_neither_markup_nor_formulas_nor_too_long(capsys: pytest.CaptureFixture[str]) -> None:
+    layers = {name: torch.randn(12, 3).double() for name in ("blocks.$0", "blocks.[/1]")}
+    names_of = ["run [/x] $5", "$\\frac{$ " + "層" * 80]
+    files = [stored(f"{number}.safetensors", name, "д" * 90, layers) for number, name in enumerate(names_of)]
+    analyze.main(["compare", "--features", *files, "--output=out [/b]"])
+    analyze.main(["project", "--features", *files, "--output=map"])
+    said = capsys.readouterr().out
+    assert "run [/x] $5" in said
+    assert "Report: out [/b]/index.html" in said
+    assert {"index.html", "comparison.json"} < names("out [/b]")
+    assert all(len(name.encode()) < 255 for name in names("out [/b]"))
+
+
+def test_a_map_with_undefined_layers() -> None:
+    layers = {
+        "0": torch.randn(12, 3).double(),
+        "1": torch.ones(12, 3).double(),
+        "2": torch.full((12, 3), torch.nan).double(),
+    }
+    files = [stored(f"{data}.safetensors", "model", data, layers) for data in ("one", "two")]
+    analyze.main(["project", "--features", *files, "--output=out"])
+    assert "undefined" in check_page()
+
+
+def test_datasets_of_one_name_are_an_error(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = {**DIGITS, "init_args": {"classes": [1, 2]}}
+    _, said = refused(capsys, "compare", models=[entry("before", checkpoints)], data=[DIGITS, other])
+    assert "datasets of different names, but got digits, digits" in said
+    assert not Path("out").exists()
 
 
 def under_torchrun(*args: str) -> subprocess.CompletedProcess[str]:

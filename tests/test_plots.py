@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from lit_cka import plots
 
+matplotlib.use("Agg")  # else the first look at the settings imports pyplot to choose
 NAMES = ["model.blocks.0", "model.blocks.1", "model.blocks.2"]
 VALUES = np.array([[1.0, 0.5], [np.nan, -0.2], [0.25, 1.7]])
 
@@ -171,6 +172,24 @@ def test_names_are_shortened() -> None:
 def test_short_names(names: list[str], short: list[str]) -> None:
     assert plots.short_names(names) == short
     assert all(len(name) <= 24 for name in short)
+
+
+def test_labels_that_would_be_the_same_are_not_cut() -> None:
+    names = [f"{part}.layers.{number}.self_attention.output" for part in ("encoder", "decoder") for number in (1, 10)]
+    assert len(set(plots.short_names(names))) == 4
+
+
+def test_long_titles_stay_within_the_figure(tmp_path: Path) -> None:
+    title = "pretrained-clip-vit-b32-laion400m and finetuned-on-imagenet-v2, imagenet-val, n = 50000"
+    figure, ax = plots.heatmap(np.eye(2), NAMES[:2], NAMES[:2], title=title, ylabel=title[:40])
+    plots.save_figure(figure, tmp_path / "long.png")
+    plots.figure_pixels(figure)
+    for text in (ax.title, ax.yaxis.label):
+        box = text.get_window_extent()
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.x1 <= figure.bbox.width
+        assert box.y1 <= figure.bbox.height
 
 
 def test_many_names_do_not_crowd() -> None:

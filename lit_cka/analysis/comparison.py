@@ -118,7 +118,10 @@ class Comparison:
     def is_with_itself(self) -> bool:
         """Whether a model is compared with itself on the same data, so that half of the matrix says all."""
         same = self.model_a == self.model_b and self.has_counterparts
-        return same and np.allclose(self.values, self.values.T, equal_nan=True)
+        if not same or not np.allclose(self.values, self.values.T, equal_nan=True):
+            return False
+        own = self.values.diagonal()[~np.isnan(self.values.diagonal())]
+        return np.allclose(own, 0.0 if self.settings.measure == "procrustes" else 1.0)
 
     def diagonal(self) -> list[dict[str, Any]]:
         """A row for each layer and its counterpart: layer, value, low, high, p, verdict."""

@@ -60,7 +60,7 @@ def extract(
             `FeatureExtractor.collect`.
     """
     home = next(model.parameters(), torch.empty(0)).device
-    place = home if device is None else torch.device(device)
+    place = home if device is None else _usable(device)
     if place != home:
         model.to(place)
         try:
@@ -111,6 +111,13 @@ def extract(
     joined = {layer: torch.cat([batch.features[layer] for batch in taken]) for layer in taken[0].features}
     shown = pooling if isinstance(pooling, str) else getattr(pooling, "__name__", "callable")
     return Features(joined, ids, name, data, shown, labels if len(labels) == len(ids) else None)
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except Exception as error:  # of several kinds, by device
+        raise ValueError(f"Expected `device` to be one that is here, but got {str(device)!r}: {error}") from error
 
 
 class _Batch(NamedTuple):

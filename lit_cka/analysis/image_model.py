@@ -107,8 +107,10 @@ class ImageFiles:
 
     def __init__(self, root: str, num_samples: int | None = None, name: str | None = None) -> None:
         self.root = Path(root)
+        if num_samples is not None and num_samples < 1:
+            raise ValueError(f"Expected `num_samples` of 1 or more, but got {num_samples}.")
         self.num_samples = num_samples
-        self.name = name or self.root.name
+        self.name = name or self.root.resolve().name
 
     def read(self) -> Samples:
         """Find the files.

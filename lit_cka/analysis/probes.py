@@ -65,9 +65,10 @@ def probe_layers(
         progress: show a progress bar.
 
     Raises:
-        ValueError: if samples or layers differ, there are no labels, one class alone, or a class with fewer samples
-            than folds.
+        ValueError: if an option is out of range, samples or layers differ, there are no labels, one class alone, or a
+            class with fewer samples than folds.
     """
+    check_probe(num_folds, C)
     check_matched(before, after)
     if list(before.layers) != list(after.layers):
         raise ValueError(
@@ -87,6 +88,14 @@ def probe_layers(
             errors = [float(scores.std(ddof=1) / np.sqrt(len(scores))) for scores in found]
             rows.append(ProbeRow(name, cka, means[0], means[1], errors[0], errors[1], verdict(cka, THRESHOLDS)))
     return rows
+
+
+def check_probe(num_folds: int, C: float) -> None:
+    """Raise a ValueError if the options of a probe are out of range."""
+    if num_folds < 2:
+        raise ValueError(f"Expected `num_folds` of 2 or more, but got {num_folds}.")
+    if not C > 0:
+        raise ValueError(f"Expected `C` to be positive, but got {C}.")
 
 
 def _checked_labels(labels: Sequence[Any] | None, num_samples: int, num_folds: int) -> np.ndarray[Any, Any]:

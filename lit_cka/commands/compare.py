@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
 from rich.console import Console
 
 from lit_cka.analysis.comparison import Comparison, Settings, compare_features
@@ -34,7 +35,7 @@ def parser() -> ArgumentParser:
     parser.add_class_arguments(Settings, "settings")
     parser.add_argument("--output", type=str, required=True, help="Folder for the results.")
     parser.add_argument("--title", type=str | None, default=None, help="Of the report.")
-    parser.add_argument("--num_threads", type=int | None, default=None, help="CPU threads for torch.")
+    parser.add_argument("--num_threads", type=PositiveInt | None, default=None, help="CPU threads for torch.")
     return parser
 
 
@@ -50,7 +51,7 @@ def _compare(options: Any, config: dict[str, Any]) -> list[Comparison]:
         return []
     comparisons = [compare_features(pair[0], pair[-1], options.settings) for pair in pairs]
     folder.mkdir(parents=True, exist_ok=True)
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     sections = []
     for number, comparison in enumerate(comparisons):
         name = f"{number}_{file_name(comparison.model_a)}_{file_name(comparison.model_b)}_{file_name(comparison.data)}"
@@ -81,4 +82,4 @@ def _pairs(options: Any, folder: Path) -> list[list[Features]]:
     sets = options.data if isinstance(options.data, list) else [options.data]
     if not sets:
         raise ValueError("Expected `data` to compare the models on, but got none.")
-    return [all_features(options.models, data, folder) for data in sets]
+    return all_features(options.models, sets, folder)

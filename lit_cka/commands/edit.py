@@ -56,8 +56,11 @@ def main(args: list[str]) -> list[ParameterRecord]:
             trusted=config.trusted,
         )
     except (ValueError, OSError) as error:
-        console.print(f"error: {error}", style="red", markup=False)
+        if int(os.environ.get("RANK", "0")) == 0:
+            console.print(f"error: {error}", style="red", markup=False)
         sys.exit(1)
     if int(os.environ.get("RANK", "0")) == 0:
-        Console(soft_wrap=True, highlight=False).print(f"{describe_edit(records)}\n{config.variant}: {config.output}")
+        Console(soft_wrap=True, highlight=False, markup=False).print(
+            f"{describe_edit(records)}\n{config.variant}: {config.output}"
+        )
     return records

@@ -10,9 +10,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
+from lit_cka.commands.running import check_folder
 from lit_cka.editing.artifacts import print_results, save_results
 from lit_cka.editing.editor import MonoSoupEditor
 
@@ -35,7 +38,7 @@ def parser() -> ArgumentParser:
     parser.add_argument("--output", type=str, required=True, help="Folder for JSON, tables and pictures.")
     parser.add_argument("--export", type=dict[str, str], default={}, help="Variants to write: {monosoup: path}.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_threads", type=int | None, default=None, help="CPU threads for torch.")
+    parser.add_argument("--num_threads", type=PositiveInt | None, default=None, help="CPU threads for torch.")
     parser.add_argument(
         "--needs",
         type=dict[str, str],
@@ -49,7 +52,7 @@ def main(args: list[str]) -> MonoSoupEditor:
     """Run the command; an error that a user can mend is one line and exit status 1."""
     try:
         return _main(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MisconfigurationException) as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", style="red", markup=False)
         sys.exit(1)
 
@@ -63,9 +66,15 @@ def _main(args: list[str]) -> MonoSoupEditor:
     for path in config.export.values():
         if Path(path).exists():
             raise ValueError(f"Expected paths to write to in `export`, but {path!r} exists already.")
+    if len({os.path.abspath(path) for path in config.export.values()}) < len(config.export):
+        raise ValueError("Expected another path for each variant in `export`, but two have the same.")
+    check_folder(config.output)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     objects = options.instantiate_classes(config)
     trainer = objects.trainer
+    if type(config.trainer.limit_test_batches) is int:
+        # `typing` takes Union[int, float] for Union[float, int] if that was there before; 1 then came as 1.0, for all.
+        trainer.limit_test_batches = config.trainer.limit_test_batches
     editor: MonoSoupEditor = objects.editor
     unknown = sorted(set(config.export) - set(editor.variant_names))
     if unknown:
@@ -82,7 +91,7 @@ def _train_what_is_needed(needs: dict[str, str]) -> None:
         if not Path(path).is_file():
             import train
 
-            Console().rule(f"First: {config}")
+            Console(markup=False).rule(f"First: {config}")
             train.main(["fit", "--config", config])
             if not Path(path).is_file():
                 raise FileNotFoundError(f"Expected {config!r} to write {path!r} (`save_weights`), but it did not.")
@@ -97,8 +106,10 @@ def _report(editor: MonoSoupEditor, objects: Namespace, config: dict[str, Any]) 
     print_results(editor.results, records, console)
     for variant, path in objects.export.items():
         editor.export(variant, path)
-        console.print(f"{variant}: {path}")
-    console.print(f"Results: {objects.output} ({', '.join(path.name for path in written if path.suffix != '.pdf')})")
+        console.print(f"{variant}: {path}", markup=False)
+    console.print(
+        f"Results: {objects.output} ({', '.join(path.name for path in written if path.suffix != '.pdf')})", markup=False
+    )
 
 
 def _plain(options: ArgumentParser, config: Namespace) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
 from rich.console import Console
 
 from lit_cka import plots
 from lit_cka.analysis.comparison import compare_features
 from lit_cka.analysis.page import Section, write_page
-from lit_cka.analysis.probes import ProbeRow, advice, probe_layers
+from lit_cka.analysis.probes import ProbeRow, advice, check_probe, probe_layers
 from lit_cka.commands.results import FORMATS, Data, Model, all_features, as_json, label, print_table, save_comparison
 from lit_cka.commands.running import is_first_rank, run
 from lit_cka.output import versions, write_json
@@ -32,7 +33,7 @@ def parser() -> ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="Of the folds.")
     parser.add_argument("--output", type=str, required=True, help="Folder for the results.")
     parser.add_argument("--title", type=str, default="Where fine-tuning changed the model", help="Of the report.")
-    parser.add_argument("--num_threads", type=int | None, default=None, help="CPU threads for torch.")
+    parser.add_argument("--num_threads", type=PositiveInt | None, default=None, help="CPU threads for torch.")
     return parser
 
 
@@ -43,7 +44,8 @@ def main(args: list[str]) -> list[ProbeRow]:
 
 def _probe(options: Any, config: dict[str, Any]) -> list[ProbeRow]:
     folder = Path(options.output)
-    before, after = all_features([options.before, options.after], options.data, folder)
+    check_probe(options.num_folds, options.C)
+    ((before, after),) = all_features([options.before, options.after], [options.data], folder)
     if not is_first_rank():
         return []
     rows = probe_layers(before, after, num_folds=options.num_folds, C=options.C, seed=options.seed)
@@ -79,7 +81,7 @@ def _probe(options: Any, config: dict[str, Any]) -> list[ProbeRow]:
         Section("Every layer with every layer", [f"{label(comparison)}."], images=pictures),
     ]
     page = write_page(folder, options.title, sections, about=f"{before.data}, n = {before.num_samples} samples.")
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     print_table(f"{before.data}, n = {before.num_samples}", table, console)
     console.print(said)
     console.print(f"Report: {page}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any, TypeAlias
 
 import numpy as np
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -38,7 +38,7 @@ def parser() -> ArgumentParser:
     parser.add_argument("--standardize", type=bool, default=False, help="Give every feature unit variance first.")
     parser.add_argument("--output", type=str, required=True, help="Folder for the results.")
     parser.add_argument("--title", type=str, default="A map of layers", help="Of the report.")
-    parser.add_argument("--num_threads", type=int | None, default=None, help="CPU threads for torch.")
+    parser.add_argument("--num_threads", type=PositiveInt | None, default=None, help="CPU threads for torch.")
     return parser
 
 
@@ -52,8 +52,8 @@ def _project(options: Any, config: dict[str, Any]) -> Projection | None:
     if bool(options.features) == bool(options.models):
         raise ValueError("Expected either `models` and `data`, or `features`.")
     features = [Features.load(path) for path in options.features]
-    for data in options.data if options.models else ():
-        features += all_features(options.models, data, folder)
+    if options.models:
+        features = [each for of_set in all_features(options.models, options.data, folder) for each in of_set]
     if not is_first_rank():
         return None
     projection = project(features, standardize=options.standardize)
@@ -76,7 +76,7 @@ def _project(options: Any, config: dict[str, Any]) -> Projection | None:
         Section("The same samples said differently", table=pairs, images=pictures),
     ]
     page = write_page(folder, options.title, sections, about=f"n = {features[0].num_samples} samples.")
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     if pairs:
         print_table("Pairs of datasets", pairs, console)
     for line in text:
@@ -110,8 +110,11 @@ def _draw(matrices: dict[str, dict[tuple[str, str], Matrix]], folder: Path) -> d
         figures = {"matrices": (title, {model: next(iter(by_pair.values())) for model, by_pair in matrices.items()})}
     else:
         figures = {
-            f"matrices_{file_name(model)}": (model, {" and ".join(pair): matrix for pair, matrix in by_pair.items()})
-            for model, by_pair in matrices.items()
+            f"matrices_{number}_{file_name(model)}": (
+                model,
+                {" and ".join(pair): matrix for pair, matrix in by_pair.items()},
+            )
+            for number, (model, by_pair) in enumerate(matrices.items())
         }
     pictures = {}
     for name, (title, shown) in figures.items():
@@ -134,9 +137,9 @@ def _pair_table(projection: Projection) -> list[dict[str, str | float]]:
     models = list(dict.fromkeys(pairing.model for pairing in projection.pairings))
     return [
         {
-            "model": pairing.model, "datasets": " and ".join(pairing.datasets), "mean CKA": fmean(pairing.cka),
-            "mean distance": fmean(pairing.distances),
-            "spread of distances": stdev(pairing.distances) if len(pairing.distances) > 1 else 0.0,
+            "model": pairing.model, "datasets": " and ".join(pairing.datasets), "mean CKA": float(np.mean(pairing.cka)),
+            "mean distance": float(np.mean(pairing.distances)),
+            "spread of distances": float(np.std(pairing.distances, ddof=1)) if len(pairing.distances) > 1 else 0.0,
             "Procrustes residual": pairing.residual, "relative residual": pairing.relative_residual,
         }
         for pairing in sorted(projection.pairings, key=lambda pairing: models.index(pairing.model))

@@ -25,17 +25,20 @@ Data = Union[TextFile, ImageFiles, Digits]
 FORMATS = (".png", ".pdf", ".svg")
 
 
-def all_features(models: Sequence[Model], data: Data, folder: Path) -> list[Features]:
-    """Every model's features of the data, each also in a file of the folder; under torchrun, ranks share the batches.
+def all_features(models: Sequence[Model], data: Sequence[Data], folder: Path) -> list[list[Features]]:
+    """By dataset, every model's features, each also in a file of the folder; under torchrun, ranks share the batches.
 
     Raises:
-        ValueError: if two models have the same name.
+        ValueError: if two models or two datasets have the same name.
     """
     names = [model.name for model in models]
     if len({file_name(name) for name in names}) < len(names):  # they would overwrite each other's files
         raise ValueError(f"Expected models of different names, but got {', '.join(names)}. Set `name`.")
-    samples = data.read()
-    return [_features(model, samples, folder) for model in models]
+    sets = [each.read() for each in data]
+    names = [samples.name for samples in sets]
+    if len({file_name(name) for name in names}) < len(names):
+        raise ValueError(f"Expected datasets of different names, but got {', '.join(names)}. Set `name`.")
+    return [[_features(model, samples, folder) for model in models] for samples in sets]
 
 
 def _features(model: Model, samples: Any, folder: Path) -> Features:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +33,7 @@ def run(parser: ArgumentParser, args: list[str], command: Callable[[Any, dict[st
     if num_ranks() > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
+        check_folder(config.output)
         with Ranks():
             return command(parser.instantiate_classes(config), plain)
     except (ValueError, OSError) as error:
@@ -40,6 +42,14 @@ def run(parser: ArgumentParser, args: list[str], command: Callable[[Any, dict[st
                 f"error: {_reason(error)}", style="red", markup=False
             )
         sys.exit(1)
+
+
+def check_folder(output: str) -> None:
+    """Raise a ValueError if there can't be a folder of results, rather now than after all the work."""
+    path = Path(output).absolute()
+    above = next(each for each in (path, *path.parents) if each.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise ValueError(f"Expected `output` to be a folder that can be written to, but got {output!r}.")
 
 
 def num_ranks() -> int:

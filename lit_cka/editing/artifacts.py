@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,9 +49,7 @@ def save_results(
     }
     written = [write_json(folder / "monosoup.json", full)]
     written.append(write_json(folder / "summary.json", {**frame, **_summary(results, records)}))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names in any script
-        return written + _save_pictures(folder, results, records)
+    return written + _save_pictures(folder, results, records)
 
 
 def _save_pictures(folder: Path, results: EvaluationResults, records: Sequence[ParameterRecord]) -> list[Path]:
@@ -173,5 +170,5 @@ def _number(value: float | None) -> str:
 
 
 def _caption(name: str) -> str:
-    """A name in a picture: not too long, and no formula, whatever it holds."""
-    return (name if len(name) <= 40 else f"{name[:39]}…").replace("$", r"\$")
+    """A name in a picture, not too long."""
+    return name if len(name) <= 40 else f"{name[:39]}…"

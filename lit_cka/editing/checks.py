@@ -27,7 +27,7 @@ def check_models(W0: Weights, W1: Weights, *, allow_differences: bool) -> int:
     if rows and not allow_differences:
         raise ValueError(
             f"Expected two models of one architecture, but they differ in {len(rows)} tensors.\n{table}\n"
-            "With `allow_differences=True` (`--allow-differences`) those stay as they are in the fine-tuned model."
+            "With `allow_differences=True` (`--allow_differences true`) those stay as they are in the fine-tuned model."
         )
     return len(rows)
 
@@ -79,6 +79,8 @@ def check_report(report: Path, output: Path, W0: Weights, W1: Weights) -> None:
         raise ValueError(f"Expected `report` to end in .json or .csv, but got {report.name!r}.")
     places = [report.resolve(), *report.resolve().parents]
     if W1.path.is_dir() and output.resolve() == places[1]:
+        if (W1.path / report.name).exists():
+            raise ValueError(f"Expected `report` to have a name of its own, but the model has a {report.name!r}.")
         return
     if any(path.resolve() in places for path in (output, W0.path, W1.path)):
         raise ValueError(f"Expected `report` apart from the models, but got {str(report)!r}.")

@@ -61,8 +61,8 @@ class MonoSoupEditor(pl.LightningModule):
         layers: blocks for CKA and LiNeS, counted from the model; None for its repeated blocks.
         pooling: of the features for CKA, as in `CKACallback`.
         debiased: use the unbiased HSIC in CKA.
-        max_cka_batches: take CKA over the samples of so many batches of each test set at most, which ranks share; 0 for
-            none, None for all.
+        max_cka_batches: take CKA over so many batches of each test set at most, on several ranks over the same samples;
+            0 for none, None for all.
         sequential: keep the variants in files rather than in memory, and one at a time in the model: slower.
 
     Raises:
@@ -96,6 +96,8 @@ class MonoSoupEditor(pl.LightningModule):
         self.model = _carrier(finetuned, model)
         self.layer_names = select_layers(self.model, layers)
         self.wise_ft = tuple(wise_ft)
+        if len({f"{alpha:g}" for alpha in wise_ft}) < len(self.wise_ft):
+            raise ValueError(f"Expected different alphas in `wise_ft`, to six digits, but got {list(wise_ft)}.")
         self.lines = lines
         self.pooling = pooling
         self.debiased = debiased

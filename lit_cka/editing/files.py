@@ -236,8 +236,8 @@ class _Memory:
 
 def _usable(device: torch.device | str | None) -> torch.device:
     """The device, of several GPUs the one that is this process's."""
-    chosen = torch.device("cpu" if device is None else device)
     try:
+        chosen = torch.device("cpu" if device is None else device)
         if chosen.type == "cuda" and chosen.index is None:
             chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(torch.cuda.device_count(), 1))
         torch.zeros(1, dtype=torch.float64, device=chosen).item()

@@ -48,7 +48,7 @@ class StateDictWeights:
                 load_state_dict(self.path, weights_only=not self._trusted)
             except ValueError as error:
                 reason, advice, _ = str(error).partition(" If you trust it,")
-                raise ValueError(f"{reason}{advice and f'{advice} pass `trusted=True` (`--trusted`).'}") from error
+                raise ValueError(f"{reason}{advice and f'{advice} pass `trusted=True` (`--trusted true`).'}") from error
             content = torch.load(self.path, map_location="cpu", weights_only=not self._trusted)
         self._content, self._weights = _with_weights(content)
 

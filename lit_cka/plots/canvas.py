@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -47,12 +49,15 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], formats: Sequence[
         if suffix not in _SUFFIXES:
             raise ValueError(f"Expected a figure's format to be one of {', '.join(_SUFFIXES)}, but got {suffix!r}.")
     path.parent.mkdir(parents=True, exist_ok=True)
+    _take_literally(figure)
     written = []
     for suffix in suffixes:
         target = path.with_name(path.name + suffix) if formats else path
         partial = target.with_name(f".{target.name}.partial")
         try:
-            figure.savefig(partial, format=suffix[1:], dpi=150)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names in any script
+                figure.savefig(partial, format=suffix[1:], dpi=150)
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
@@ -66,9 +71,28 @@ def figure_pixels(figure: Figure) -> NDArray[np.uint8]:
 
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
+    _take_literally(figure)
     canvas.draw()
     pixels: NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
     return pixels
+
+
+def _take_literally(figure: Figure) -> None:
+    """Names may hold dollars, and are no formulas."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+
+
+def wrapped(text: str, inches: float, size: int = 10) -> str:
+    """The text in lines that fit into a width, at a font size in points."""
+    return "\n".join(textwrap.wrap(text, max(int(inches * 100 / size), 16)))
+
+
+def width_of(ax: Axes) -> float:
+    """In inches, before the layout is final."""
+    return float(ax.bbox.width / cast("Figure", ax.get_figure(root=True)).dpi)
 
 
 def short_names(names: Sequence[str], longest: int = 24) -> list[str]:
@@ -84,4 +108,6 @@ def short_names(names: Sequence[str], longest: int = 24) -> list[str]:
     # The last segment that all share stays: it says what the numbers count.
     shortened = [".".join(part[max(common - 1, 0) :]) for part in segments]
     half = (longest - 1) // 2
-    return [name if len(name) <= longest else f"{name[:half]}…{name[-half:]}" for name in shortened]
+    cut = [name if len(name) <= longest else f"{name[:half]}…{name[-half:]}" for name in shortened]
+    # A label that another layer has too would say nothing.
+    return [whole if cut.count(name) > 1 else name for whole, name in zip(shortened, cut, strict=True)]

@@ -45,7 +45,7 @@ def lambda_figure(
     places = range(len(names))
     for values, label, variant in ((lambda_high, "high", "monosoup"), (lambda_low, "low", "lowonly")):
         color, marker = _STYLES[variant]
-        ax.plot(places, values, marker=marker, markersize=4, linewidth=1, color=color, label=f"$\\lambda$ {label}")
+        ax.plot(places, values, marker=marker, markersize=4, linewidth=1, color=color, label=f"λ {label}")
     ticks = range(0, len(names), math.ceil(len(names) / 60) if names else 1)
     ax.set_xticks(ticks, [names[tick] for tick in ticks], rotation=90, fontsize=7)
     ax.set_ylim(-0.03, 1.03)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_cka.plots.canvas import new_axes, short_names
+from lit_cka.plots.canvas import new_axes, short_names, width_of, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,8 +86,8 @@ def heatmap(
     ax.set_xticks(column_ticks, [columns[index] for index in column_ticks], fontsize=8)
     if longest * len(column_ticks) * 0.075 > grid_width:
         ax.tick_params(axis="x", labelrotation=90)
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.set_title(title, fontsize=10)
+    ax.set(xlabel=wrapped(xlabel, width_of(ax)), ylabel=wrapped(ylabel, grid_height))
+    ax.set_title(wrapped(title, width_of(ax)), fontsize=10)
     if annotate:
         for (row, column), value in np.ndenumerate(shown):
             if value == value:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_cka.plots.canvas import new_axes, new_figure
+from lit_cka.plots.canvas import new_axes, new_figure, wrapped
 from lit_cka.plots.heatmap import beyond, heatmap
 
 if TYPE_CHECKING:
@@ -59,5 +59,5 @@ def side_by_side(
     extend = beyond([np.asarray(values) for values, _, _ in matrices.values()], limits)
     figure.colorbar(ScalarMappable(Normalize(*limits), "viridis"), ax=axes, label=label, pad=0.02, extend=extend)
     if title:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(wrapped(title, figure.get_figwidth(), 11), fontsize=11)
     return figure, axes

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lit_cka.plots.canvas import new_axes, short_names
+from lit_cka.plots.canvas import new_axes, short_names, width_of, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +63,7 @@ def layer_trend(
         low, high = limits
         margin = 0.03 * (high - low)
         ax.set_ylim(low - margin, high + margin)
-    ax.set_title(title, fontsize=10)
+    ax.set_title(wrapped(title, width_of(ax)), fontsize=10)
     ax.grid(axis="y", color="0.92")
     if len(curves) > 1:
         ax.legend(frameon=False, fontsize=8)
@@ -110,7 +110,7 @@ def epoch_trend(
     ax.set(xlabel=xlabel, ylabel=ylabel)
     if limits is not None:
         ax.set_ylim(limits[0] - 0.03, limits[1] + 0.03)
-    ax.set_title(title, fontsize=10)
+    ax.set_title(wrapped(title, width_of(ax)), fontsize=10)
     ax.grid(axis="y", color="0.92")
     ax.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure, ax

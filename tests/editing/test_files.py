@@ -467,6 +467,14 @@ def test_ranks_write_what_one_process_writes(tmp_path: Path, kind: str, monkeypa
     assert not (tmp_path / "out.pt.partial").exists()
 
 
+def test_a_report_in_the_place_of_a_file_of_the_model(tmp_path: Path) -> None:
+    a, b = folder(tmp_path / "a", W0, 2), folder(tmp_path / "b", W1, 2)
+    (b / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="a name of its own, but the model has"):
+        edit(a, b, tmp_path / "out", report=tmp_path / "out" / "config.json")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.timeout(120)
 def test_torchrun(tmp_path: Path) -> None:
     a, b = folder(tmp_path / "a", W0, 2), folder(tmp_path / "b", W1, 3)

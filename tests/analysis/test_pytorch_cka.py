@@ -37,10 +37,10 @@ def models(script: Any) -> Models:
 def test_the_minibatch_matrix_is_theirs_and_the_exact_one_keeps_its_value(
     script: Any, models: Models, pair: tuple[str, str]
 ) -> None:
-    tokens = torch.randint(0, 1000, (16, 12), generator=torch.Generator().manual_seed(3))
+    tokens = torch.randint(0, 1000, (16, 6), generator=torch.Generator().manual_seed(3))
     methods = script.matrices_by(models[pair[0]], models[pair[1]], tokens)
     by_size: dict[str, list[Any]] = {name: [] for name in methods}
-    for batch_size in (4, 8, 16):
+    for batch_size in (4, 16):
         for name, method in methods.items():
             by_size[name].append(method(batch_size))
     theirs, minibatch = by_size["pytorch-cka, model in float64"], by_size["minibatch_cka"]

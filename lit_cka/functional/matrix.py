@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -66,17 +66,27 @@ def _gram_products(X: Sequence[Tensor], Y: Sequence[Tensor]) -> tuple[Tensor, Te
     layers = X if X is Y else [*X, *Y]
     room = X[0].new_empty(len(layers) * min(_TILE, n) ** 2)
     cross, own = X[0].new_zeros(k, len(Y)), X[0].new_zeros(len(layers))
-    for top in range(0, n, _TILE):
-        rows = [layer[top : top + _TILE] for layer in layers]
-        for left in range(0, top + 1, _TILE):
-            height, width = len(rows[0]), min(_TILE, n - left)
-            tiles = room[: len(layers) * height * width].view(len(layers), height, width)
-            for layer, some, tile in zip(layers, rows, tiles, strict=True):
-                torch.mm(some, layer[left : left + _TILE].T, out=tile)
-            flat, times = tiles.view(len(layers), -1), 1 if left == top else 2
-            cross.addmm_(flat[:k], flat[-len(Y) :].T, alpha=times)
-            own.add_(torch.linalg.vector_norm(flat, dim=1).square(), alpha=times)
+    for rows, columns, times in _tiles(0, n):
+        tiles = room[: len(layers) * len(rows) * len(columns)].view(len(layers), len(rows), len(columns))
+        for layer, tile in zip(layers, tiles, strict=True):
+            torch.mm(layer[rows.start : rows.stop], layer[columns.start : columns.stop].T, out=tile)
+        flat = tiles.view(len(layers), -1)
+        cross.addmm_(flat[:k], flat[-len(Y) :].T, alpha=times)
+        own.add_(torch.linalg.vector_norm(flat, dim=1).square(), alpha=times)
     return cross, own[:k], own[-len(Y) :]
+
+
+def _tiles(start: int, stop: int) -> Iterator[tuple[range, range, int]]:
+    """Rows and columns of the tiles on and below the diagonal, small ones along it, and how often each counts."""
+    if stop - start <= max(_TILE // 4, 1):
+        yield range(start, stop), range(start, stop), 1
+        return
+    middle = (start + stop) // 2
+    for top in range(middle, stop, _TILE):
+        for left in range(start, middle, _TILE):
+            yield range(top, min(top + _TILE, stop)), range(left, min(left + _TILE, middle)), 2
+    yield from _tiles(start, middle)
+    yield from _tiles(middle, stop)
 
 
 def _centred(layers: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -71,16 +71,18 @@ def num_first_samples(
     """
     loader = _dataloaders(trainer, stage)[dataloader]
     sampler = _distributed_sampler(loader)
-    is_known = type(getattr(loader, "batch_sampler", None)) is BatchSampler and getattr(loader, "in_order", True)
-    num_samples = None if sampler is None else len(cast(Sized, sampler.dataset))
-    if sampler is None or num_samples is None or not is_known:
-        if sampler is not None and num_samples is not None and sampler.total_size > num_samples:
+    own_first = None if max_batches is None or batch_idx < max_batches else 0
+    if sampler is None:
+        return own_first
+    num_samples = len(cast(Sized, sampler.dataset))
+    if type(loader.batch_sampler) is not BatchSampler or not getattr(loader, "in_order", True):
+        if sampler.total_size > num_samples:
             rank_zero_warn(
                 f"{stage} dataloader {dataloader} repeats {sampler.total_size - num_samples} of {num_samples} samples "
                 f"to give all ranks as many, in an order that {type(loader.batch_sampler).__name__} hides: they count "
                 "twice in CKA."
             )
-        return None if max_batches is None or batch_idx < max_batches else 0
+        return own_first
     batch_size = loader.batch_sampler.batch_size
     counted = num_samples if max_batches is None else min(max_batches * batch_size, num_samples)
     if counted >= sampler.total_size:

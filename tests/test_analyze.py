@@ -15,6 +15,7 @@ import yaml
 
 import analyze
 from lit_cka import MonoSoupEditor
+from lit_cka.commands import monosoup
 from lit_cka.data import DigitShiftsDataModule
 from lit_cka.models import ImageClassifier
 from tests.callback.helpers import trainer
@@ -122,6 +123,15 @@ def test_it_is_repeatable_and_options_count(checkpoints: Path) -> None:
     edited = [record for record in full["parameters"] if record["reason"] is None]
     assert edited
     assert all(record["energy"] >= 0.5 for record in edited)
+
+
+@pytest.mark.parametrize("limit", ["1", "1.0", "0.5", "null"])
+def test_one_batch_is_not_all(limit: str, checkpoints: Path) -> None:
+    """Whatever the order in which a process has made the union of int and float."""
+    options = arguments(checkpoints, f"--trainer.limit_test_batches={limit}")[1:]
+    parser = monosoup.parser()
+    trainer = parser.instantiate_classes(parser.parse_args(options)).trainer
+    assert repr(trainer.limit_test_batches) == {"null": "1.0"}.get(limit, limit)
 
 
 def test_what_is_needed_is_trained_first(

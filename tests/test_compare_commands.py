@@ -25,6 +25,7 @@ from lit_cka.analysis.comparison import Comparison, compare_features
 from lit_cka.analysis.features import Features
 from lit_cka.analysis.probes import ProbeRow, advice, probe_layers
 from lit_cka.analysis.projection import Projection
+from lit_cka.commands import project as project_command
 from lit_cka.models import ImageClassifier
 from tests import oracles
 from tests.browser import CHROMIUM, Page, browser_page
@@ -253,6 +254,14 @@ def test_project_three_datasets(checkpoints: Path) -> None:
     assert with_formats("matrices_0_before", "matrices_1_after") <= names()
     assert not with_formats("matrices") & names()
     check_page()
+    matrices = project_command._matrices(
+        [features(m, d) for m in ("after", "before") for d in ("digits", "noisy", "blurred")]
+    )
+    assert list(matrices["after"]) == [("digits", "noisy"), ("digits", "blurred"), ("noisy", "blurred")]
+    for model, by_pair in matrices.items():
+        for pair, (values, *_) in by_pair.items():
+            A, B = (list(features(model, data).layers.values()) for data in pair)
+            np.testing.assert_allclose(values, [[oracles.linear_cka(X, Y, False) for Y in B] for X in A], atol=1e-9)
     page = Path("out/map.html").read_text()
     for pair in ("digits and noisy", "digits and blurred", "noisy and blurred"):
         assert f"after: {pair}" in page

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from lit_cka.commands.running import is_first_rank
 from lit_cka.editing.artifacts import describe_edit
 from lit_cka.editing.files import edit_files
 from lit_cka.editing.parameter import EDITED, EditSettings, ParameterRecord
@@ -56,10 +56,10 @@ def main(args: list[str]) -> list[ParameterRecord]:
             trusted=config.trusted,
         )
     except (ValueError, OSError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_first_rank():
             console.print(f"error: {error}", style="red", markup=False)
         sys.exit(1)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first_rank():
         Console(soft_wrap=True, highlight=False, markup=False).print(
             f"{describe_edit(records)}\n{config.variant}: {config.output}"
         )

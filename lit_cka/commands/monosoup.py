@@ -20,7 +20,7 @@ from lit_cka.editing.artifacts import print_results, save_results
 from lit_cka.editing.editor import MonoSoupEditor
 
 _TRAINER = (
-    "accelerator", "strategy", "devices", "num_nodes", "precision", "limit_test_batches", "deterministic", "logger",
+    "accelerator", "strategy", "devices", "num_nodes", "precision", "deterministic", "logger",
 )  # fmt: skip
 
 
@@ -34,6 +34,11 @@ def parser() -> ArgumentParser:
     parser.add_subclass_arguments(pl.LightningDataModule, "data")
     skip = {name for name in pl.Trainer.__init__.__annotations__ if name not in _TRAINER}
     parser.add_class_arguments(pl.Trainer, "trainer", skip=skip)
+    # Of its own: `typing` may hand out Union[float, int] for the Union[int, float] of the Trainer, whichever a process
+    # has made first, and 1 would become 1.0, which is all batches.
+    parser.add_argument(
+        "--trainer.limit_test_batches", type=int | float | None, default=None, help="A number, or a share from 0 to 1."
+    )
     parser.set_defaults({"trainer.logger": False})  # all results go to `output`
     parser.add_argument("--output", type=str, required=True, help="Folder for JSON, tables and pictures.")
     parser.add_argument("--export", type=dict[str, str], default={}, help="Variants to write: {monosoup: path}.")
@@ -72,9 +77,6 @@ def _main(args: list[str]) -> MonoSoupEditor:
     pl.seed_everything(config.seed, workers=True, verbose=False)
     objects = options.instantiate_classes(config)
     trainer = objects.trainer
-    if type(config.trainer.limit_test_batches) is int:
-        # `typing` takes Union[int, float] for Union[float, int] if that was there before; 1 then came as 1.0, for all.
-        trainer.limit_test_batches = config.trainer.limit_test_batches
     editor: MonoSoupEditor = objects.editor
     unknown = sorted(set(config.export) - set(editor.variant_names))
     if unknown:

@@ -66,8 +66,7 @@ def _project(options: Any, config: dict[str, Any]) -> Projection | None:
         folder / "map.html",
         [MapPoint(point.model, point.dataset, point.layer, point.depth, point.position) for point in projection.points],
         title=options.title, explained=projection.explained, cka=np.asarray(projection.cka),
-        matrices={_tab(model, pair, len(by_pair)): matrix for model, by_pair in matrices.items()
-                  for pair, matrix in by_pair.items()},
+        matrices=_tabs(matrices),
         notes=notes, tables={"Pairs of datasets": pairs} if pairs else {},
     )  # fmt: skip
     text = [f"{name}: {value}" for name, value in notes.items()]
@@ -93,12 +92,7 @@ def _matrices(features: list[Features]) -> dict[str, dict[tuple[str, str], Matri
         found[model] = {}
         for a, b in combinations(own, 2) if len(own) > 1 else [(own[0], own[0])]:
             comparison = compare_features(a, b, Settings(debiased=False))
-            starts = ("", "") if a is b else (f"{a.data}: ", f"{b.data}: ")
-            found[model][a.data, b.data] = (
-                comparison.values,
-                [f"{starts[0]}{layer}" for layer in comparison.layers_a],
-                [f"{starts[1]}{layer}" for layer in comparison.layers_b],
-            )
+            found[model][a.data, b.data] = comparison.values, comparison.layers_a, comparison.layers_b
     return found
 
 
@@ -118,19 +112,21 @@ def _draw(matrices: dict[str, dict[tuple[str, str], Matrix]], folder: Path) -> d
         }
     pictures = {}
     for name, (title, shown) in figures.items():
-        bare = {key: (values, _bare(rows), _bare(columns)) for key, (values, rows, columns) in shown.items()}
-        figure, _ = plots.side_by_side(bare, title=title, annotate=False)
+        figure, _ = plots.side_by_side(shown, title=title, annotate=False)
         plots.save_figure(figure, folder / name, FORMATS)
         pictures[f"{name}.png"] = f"CKA of every layer on one dataset with every layer on the other: {title}"
     return pictures
 
 
-def _tab(model: str, pair: tuple[str, str], num_pairs: int) -> str:
-    return model if num_pairs == 1 else f"{model}: {' and '.join(pair)}"
-
-
-def _bare(names: list[str]) -> list[str]:
-    return [name.partition(": ")[2] or name for name in names]
+def _tabs(matrices: dict[str, dict[tuple[str, str], Matrix]]) -> dict[str, Matrix]:
+    """The same by one name each, with layers that say which dataset they are on."""
+    tabs = {}
+    for model, by_pair in matrices.items():
+        for (a, b), (values, rows, columns) in by_pair.items():
+            starts = ("", "") if a == b else (f"{a}: ", f"{b}: ")
+            named = [f"{starts[0]}{layer}" for layer in rows], [f"{starts[1]}{layer}" for layer in columns]
+            tabs[model if len(by_pair) == 1 else f"{model}: {a} and {b}"] = (values, *named)
+    return tabs
 
 
 def _pair_table(projection: Projection) -> list[dict[str, str | float]]:

@@ -13,7 +13,7 @@ import torch
 from common import Result, new_parser, parse, ratios, report, spread
 from torch.utils.data import DataLoader, TensorDataset
 
-from lit_cka.analysis.comparison import Settings, compare
+from lit_cka.analysis import Settings, compare
 
 
 def main() -> None:

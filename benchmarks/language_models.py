@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lit_cka.analysis.comparison import Settings, compare
+from lit_cka.analysis import Settings, compare
 
 Matrix = NDArray[np.float64]
 PAIRS = (("BERT", "BERT"), ("BERT", "GPT-2"), ("BERT", "DistilBERT"))

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lit_cka"
 ROWS = [
     {"functional"},
-    {"collectives", "ranks"},
+    {"collectives", "ranks", "devices"},
     {
         "metrics",
         "layers",

@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from lit_cka.analysis.features import Features
 from lit_cka.calling import call_model, evaluating
+from lit_cka.devices import usable_device
 from lit_cka.features import FeatureExtractor, tensors_in
 from lit_cka.isolation import preserved_rng
 from lit_cka.layers import Layers
@@ -60,7 +61,7 @@ def extract(
             `FeatureExtractor.collect`.
     """
     home = next(model.parameters(), torch.empty(0)).device
-    place = home if device is None else _usable(device)
+    place = home if device is None else usable_device(device)
     if place != home:
         model.to(place)
         try:
@@ -111,13 +112,6 @@ def extract(
     joined = {layer: torch.cat([batch.features[layer] for batch in taken]) for layer in taken[0].features}
     shown = pooling if isinstance(pooling, str) else getattr(pooling, "__name__", "callable")
     return Features(joined, ids, name, data, shown, labels if len(labels) == len(ids) else None)
-
-
-def _usable(device: torch.device | str) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except Exception as error:  # of several kinds, by device
-        raise ValueError(f"Expected `device` to be one that is here, but got {str(device)!r}: {error}") from error
 
 
 class _Batch(NamedTuple):

@@ -9,8 +9,9 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 
-from lit_cka.analysis.comparison import Comparison, Settings, compare_features
+from lit_cka.analysis.comparison import Comparison, compare_features
 from lit_cka.analysis.features import Features
+from lit_cka.analysis.measures import Settings
 from lit_cka.analysis.page import Section, write_page
 from lit_cka.commands.results import Data, Model, all_features, as_json, label, print_table, save_comparison
 from lit_cka.commands.running import is_first_rank, run

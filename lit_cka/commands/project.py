@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from lit_cka import plots
-from lit_cka.analysis.comparison import Settings, compare_features
+from lit_cka.analysis.comparison import compare_features
 from lit_cka.analysis.features import Features
+from lit_cka.analysis.measures import Settings
 from lit_cka.analysis.page import Section, write_page
 from lit_cka.analysis.projection import Projection, project
 from lit_cka.commands.results import FORMATS, Data, Model, all_features, print_table

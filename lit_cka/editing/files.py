@@ -17,6 +17,7 @@ from threading import Condition
 import torch
 from torch import Tensor
 
+from lit_cka.devices import usable_device
 from lit_cka.editing.checks import check_models, check_output, check_report
 from lit_cka.editing.parameter import EDITED, EditSettings, ParameterRecord, edit_cost, edit_parameter
 from lit_cka.editing.partial import PartialOutput
@@ -102,7 +103,7 @@ class _Job:
     ) -> None:  # fmt: skip
         self.output, self.settings, self.variant = output, settings, variant
         self.report = None if report is None else Path(report)
-        self.device = _usable(device)
+        self.device = usable_device("cpu" if device is None else device, torch.float64)
         self.W0, self.W1 = (open_weights(path, trusted=trusted) for path in (pretrained, finetuned))
         described = {"settings": asdict(settings), "variant": variant, "device": self.device.type}
         files = {name: _stamps(weights) for name, weights in (("pretrained", self.W0), ("finetuned", self.W1))}
@@ -232,18 +233,6 @@ class _Memory:
             with self._given_back:
                 self._free += nbytes
                 self._given_back.notify_all()
-
-
-def _usable(device: torch.device | str | None) -> torch.device:
-    """The device, of several GPUs the one that is this process's."""
-    try:
-        chosen = torch.device("cpu" if device is None else device)
-        if chosen.type == "cuda" and chosen.index is None:
-            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(torch.cuda.device_count(), 1))
-        torch.zeros(1, dtype=torch.float64, device=chosen).item()
-    except Exception as error:  # of several kinds, by device
-        raise ValueError(f"Expected `device` to be one that computes in float64 here, but got {device!r}.") from error
-    return chosen
 
 
 def _stamps(weights: Weights) -> list[list[str | int]]:

@@ -15,7 +15,7 @@ from scipy.stats import kendalltau, pearsonr, spearmanr
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lit_cka.analysis.comparison import Comparison, Settings, compare, compare_features
+from lit_cka.analysis import Comparison, Settings, compare, compare_features
 from lit_cka.analysis.features import Features
 from lit_cka.commands.results import label, limits
 from tests import oracles

@@ -1,5 +1,13 @@
 """For all tests: one thread, since the models are tiny and threads of several processes get in each other's way."""
 
+import os
+from pathlib import Path
+
 import torch
 
 torch.set_num_threads(1)
+
+# Where Python may not write bytecode next to its sources, each of the many processes that tests start would compile
+# torch and transformers anew, for twice the time: they get a folder of their own to share it.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    os.environ.setdefault("PYTHONPYCACHEPREFIX", str(Path(__file__).parents[1] / ".pytest_cache" / "pycache"))

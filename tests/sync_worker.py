@@ -248,7 +248,10 @@ def main(folder: Path, jobs: list[str]) -> None:
 def run_to_end(script: str, *args: object, seconds: float = 120) -> None:
     """Run a script until its end, or for so many seconds; then end all that it has started too."""
     # scikit-learn, once imported, leaves settings of OpenMP behind that change how much memory a forked process takes.
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("KMP_")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("KMP_", "MALLOC_"))}
+    # Every tensor in pages of its own, given back when it is freed: else the peak depends on glibc's thresholds, which
+    # move with what was freed before.
+    inherited["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
     process = subprocess.Popen(
         [sys.executable, script, *map(str, args)],
         env={**inherited, "PYTHONPATH": str(Path(lit_cka.__file__).parents[1])},

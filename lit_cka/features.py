@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import Self
 
 from lit_cka.layers import Layers, named_layers, select_layers
 from lit_cka.masks import find_mask
 from lit_cka.patches import is_redirected
-from lit_cka.pooling import Pooling, find_layout, parse_pooling, pool
+from lit_cka.pooling import Pooling, find_layout, parse_pooling, pool, pool_nested
 
 OnCall = Callable[[str, bool, "tuple[Any, ...]", "dict[str, Any]"], None]
 OnReturn = Callable[[str, bool, Any], None]
@@ -198,7 +197,7 @@ class FeatureExtractor:
         if tensor is None or not tensor.is_floating_point():
             got = type(output).__name__ if tensor is None else f"a tensor of {tensor.dtype}"
             raise ValueError(f"Expected layer {name!r} to return floating-point features, but it returned {got}.")
-        tensor = tensor.detach()
+        tensor = tensor.detach() if tensor.requires_grad else tensor
         if callable(self._method):
             features = self._method(tensor)
             if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
@@ -208,13 +207,14 @@ class FeatureExtractor:
                     f"output shape {tuple(tensor.shape)}, but got {got}."
                 )
         elif tensor.is_nested:
-            features = _pooled_nested(tensor, self._method)
+            features = pool_nested(tensor, self._method)
         else:
             layout = self._find_layout(name, module, tensor, self._batch_sizes or _leading_sizes(args))
             mask = self._mask(name, layout, tensor) if self._method in ("mean", "last") else None
             features = pool(tensor, self._method, layout, mask)
-        # A copy: what a layer returns may be overwritten by an in-place operation behind it.
-        return features.to(torch.float64, copy=True) if features.device.type != "mps" else features.cpu().double()
+        features = features.cpu() if features.device.type == "mps" else features  # which has no float64
+        # A copy, unless it is one already: what a layer returns may be overwritten by an in-place operation behind it.
+        return features.to(torch.float64, copy=callable(self._method) or features.dtype == tensor.dtype)
 
     def _find_layout(self, name: str, module: nn.Module, tensor: Tensor, batch_sizes: set[int]) -> str:
         if self._layout is not None and tensor.ndim != 2:
@@ -233,7 +233,7 @@ class FeatureExtractor:
 
     def _mask(self, name: str, layout: str, tensor: Tensor) -> Tensor | None:
         """The innermost (n, tokens) mask around the layer; None where there is none, or it is for other tokens."""
-        if tensor.ndim != 3:
+        if not self._masks or tensor.ndim != 3:
             return None
         shape = (
             tensor.shape[layout.index("N")],
@@ -254,19 +254,15 @@ class FeatureExtractor:
         return None
 
 
-def _pooled_nested(tensor: Tensor, method: str) -> Tensor:
-    """Pool what torch's own encoder packs as a nested tensor: samples (tokens, d) without their padding."""
-    samples = list(tensor.unbind())
-    padded = pad_sequence(samples, batch_first=True)
-    lengths = torch.tensor([len(sample) for sample in samples], device=padded.device)
-    return pool(padded, method, "NTC", torch.arange(padded.shape[1], device=padded.device) < lengths[:, None])
-
-
-@contextmanager
-def _plain_mode(tensor: Tensor | None) -> Iterator[None]:
+def _plain_mode(tensor: Tensor | None) -> AbstractContextManager[None]:
     """Without gradients and autocast on the tensor's device."""
     device_type = "cpu" if tensor is None else tensor.device.type
     autocast = torch.is_autocast_enabled(device_type)
+    return _plain(device_type, autocast) if autocast or torch.is_grad_enabled() else nullcontext()
+
+
+@contextmanager
+def _plain(device_type: str, autocast: bool) -> Iterator[None]:
     with torch.no_grad(), torch.autocast(device_type, enabled=False) if autocast else nullcontext():
         yield
 

@@ -12,8 +12,10 @@ from typing import NamedTuple, TypeAlias, Union
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 METHODS = ("mean", "last", "cls", "flatten")
+_SUMMED_AT_ONCE = 2**16  # numbers
 Pooling: TypeAlias = Union[str, Callable[[Tensor], Tensor]]
 
 _CHANNELS_FIRST = ("Conv", "BatchNorm", "GroupNorm", "InstanceNorm")  # torch modules whose channels are axis 1
@@ -66,7 +68,8 @@ def pool(output: Tensor, method: str, layout: str, mask: Tensor | None = None) -
         nothing is NaN.
     """
     positions = [axis for axis, letter in enumerate(layout) if letter not in "NC"]
-    tokens = output.permute(layout.index("N"), *positions, layout.index("C"))
+    order = [layout.index("N"), *positions, layout.index("C")]
+    tokens = output if order == sorted(order) else output.permute(order)
     if not positions:
         return tokens
     if method == "flatten":
@@ -80,12 +83,31 @@ def pool(output: Tensor, method: str, layout: str, mask: Tensor | None = None) -
         last = (mask != 0).long().mul(torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1)
         picked = tokens[torch.arange(len(tokens), device=tokens.device), last]
         return picked.masked_fill(~(mask != 0).any(dim=1, keepdim=True), torch.nan)
-    if mask is None:
-        return tokens.sum(dim=1, dtype=torch.float64) / tokens.shape[1]
-    kept = (mask != 0).to(torch.float64)
+    return _mean(tokens, None if mask is None else mask != 0)
+
+
+def _mean(tokens: Tensor, kept: Tensor | None) -> Tensor:
+    """Float64 mean (n, d) over those of the positions (n, positions, d) that are kept (n, positions)."""
+    n, num_positions, width = tokens.shape
+    if tokens.device.type == "mps":  # which has no float64
+        tokens, kept = tokens.cpu(), None if kept is None else kept.cpu()
+    # A few samples at a time on a CPU, where torch first writes all that is to be summed out in float64.
+    size = n if tokens.device.type != "cpu" else max(_SUMMED_AT_ONCE // max(num_positions * width, 1), 1)
+    if kept is None:
+        total = torch.cat([part.sum(dim=1, dtype=torch.float64) for part in tokens.split(size)])
+        return total.div_(num_positions)
+    parts = zip(tokens.split(size), kept[:, :, None].split(size), strict=True)
     # where, not a product: what stands at a padding position may be infinite, and 0 * inf is NaN.
-    total = torch.where(kept.bool()[:, :, None], tokens, 0).sum(dim=1, dtype=torch.float64)
-    return total / kept.sum(dim=1, keepdim=True)
+    total = torch.cat([torch.where(keep, part, 0).sum(dim=1, dtype=torch.float64) for part, keep in parts])
+    return total.div_(kept.sum(dim=1, keepdim=True))
+
+
+def pool_nested(tensor: Tensor, method: str) -> Tensor:
+    """Pool what torch's own encoder packs as a nested tensor: samples (tokens, d) without their padding."""
+    samples = list(tensor.unbind())
+    padded = pad_sequence(samples, batch_first=True)
+    lengths = torch.tensor([len(sample) for sample in samples], device=padded.device)
+    return pool(padded, method, "NTC", torch.arange(padded.shape[1], device=padded.device) < lengths[:, None])
 
 
 def find_layout(

@@ -226,6 +226,12 @@ def test_the_probe_figure_has_errors_as_bands() -> None:
     ]
 
 
+def test_the_probe_figure_of_two_models_of_one_name() -> None:
+    _, ax = plots.probe_figure(NAMES, [1, 0.9, 0.2], [0.5] * 3, [0.6] * 3, names=("BERT", "BERT"))
+    labels = [line.get_label() for line in ax.lines]
+    assert labels == ["CKA of both", "accuracy, BERT before", "accuracy, BERT after"]
+
+
 @pytest.mark.parametrize("mine", [False, True])
 def test_side_by_side_shares_one_colour_bar(mine: bool) -> None:
     matrices = {"small": (VALUES, NAMES, NAMES[:2]), "large": (VALUES[:2], NAMES[:2], NAMES[:2])}
@@ -259,6 +265,13 @@ def test_side_by_side_shares_one_colour_bar(mine: bool) -> None:
             lambda: plots.layer_trend({"a": [0.1] * 3}, NAMES, bands={"a": ([0.0] * 3, [1.0] * 2)}),
             r"3 values for 'a', one a layer, but got \(2,\)",
         ),
+        (lambda: plots.layer_trend({"a": []}, []), "a curve and a layer at least, but got 1 and 0"),
+        (lambda: plots.layer_trend({}, NAMES), "a curve and a layer at least, but got 0 and 3"),
+        (
+            lambda: plots.layer_trend({"a": [0.1] * 3}, NAMES, bands={"b": ([0.0] * 3, [1.0] * 3)}),
+            "bands for 'a', but got one for 'b'",
+        ),
+        (lambda: plots.epoch_trend(np.empty((0, 2)), [], [1, 2]), "a layer and a time at least, but got 0 and 2"),
         (lambda: plots.epoch_trend(VALUES, NAMES, [1]), r"of shape \(3, 1\), but got \(3, 2\)"),
         (lambda: plots.probe_figure(NAMES, [1.0] * 3, [1.0] * 2, [1.0] * 3), "3 values for 'accuracy, pretrained'"),
         (lambda: plots.side_by_side({}), "at least one matrix"),

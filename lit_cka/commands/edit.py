@@ -61,6 +61,6 @@ def main(args: list[str]) -> list[ParameterRecord]:
         sys.exit(1)
     if is_first_rank():
         Console(soft_wrap=True, highlight=False, markup=False).print(
-            f"{describe_edit(records)}\n{config.variant}: {config.output}"
+            f"{describe_edit(records, config.variant)}\n{config.variant}: {config.output}"
         )
     return records

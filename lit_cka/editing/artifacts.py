@@ -131,15 +131,23 @@ def print_results(results: EvaluationResults, records: Sequence[ParameterRecord]
     console.print(escape(describe_edit(records)))
 
 
-def describe_edit(records: Sequence[ParameterRecord]) -> str:
-    """One sentence on how many weights were edited, and one on why others were left alone."""
+def describe_edit(records: Sequence[ParameterRecord], variant: str = "monosoup") -> str:
+    """One sentence on how many weights were edited, and one on why others were left alone.
+
+    The two parts of an update are weighted in "monosoup" alone; of other variants, the number k of leading singular
+    values in the high part is told.
+    """
     edited = [record for record in records if record["reason"] is None]
     numbers: dict[str, int] = {}
     for record in records:
         if record["reason"] is not None:
             numbers[record["reason"]] = numbers.get(record["reason"], 0) + 1
     text = f"{len(edited)} of {len(records)} tensors edited"
-    if edited:
+    if edited and variant != "monosoup":
+        shares = sorted((record["k"] or 0) / (record["rank"] or 1) for record in edited)
+        text += f"; k from {shares[0]:.0%} to {shares[-1]:.0%} of the singular values, "
+        text += f"median {shares[len(shares) // 2]:.0%}"
+    elif edited:
         lows = sorted(record["lambda_low"] or 0.0 for record in edited)
         text += f"; lambda_low from {lows[0]:.3f} to {lows[-1]:.3f}, median {lows[len(lows) // 2]:.3f}"
     if numbers:

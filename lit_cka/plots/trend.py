@@ -43,8 +43,13 @@ def layer_trend(
         ax: axes to draw on; None for a new figure.
 
     Raises:
-        ValueError: if a curve or band has another number of values than there are layers.
+        ValueError: if a curve or band has another number of values than there are layers, there are none, or a band
+            has no curve.
     """
+    if not len(layer_names) or not curves:
+        raise ValueError(f"Expected a curve and a layer at least, but got {len(curves)} and {len(layer_names)}.")
+    if unknown := sorted(set(bands or {}) - set(curves)):
+        raise ValueError(f"Expected bands for {', '.join(map(repr, curves))}, but got one for {unknown[0]!r}.")
     figure, ax = new_axes(ax, min(max(0.42 * len(layer_names) + 2.4, 4.6), 13), 3.8)
     places = np.arange(len(layer_names))
     for number, (name, values) in enumerate(curves.items()):
@@ -94,13 +99,15 @@ def epoch_trend(
         ax: axes to draw on; None for a new figure.
 
     Raises:
-        ValueError: if `values` doesn't have a row for each layer and a column for each time.
+        ValueError: if `values` doesn't have a row for each layer and a column for each time, or there are none.
     """
     from matplotlib import colormaps
 
     values = np.asarray(values, dtype=np.float64)
     if values.shape != (len(layer_names), len(times)):
         raise ValueError(f"Expected values of shape {(len(layer_names), len(times))}, but got {values.shape}.")
+    if not values.size:
+        raise ValueError(f"Expected a layer and a time at least, but got {len(layer_names)} and {len(times)}.")
     figure, ax = new_axes(ax, 6.6, 3.8)
     colors = colormaps["viridis"](np.linspace(0, 0.9, max(len(layer_names), 2)))
     named = set(range(0, len(layer_names), math.ceil(len(layer_names) / 16)))
@@ -135,10 +142,12 @@ def probe_figure(
         before: accuracy (layers,) of the probe on the first model.
         after: accuracy of the probe on the second.
         errors: standard errors of both, drawn as bands.
-        names: of the two models.
+        names: of the two models; where they are the same, "before" and "after" tell them apart.
         title: of the axes.
         ax: axes to draw on; None for a new figure.
     """
+    if names[0] == names[1]:
+        names = (f"{names[0]} before", f"{names[1]} after")
     curves = {"CKA of both": cka, f"accuracy, {names[0]}": before, f"accuracy, {names[1]}": after}
     bands: dict[str, tuple[ArrayLike, ArrayLike]] = {}
     if errors is not None:

@@ -209,4 +209,9 @@ def test_description_of_an_edit() -> None:
         "3 of 6 tensors edited; lambda_low from 0.250 to 0.750, median 0.500. "
         "Left as fine-tuned: 2 (unchanged), 1 (not a parameter)."
     )
-    assert describe_edit([]) == "0 of 0 tensors edited."
+    for k, each in zip((1, 2, 8), records, strict=False):
+        each.update(k=k, rank=8)
+    assert describe_edit(records[:3], "highonly") == (
+        "3 of 3 tensors edited; k from 12% to 100% of the singular values, median 25%."
+    )
+    assert describe_edit([]) == describe_edit([], "lowonly") == "0 of 0 tensors edited."

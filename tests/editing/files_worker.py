@@ -1,7 +1,7 @@
 """A script for `test_files.py`: edits of files that are killed or shared by ranks, and the memory that one takes.
 
     python tests/editing/files_worker.py kills PRETRAINED FINETUNED OUTPUT KILLS
-    python tests/editing/files_worker.py ranks PRETRAINED FINETUNED OUTPUT NUM_RANKS
+    python tests/editing/files_worker.py ranks PRETRAINED FINETUNED OUTPUT NUM_RANKS [KILL_AFTER]
     python tests/editing/files_worker.py memory PRETRAINED FINETUNED OUTPUT RESULT
 
 The processes are forked after the imports, which take the most time, and before the first tensor.
@@ -69,20 +69,27 @@ def one_rank(rank: int, size: int, pretrained: str, finetuned: str, output: str)
     Path(f"{output}-{rank}.txt").write_text(text)
 
 
-def ranks(pretrained: str, finetuned: str, output: str, number: str) -> None:
-    """As torchrun starts them."""
+def ranks(pretrained: str, finetuned: str, output: str, number: str, kill_after: str = "") -> None:
+    """As torchrun starts them; if asked for, all are killed after so many tensors, and then started again."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ["LIT_CKA_PORT"])
     fork = multiprocessing.get_context("fork")
     size = int(number)
-    processes = [
-        fork.Process(target=one_rank, args=(rank, size, pretrained, finetuned, output)) for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
     deadline = time.monotonic() + 60
-    for process in processes:
-        process.join(max(deadline - time.monotonic(), 0))
-        process.kill()
+    for most in [int(kill_after), None] if kill_after else [None]:
+        processes = [
+            fork.Process(target=one_rank, args=(rank, size, pretrained, finetuned, output)) for rank in range(size)
+        ]
+        for process in processes:
+            process.start()
+        while most is not None and num_finished(output) < most and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        for process in processes:
+            if most is None:
+                process.join(max(deadline - time.monotonic(), 0))
+            process.kill()
+            process.join()
+        if most is not None:
+            Path(f"{output}-killed.txt").write_text(str(num_finished(output) if not Path(output).exists() else "late"))
 
 
 def memory(pretrained: str, finetuned: str, output: str, result: str) -> None:

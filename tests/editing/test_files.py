@@ -445,11 +445,11 @@ def test_killed_and_resumed_is_byte_identical(tmp_path: Path) -> None:
     assert names_in(tmp_path) == {"a", "b", "whole", "out", "out-kills.json"}
 
 
-def run_ranks(*paths: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def run_ranks(*paths: Path, size: int, monkeypatch: pytest.MonkeyPatch, kill_after: str = "") -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("LIT_CKA_PORT", str(free.getsockname()[1]))
-    run_to_end(WORKER, "ranks", *paths, size, seconds=90)
+    run_to_end(WORKER, "ranks", *paths, size, *kill_after.split(), seconds=90)
     return [Path(f"{paths[2]}-{rank}.txt").read_text() for rank in range(size)]
 
 
@@ -465,6 +465,23 @@ def test_ranks_write_what_one_process_writes(tmp_path: Path, kind: str, monkeypa
     assert run_ranks(a, b, tmp_path / "out.pt", size=3, monkeypatch=monkeypatch) == ["no error"] * 3
     assert contents(tmp_path / "out.pt") == contents(tmp_path / "whole.pt")
     assert not (tmp_path / "out.pt.partial").exists()
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("kind", ["folder", "state dict"])
+def test_ranks_that_are_killed_go_on(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = many(tmp_path / "a", 0), many(tmp_path / "b", 1)
+    if kind == "state dict":
+        for path in (a, b):
+            tensors = {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+            torch.save(dict(sorted(tensors.items())), path.with_suffix(".pt"))
+        a, b = a.with_suffix(".pt"), b.with_suffix(".pt")
+    out = tmp_path / f"out{a.suffix}"
+    edit(a, b, tmp_path / f"whole{a.suffix}")
+    assert run_ranks(a, b, out, size=2, monkeypatch=monkeypatch, kill_after="10") == ["no error"] * 2
+    assert 10 <= int(Path(f"{out}-killed.txt").read_text()) < 80
+    assert contents(out) == contents(tmp_path / f"whole{a.suffix}")
+    assert not Path(f"{out}.partial").exists()
 
 
 def test_a_report_in_the_place_of_a_file_of_the_model(tmp_path: Path) -> None:

@@ -142,6 +142,8 @@ def test_numbers_can_be_read_on_their_colours() -> None:
     assert [text.get_color() for text in ax.texts] == ["white", "black"]
     assert not plots.heatmap(np.zeros((30, 30)), NAMES * 10, NAMES * 10)[1].texts  # no room
     assert not plots.heatmap(VALUES, NAMES, NAMES[:2], annotate=False)[1].texts
+    _, ax = plots.heatmap(np.array([[-0.004, -0.006, 0.996]]), NAMES[:1], NAMES)
+    assert [text.get_text() for text in ax.texts] == ["0.00", "-0.01", "0.996"]
 
 
 def test_names_are_shortened() -> None:

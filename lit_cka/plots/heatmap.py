@@ -92,7 +92,8 @@ def heatmap(
         for (row, column), value in np.ndenumerate(shown):
             if value == value:
                 dark = (value - low) / (high - low) <= 0.6
-                text = f"{value:.2f}" if value < 0.995 or value >= 1 else f"{value:.3f}"
+                # Plus 0: there is no "-0.00".
+                text = f"{round(value, 2) + 0.0:.2f}" if value < 0.995 or value >= 1 else f"{value:.3f}"
                 ax.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     if colorbar:
         note = " (grey: undefined)" if np.isnan(values).any() else ""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 METHODS = ("mean", "last", "cls", "flatten")
-_SUMMED_AT_ONCE = 2**16  # numbers
+_SUMMED_AT_ONCE = 2**16  # numbers, by each thread
 Pooling: TypeAlias = Union[str, Callable[[Tensor], Tensor]]
 
 _CHANNELS_FIRST = ("Conv", "BatchNorm", "GroupNorm", "InstanceNorm")  # torch modules whose channels are axis 1
@@ -92,7 +92,8 @@ def _mean(tokens: Tensor, kept: Tensor | None) -> Tensor:
     if tokens.device.type == "mps":  # which has no float64
         tokens, kept = tokens.cpu(), None if kept is None else kept.cpu()
     # A few samples at a time on a CPU, where torch first writes all that is to be summed out in float64.
-    size = n if tokens.device.type != "cpu" else max(_SUMMED_AT_ONCE // max(num_positions * width, 1), 1)
+    at_once = _SUMMED_AT_ONCE * torch.get_num_threads()
+    size = n if tokens.device.type != "cpu" else max(at_once // max(num_positions * width, 1), 1)
     if kept is None:
         total = torch.cat([part.sum(dim=1, dtype=torch.float64) for part in tokens.split(size)])
         return total.div_(num_positions)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lit_cka import pooling
 from lit_cka.features import FeatureExtractor
 from lit_cka.pooling import PoolingSpec, find_layout, parse_pooling, pool
 
@@ -75,6 +76,21 @@ def test_masked_positions_do_not_count(padding: float, layout: str, mask: list[l
     mean = torch.stack([sample.double().mean(0) for sample in samples])
     torch.testing.assert_close(pool(output, "mean", layout, kept), mean, rtol=0, atol=1e-15)
     assert torch.equal(pool(output, "last", layout, kept), torch.stack([sample[-1] for sample in samples]))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(9, 40, 300), (3, 300, 400), (0, 40, 300)])  # some samples at a time, one, none
+def test_means_of_many_samples(shape: tuple[int, int, int], masked: bool) -> None:
+    assert shape[1] * shape[2] * 9 > pooling._SUMMED_AT_ONCE
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(shape, generator=generator) + 1e3
+    mask = torch.rand(shape[:2], generator=generator) < 0.7
+    kept = mask if masked else torch.ones_like(mask)
+    samples = [tokens[index, kept[index]].double().mean(0) for index in range(len(tokens))]
+    expected = torch.stack(samples) if samples else torch.empty(0, shape[2]).double()
+    for layout, output in (("NTC", tokens), ("TNC", tokens.transpose(0, 1)), ("NCT", tokens.transpose(1, 2))):
+        mean = pool(output, "mean", layout, mask if masked else None)
+        torch.testing.assert_close(mean, expected, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("method", ["mean", "last"])

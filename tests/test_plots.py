@@ -17,6 +17,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from lit_cka import plots
+from lit_cka.plots.canvas import wrapped
 
 matplotlib.use("Agg")  # else the first look at the settings imports pyplot to choose
 NAMES = ["model.blocks.0", "model.blocks.1", "model.blocks.2"]
@@ -226,6 +227,10 @@ def test_the_probe_figure_has_errors_as_bands() -> None:
         (0.4, 0.6),
         (0.4, 0.8),
     ]
+
+
+def test_an_equation_in_a_title_is_not_broken() -> None:
+    assert wrapped("pretrained and finetuned, digits, n = 180", 3.8) == "pretrained and finetuned, digits,\nn = 180"
 
 
 def test_the_probe_figure_of_two_models_of_one_name() -> None:

@@ -86,8 +86,9 @@ def _take_literally(figure: Figure) -> None:
 
 
 def wrapped(text: str, inches: float, size: int = 10) -> str:
-    """The text in lines that fit into a width, at a font size in points."""
-    return "\n".join(textwrap.wrap(text, max(int(inches * 100 / size), 16)))
+    """The text in lines that fit into a width, at a font size in points; "n = 5" stays in one."""
+    lines = textwrap.wrap(text.replace(" = ", "\xa0=\xa0"), max(int(inches * 100 / size), 16))
+    return "\n".join(lines).replace("\xa0", " ")
 
 
 def width_of(ax: Axes) -> float:

@@ -52,7 +52,16 @@ def main() -> int:
 
 def resolved_versions() -> list[str]:
     """Every package that some platform or extra installs, as `name==version ; marker`; without the project itself."""
-    command = ["uv", "export", "--frozen", "--all-extras", "--all-groups", "--no-hashes", "--no-annotate", "--no-header"]
+    command = [
+        "uv",
+        "export",
+        "--frozen",
+        "--all-extras",
+        "--all-groups",
+        "--no-hashes",
+        "--no-annotate",
+        "--no-header",
+    ]
     exported = subprocess.run([*command, "--no-emit-project"], cwd=ROOT, check=True, capture_output=True, text=True)
     return [" ".join(line.split()) for line in exported.stdout.splitlines() if "==" in line]
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_cka import LinearCKA, MinibatchCKA
-from lit_cka.features import FeatureExtractor
+from lit_cka.features.extractor import FeatureExtractor
 
 Loader = DataLoader[tuple[Tensor, ...]]
 Models = tuple[nn.Module, nn.Module]

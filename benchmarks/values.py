@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_cka import LinearCKA, MinibatchCKA
-from lit_cka.features import FeatureExtractor
+from lit_cka.features.extractor import FeatureExtractor
 from lit_cka.functional import linear_cka
 
 # From the ranks' features, (x, y) each, and a batch size.

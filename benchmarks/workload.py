@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_cka import CKACallback
-from lit_cka.features import FeatureExtractor
+from lit_cka.features.extractor import FeatureExtractor
 
 NUM_CLASSES = 10
 NUM_TOKENS = 128  # of the language model's samples

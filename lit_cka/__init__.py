@@ -1,25 +1,26 @@
-"""See what fine-tuning does to a model's representations: per-layer CKA for PyTorch Lightning."""
+"""See what fine-tuning does to a model's representations: per-layer CKA for PyTorch Lightning, and edits of weights.
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+A package each for one idea, from `functional` (mathematics) up to `commands` (what `lit-cka` runs): see
+docs/how_it_works.md.
+"""
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
 
 if TYPE_CHECKING:
-    from lit_cka.callback import CKACallback
     from lit_cka.editing.editor import MonoSoupEditor
     from lit_cka.metrics import LinearCKA, MinibatchCKA
+    from lit_cka.tracking.callback import CKACallback
 
 __all__ = ["CKACallback", "LinearCKA", "MinibatchCKA", "MonoSoupEditor"]
 
-_MODULES = {
-    "CKACallback": "callback",
-    "LinearCKA": "metrics",
-    "MinibatchCKA": "metrics",
-    "MonoSoupEditor": "editing.editor",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for: torchmetrics alone loads matplotlib and transformers."""
-    if name not in _MODULES:
-        raise AttributeError(f"module 'lit_cka' has no attribute {name!r}")
-    return getattr(import_module(f"lit_cka.{_MODULES[name]}"), name)
+# Imported when asked for: one name should not load what another needs.
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "editing.editor": ["MonoSoupEditor"],
+        "metrics": ["LinearCKA", "MinibatchCKA"],
+        "tracking.callback": ["CKACallback"],
+    },
+)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
-from typing_extensions import Self
 
-from lit_cka.collectives import agree_on_sizes, all_reduce_moments, flattened
 from lit_cka.functional.cka import cka_from_moments, own_hsic, pairwise_hsic
 from lit_cka.functional.kernels import linear_gram, rbf_gram
 from lit_cka.functional.moments import (
@@ -22,6 +20,7 @@ from lit_cka.functional.moments import (
     empty_moments,
     merge_moments,
 )
+from lit_cka.parallel.collectives import agree_on_sizes, all_reduce_moments, flattened
 
 
 class _Float64Metric(Metric):
@@ -159,7 +158,7 @@ class LinearCKA(_Float64Metric):
             self._set_moments(merge_moments(self._like(len(other.mean_x), len(other.mean_y)), other))
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] | None = None, process_group: Any = None) -> None:
-        """All-reduce, see `lit_cka.collectives`: no gathering, so no memory for every rank."""
+        """All-reduce, see `lit_cka.parallel.collectives`: no gathering, so no memory for every rank."""
         self._set_moments(all_reduce_moments(self.moments, process_group or self.process_group))
 
 

@@ -25,9 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import lit_cka
-from lit_cka.collectives import agree_on_sizes, all_reduce_moments
 from lit_cka.functional.moments import PairedMoments, paired_moments
 from lit_cka.metrics import LinearCKA, MinibatchCKA
+from lit_cka.parallel.collectives import agree_on_sizes, all_reduce_moments
 
 # The sizes of each rank's batches, by number of ranks. In the first round one rank has none.
 ROUNDS = {2: [[[13, 1, 30], []], [[2], [9]]], 3: [[[20, 7], [], [5, 2, 1]], [[4, 5], [6], [1]]]}

@@ -1,7 +1,11 @@
-"""Compare models: features of whole datasets, and what they have in common."""
+"""Two or more models and a dataset in, named arrays out, with intervals: comparisons, probes, projections.
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+Drawing them is `lit_cka.plots`; one model against its own past is `lit_cka.tracking`.
+"""
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
 
 if TYPE_CHECKING:
     from lit_cka.analysis.comparison import Comparison, compare, compare_features
@@ -15,30 +19,34 @@ if TYPE_CHECKING:
     from lit_cka.analysis.text_model import TextModel
 
 __all__ = [
-    "Comparison", "Digits", "Features", "ImageFiles", "ImageModel", "Settings", "TextFile", "TextModel", "advice",
-    "compare", "compare_features", "extract", "probe_layers", "project",
-]  # fmt: skip
+    "Comparison",
+    "Digits",
+    "Features",
+    "ImageFiles",
+    "ImageModel",
+    "Settings",
+    "TextFile",
+    "TextModel",
+    "advice",
+    "compare",
+    "compare_features",
+    "extract",
+    "probe_layers",
+    "project",
+]
 
-_MODULES = {
-    "Comparison": "comparison",
-    "Digits": "image_model",
-    "Features": "features",
-    "ImageFiles": "image_model",
-    "ImageModel": "image_model",
-    "Settings": "measures",
-    "TextFile": "text_file",
-    "TextModel": "text_model",
-    "advice": "probes",
-    "compare": "comparison",
-    "compare_features": "comparison",
-    "extract": "extraction",
-    "probe_layers": "probes",
-    "project": "projection",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for: one measure should not load all libraries."""
-    if name not in _MODULES:
-        raise AttributeError(f"module 'lit_cka.analysis' has no attribute {name!r}")
-    return getattr(import_module(f"lit_cka.analysis.{_MODULES[name]}"), name)
+# Imported when asked for: one name should not load what another needs.
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "comparison": ["Comparison", "compare", "compare_features"],
+        "extraction": ["extract"],
+        "features": ["Features"],
+        "image_model": ["Digits", "ImageFiles", "ImageModel"],
+        "measures": ["Settings"],
+        "probes": ["advice", "probe_layers"],
+        "projection": ["project"],
+        "text_file": ["TextFile"],
+        "text_model": ["TextModel"],
+    },
+)

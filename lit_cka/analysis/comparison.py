@@ -16,9 +16,9 @@ from lit_cka.analysis.extraction import extract
 from lit_cka.analysis.features import Features, check_matched
 from lit_cka.analysis.measures import Settings, gram_matrices, similarity
 from lit_cka.analysis.uncertainty import bootstrap_cka, permutation_test
-from lit_cka.history import verdict
-from lit_cka.layers import Layers
-from lit_cka.pooling import Pooling
+from lit_cka.features.layers import Layers
+from lit_cka.features.pooling import Pooling
+from lit_cka.tracking.history import verdict
 
 Array: TypeAlias = "NDArray[np.float64]"
 

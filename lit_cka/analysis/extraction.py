@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from lit_cka.analysis.features import Features
-from lit_cka.calling import call_model, evaluating
-from lit_cka.devices import usable_device
-from lit_cka.features import FeatureExtractor, tensors_in
-from lit_cka.isolation import preserved_rng
-from lit_cka.layers import Layers
-from lit_cka.pooling import Pooling
+from lit_cka.features.calling import call_model, evaluating
+from lit_cka.features.extractor import FeatureExtractor, tensors_in
+from lit_cka.features.layers import Layers
+from lit_cka.features.pooling import Pooling
+from lit_cka.parallel.devices import usable_device
+from lit_cka.parallel.ranks import Ranks
 from lit_cka.progress import progress_bar
-from lit_cka.ranks import Ranks
+from lit_cka.reference.isolation import preserved_rng
 
 
 def extract(
@@ -46,7 +46,7 @@ def extract(
         loader: gives batches: mappings, of which the model gets what it takes by name, "id" names the samples and
             "labels" are kept; tuples, of which the model gets the first, and the second are labels; or inputs alone.
             Samples without ids are numbered, so two loaders have to give the same samples in the same order.
-        layers: see `lit_cka.layers.select_layers`; None for the repeated blocks.
+        layers: see `lit_cka.features.select_layers`; None for the repeated blocks.
         pooling: as in `FeatureExtractor`.
         device: where to run, and from where the model then goes back; None for where it is.
         ids: of all samples in order, in place of those in batches.

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from lit_cka.analysis.extraction import extract
 from lit_cka.analysis.features import Features
 from lit_cka.analysis.texts import Samples
-from lit_cka.layers import Layers
-from lit_cka.pooling import Pooling
+from lit_cka.features.layers import Layers
+from lit_cka.features.pooling import Pooling
 
 
 class ImageModel:
@@ -23,7 +23,7 @@ class ImageModel:
     Args:
         model: the network, such as a `lit_cka.models.ImageClassifier`. Its `eval_transform` is the preprocessing.
         name: for tables and figures; None for the class's.
-        layers: see `lit_cka.layers.select_layers`; None for the repeated blocks.
+        layers: see `lit_cka.features.select_layers`; None for the repeated blocks.
         pooling: as in `FeatureExtractor`.
         batch_size: images per batch.
         num_workers: processes that load images.

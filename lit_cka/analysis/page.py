@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from lit_cka.output import write_text
+from lit_cka.files import write_text
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #5b6169; --line: #d9dce0; --back: #fff; --link: #0060a8; }

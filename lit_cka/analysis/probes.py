@@ -11,8 +11,8 @@ import numpy as np
 
 from lit_cka.analysis.features import Features, check_matched
 from lit_cka.functional.matrix import cka_matrix
-from lit_cka.history import verdict
 from lit_cka.progress import progress_bar
+from lit_cka.tracking.history import verdict
 
 THRESHOLDS = (0.99, 0.9)
 _NOTHING_GAINED = 0.02  # accuracy

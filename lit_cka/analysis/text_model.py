@@ -17,8 +17,8 @@ from lit_cka.analysis.extraction import extract
 from lit_cka.analysis.features import Features
 from lit_cka.analysis.texts import Samples, collate, tokenize
 from lit_cka.data.tokenizer import load_tokenizer
-from lit_cka.features import tensors_in
-from lit_cka.layers import Layers, named_layers
+from lit_cka.features.extractor import tensors_in
+from lit_cka.features.layers import Layers, named_layers
 
 TokenPooling = Literal["mean", "last", "cls"]
 
@@ -42,7 +42,7 @@ class TextModel:
         path: a local folder in `save_pretrained` format or a name on the hub. Of a model with a head, the body is used.
         name: for tables and files; None for the last part of `path`.
         tokenizer: where the tokenizer is; None for `path`.
-        layers: which layers, see `lit_cka.layers.select_layers`; None for those above.
+        layers: which layers, see `lit_cka.features.select_layers`; None for those above.
         pooling: over the tokens of a text, with the special ones that the tokenizer adds, without padding: "mean",
             "last" token, or "cls", the first.
         max_length: the most tokens of a text; longer ones are cut with a warning, as they are to what model and

@@ -15,7 +15,7 @@ from lit_cka.analysis.measures import Settings
 from lit_cka.analysis.page import Section, write_page
 from lit_cka.commands.results import Data, Model, all_features, as_json, label, print_table, save_comparison
 from lit_cka.commands.running import is_first_rank, run
-from lit_cka.output import file_name, versions, write_json
+from lit_cka.files import file_name, versions, write_json
 
 
 def parser() -> ArgumentParser:

@@ -16,7 +16,7 @@ from lit_cka.analysis.page import Section, write_page
 from lit_cka.analysis.probes import ProbeRow, advice, check_probe, probe_layers
 from lit_cka.commands.results import FORMATS, Data, Model, all_features, as_json, label, print_table, save_comparison
 from lit_cka.commands.running import is_first_rank, run
-from lit_cka.output import versions, write_json
+from lit_cka.files import versions, write_json
 
 
 def parser() -> ArgumentParser:

@@ -21,7 +21,7 @@ from lit_cka.analysis.page import Section, write_page
 from lit_cka.analysis.projection import Projection, project
 from lit_cka.commands.results import FORMATS, Data, Model, all_features, print_table
 from lit_cka.commands.running import is_first_rank, run
-from lit_cka.output import file_name, versions, write_json
+from lit_cka.files import file_name, versions, write_json
 from lit_cka.plots.map_page import MapPoint, write_map
 
 Matrix: TypeAlias = tuple[NDArray[np.float64], list[str], list[str]]  # values, names of the rows and of the columns

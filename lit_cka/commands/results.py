@@ -18,7 +18,7 @@ from lit_cka.analysis.image_model import Digits, ImageFiles, ImageModel
 from lit_cka.analysis.text_file import TextFile
 from lit_cka.analysis.text_model import TextModel
 from lit_cka.commands.running import is_first_rank, num_ranks
-from lit_cka.output import file_name
+from lit_cka.files import file_name
 
 Model = Union[TextModel, ImageModel]
 Data = Union[TextFile, ImageFiles, Digits]

@@ -12,7 +12,7 @@ import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from lit_cka.ranks import Ranks
+from lit_cka.parallel.ranks import Ranks
 
 Result = TypeVar("Result")
 

@@ -1,4 +1,7 @@
-"""LightningDataModules: digits, folders of images, labelled text; and test sets of all of these."""
+"""LightningDataModules: digits, folders of images, labelled text; and test sets of all of these.
+
+Any other data works as well; samples for `lit_cka.analysis` are read there.
+"""
 
 from lit_cka.data.digit_shifts import DigitShiftsDataModule
 from lit_cka.data.digits import DigitsDataModule

@@ -1,0 +1,27 @@
+"""Edits of fine-tuned weights, MonoSoup and others: of state dicts, of files, and a LightningModule to evaluate them.
+
+The split of one matrix is `lit_cka.functional.spectral`; reading and writing files is `lit_cka.checkpoints`.
+"""
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+if TYPE_CHECKING:
+    from lit_cka.editing.editor import MonoSoupEditor
+    from lit_cka.editing.files import edit_files
+    from lit_cka.editing.parameter import EditSettings, ParameterRecord
+    from lit_cka.editing.weights import EditedModel, edit_state_dicts
+
+__all__ = ["EditSettings", "EditedModel", "MonoSoupEditor", "ParameterRecord", "edit_files", "edit_state_dicts"]
+
+# Imported when asked for: one name should not load what another needs.
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "editor": ["MonoSoupEditor"],
+        "files": ["edit_files"],
+        "parameter": ["EditSettings", "ParameterRecord"],
+        "weights": ["EditedModel", "edit_state_dicts"],
+    },
+)

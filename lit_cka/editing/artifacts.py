@@ -15,8 +15,8 @@ from rich.table import Table
 from lit_cka import plots
 from lit_cka.editing.parameter import ParameterRecord
 from lit_cka.editing.results import EvaluationResults
-from lit_cka.history import mean_score
-from lit_cka.output import file_name, versions, write_json
+from lit_cka.files import file_name, versions, write_json
+from lit_cka.tracking.history import mean_score
 
 _FORMATS = (".png", ".pdf")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lit_cka.editing.pickles import Weights
-from lit_cka.editing.shards import TensorInfo
+from lit_cka.checkpoints.pickles import Weights
+from lit_cka.checkpoints.shards import TensorInfo
 
 _SHOWN = 10  # differing tensors
 

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lit_cka.cache import Batch
 from lit_cka.editing.evaluation import MetricSums
-from lit_cka.statistics import ExactStatistics, ReferenceSums
+from lit_cka.reference.cache import Batch
+from lit_cka.tracking.statistics import ExactStatistics, ReferenceSums
 
 # Tells statistics that the reference's own sums come from elsewhere.
 _LATER = ReferenceSums((), torch.empty(0), torch.empty(0), torch.empty(0))

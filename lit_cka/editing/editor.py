@@ -17,8 +17,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lit_cka.checkpoints import load_into
-from lit_cka.dataloaders import num_first_samples
+from lit_cka.checkpoints.state_dicts import load_into
 from lit_cka.editing.baselines import interpolate, lines, uniform_soup
 from lit_cka.editing.comparison import Comparison
 from lit_cka.editing.evaluation import sample_values
@@ -27,11 +26,12 @@ from lit_cka.editing.placement import FileBacked, Placement
 from lit_cka.editing.results import EvaluationResults
 from lit_cka.editing.sources import Source, load_folder, own_weights, weights_for, write_weights
 from lit_cka.editing.weights import EditedModel, edit_state_dicts
-from lit_cka.features import FeatureExtractor
+from lit_cka.features.extractor import FeatureExtractor
+from lit_cka.features.layers import Layers, select_layers
+from lit_cka.features.pooling import Pooling, parse_pooling
 from lit_cka.functional.spectral import RankRule
-from lit_cka.layers import Layers, select_layers
-from lit_cka.pooling import Pooling, parse_pooling
-from lit_cka.snapshot import snapshot
+from lit_cka.reference.snapshot import snapshot
+from lit_cka.tracking.dataloaders import num_first_samples
 
 
 class MonoSoupEditor(pl.LightningModule):

@@ -17,15 +17,15 @@ from threading import Condition
 import torch
 from torch import Tensor
 
-from lit_cka.devices import usable_device
+from lit_cka.checkpoints.pickles import Weights, open_weights
+from lit_cka.checkpoints.shards import sync
 from lit_cka.editing.checks import check_models, check_output, check_report
 from lit_cka.editing.parameter import EDITED, EditSettings, ParameterRecord, edit_cost, edit_parameter
 from lit_cka.editing.partial import PartialOutput
-from lit_cka.editing.pickles import Weights, open_weights
-from lit_cka.editing.shards import sync
-from lit_cka.editing.sharing import one_thread_each, share_out
+from lit_cka.parallel.devices import usable_device
+from lit_cka.parallel.ranks import Ranks
+from lit_cka.parallel.sharing import one_thread_each, share_out
 from lit_cka.progress import progress_bar
-from lit_cka.ranks import Ranks
 
 _LEAST_MEMORY = 2**29  # bytes that tensors edited at once may take together even where the largest takes less
 

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any, cast
 
+from lit_cka.checkpoints.shards import sync
 from lit_cka.editing.parameter import ParameterRecord
-from lit_cka.editing.shards import sync
 
 
 class PartialOutput:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lit_cka.editing.comparison import SetResults
 from lit_cka.editing.evaluation import MAIN_METRICS
-from lit_cka.history import mean_score
+from lit_cka.tracking.history import mean_score
 
 
 @dataclass(frozen=True)

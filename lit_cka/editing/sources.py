@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lit_cka.checkpoints import fitting_weights, load_state_dict, strip_wrappers
+from lit_cka.checkpoints.state_dicts import fitting_weights, load_state_dict, strip_wrappers
 
 Source: TypeAlias = Union[nn.Module, str, "os.PathLike[str]"]
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lit_cka.checkpoints.state_dicts import tensor_identity
 from lit_cka.editing.parameter import (
     EDITED,
     Edit,
@@ -18,7 +19,7 @@ from lit_cka.editing.parameter import (
     edit_parameter,
     untouched,
 )
-from lit_cka.editing.sharing import one_thread_each, share_out
+from lit_cka.parallel.sharing import one_thread_each, share_out
 from lit_cka.progress import progress_bar
 
 
@@ -151,8 +152,3 @@ def _on_all_ranks(
 
 def _start(W0: Tensor | None, W1: Tensor) -> Tensor:
     return W1 if W0 is None or W0.shape != W1.shape else W0
-
-
-def tensor_identity(value: Tensor) -> tuple[object, ...]:
-    """The same for tensors that are one in memory."""
-    return value.data_ptr() or id(value), value.shape, value.stride(), value.dtype, value.device

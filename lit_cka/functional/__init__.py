@@ -1,4 +1,7 @@
-"""Pure tensor mathematics: similarity of representations, and the split of weight updates. Imports torch alone."""
+"""Pure tensor mathematics: similarity of representations, and the split of weight updates; imports torch alone.
+
+State over batches is `lit_cka.metrics`; whole models and files are elsewhere.
+"""
 
 from lit_cka.functional.cka import cka_from_gram, cka_from_moments, hsic, linear_cka, pairwise_hsic
 from lit_cka.functional.kernels import linear_gram, rbf_gram

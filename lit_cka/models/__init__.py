@@ -1,4 +1,7 @@
-"""LightningModules to fine-tune: timm and open_clip image classifiers, transformers text models."""
+"""LightningModules to fine-tune: timm and open_clip image classifiers, transformers text models.
+
+Any other LightningModule works as well: nothing in the package asks for these.
+"""
 
 from lit_cka.models.classifier import Classifier
 from lit_cka.models.images import CLIPImageClassifier, ImageClassifier

@@ -9,7 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from lit_cka.checkpoints import load_into, load_state_dict
+from lit_cka.checkpoints.state_dicts import load_into, load_state_dict
 from lit_cka.models.classifier import Classifier
 
 Path = Union[str, None]

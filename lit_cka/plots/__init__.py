@@ -1,4 +1,7 @@
-"""Arrays in, figures out: every function returns `(figure, axes)`. Imports matplotlib when a figure is made."""
+"""Arrays in, figures and self-contained HTML out: functions return `(figure, axes)`, and load matplotlib when called.
+
+Nothing is computed here, and no file is written but by `save_figure`.
+"""
 
 from lit_cka.plots.canvas import figure_pixels, save_figure, short_names
 from lit_cka.plots.editing import accuracy_plane, lambda_figure

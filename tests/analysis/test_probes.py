@@ -13,7 +13,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from lit_cka.analysis.features import Features
 from lit_cka.analysis.probes import ProbeRow, advice, probe_layers
-from lit_cka.history import verdict
+from lit_cka.tracking.history import verdict
 from tests import oracles
 
 LABELS = ["cat", "dog", "emu"] * 14

@@ -24,9 +24,9 @@ from lit_cka import MonoSoupEditor
 from lit_cka.data import TestSet, TestSetsDataModule
 from lit_cka.data.language import LanguageTestsDataModule
 from lit_cka.editing.artifacts import save_results
-from tests.callback import ranks_worker
-from tests.callback.helpers import WIDTH, Classifier, Net
 from tests.sync_worker import fork_ranks
+from tests.tracking import ranks_worker
+from tests.tracking.helpers import WIDTH, Classifier, Net
 
 NUM_CLASSES = 7
 SECONDS = 90

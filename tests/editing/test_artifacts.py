@@ -23,8 +23,8 @@ from lit_cka.editing.artifacts import (
 )
 from lit_cka.editing.parameter import ParameterRecord
 from lit_cka.editing.results import EvaluationResults
-from tests.callback.helpers import trainer
 from tests.editing.evaluation_worker import Sets, models
+from tests.tracking.helpers import trainer
 
 WEIRD = [
     "a/b/../../c",

@@ -24,10 +24,10 @@ from lit_cka.data import ImageFolderTestsDataModule, TestSet, TestSetsDataModule
 from lit_cka.editing.parameter import EditSettings
 from lit_cka.editing.weights import edit_state_dicts
 from lit_cka.models import ImageClassifier
-from tests.callback.helpers import WIDTH, Classifier, Net, trainer
 from tests.editing.evaluation_worker import NUM_CLASSES, Sets, models, samples, weights
 from tests.small_models import image_folder
 from tests.sync_worker import run_to_end
+from tests.tracking.helpers import WIDTH, Classifier, Net, trainer
 
 VARIANTS = ["pretrained", "finetuned", "monosoup", "highonly", "lowonly"]
 

@@ -17,12 +17,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lit_cka import MonoSoupEditor
-from lit_cka.checkpoints import load_state_dict
+from lit_cka.checkpoints.state_dicts import load_state_dict
 from lit_cka.data.language import LanguageTestsDataModule
 from lit_cka.models import CLIPImageClassifier, ImageClassifier, TextClassifier
-from tests.callback.helpers import Classifier, Net, trainer
 from tests.editing.evaluation_worker import models, weights
 from tests.editing.test_evaluation import pair, write_rows
+from tests.tracking.helpers import Classifier, Net, trainer
 
 NET = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
@@ -282,7 +282,7 @@ def test_folders_of_text_classifiers(tmp_path: Path, text_folders: Path) -> None
 
 
 def test_features_of_text_are_pooled_over_its_own_tokens(tmp_path: Path, text_folders: Path) -> None:
-    from tests.callback.helpers import hand_cka
+    from tests.tracking.helpers import hand_cka
 
     editor = MonoSoupEditor(text_folders / "pretrained", text_folders / "finetuned", layers="**.layer.*")
     batches = sentences(text_folders / "finetuned")

@@ -1,0 +1,194 @@
+"""What a tracked training leaves to look at: pictures in the loggers, a table, and files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lit_cka import plots
+from lit_cka.tracking.history import Record, first_series, mean_score, verdict
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_DRAWING_SHARE = 0.01
+_STYLES = {"untouched": "green", "refined": "yellow", "rewritten": "red", "undefined": "magenta"}
+
+
+def heatmap(history: Sequence[Record]) -> Figure:
+    """The layers-by-time heatmap of `first_series`."""
+    records = first_series(history)
+    layer_names = list(records[-1]["scores"])
+    values = np.array([[record["scores"].get(name, np.nan) for record in records] for name in layer_names])
+    times = [str(record["step"]) for record in records]
+    return plots.layer_time_heatmap(values, layer_names, times, title="CKA of each layer", xlabel="optimizer step")[0]
+
+
+def log_records(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, records: Sequence[Record], prefix: str, *, on_step: bool
+) -> list[str]:
+    """Log an evaluation's records, one per dataloader; the keys of the scores and their means, for the chart.
+
+    Args:
+        trainer: that the module is in.
+        pl_module: whose `log_dict` makes them known to all loggers, and to callbacks that monitor.
+        records: of the same evaluation.
+        prefix: of the keys.
+        on_step: within a training epoch, at once, whatever `log_every_n_steps` is.
+    """
+    values: dict[str, float] = {}
+    charted: list[str] = []
+    for record in records:
+        suffix = f"/dataloader_idx_{record['dataloader']}" if len(records) > 1 else ""
+        named = {**record["scores"], "mean": mean_score(record["scores"])}
+        charted += [f"{prefix}/{name}{suffix}" for name in named]
+        values.update({f"{prefix}/{name}{suffix}": value for name, value in named.items()})
+        values[f"{prefix}/num_samples{suffix}"] = record["n"]
+    # All ranks have the same values already, so there is nothing to synchronise.
+    pl_module.log_dict(
+        {key: torch.tensor(value, dtype=torch.float32, device=pl_module.device) for key, value in values.items()},
+        on_step=on_step,
+        on_epoch=not on_step,
+        logger=False if on_step else None,
+        add_dataloader_idx=False,
+        batch_size=1,
+        rank_zero_only=False,
+    )
+    for logger in trainer.loggers if on_step else ():
+        logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+    return charted
+
+
+class LoggedFigures:
+    """Gives the heatmap, and once per run the chart of all layers, to the loggers that can show them.
+
+    Within `fit` the heatmap is drawn as often as takes at most a hundredth of the time: at the first evaluation, later
+    ones as time allows, and the last.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self.restart()
+
+    def restart(self) -> None:
+        """A new `fit` begins."""
+        self._start, self._spent = time.monotonic(), 0.0
+        self._waiting: tuple[list[str], int] | None = None  # keys and step of what has not been drawn
+
+    def update(self, trainer: pl.Trainer, history: Sequence[Record], keys: list[str]) -> None:
+        """Draw the history, now or later; `keys` are those of the scalars."""
+        # The step that Lightning gives the scalars of this evaluation, so that both align.
+        self._waiting = (keys, trainer.fit_loop.epoch_loop._batches_that_stepped)
+        if trainer.state.fn != "fit" or self._spent <= _DRAWING_SHARE * (time.monotonic() - self._start):
+            self.finish(trainer, history)
+
+    def finish(self, trainer: pl.Trainer, history: Sequence[Record]) -> None:
+        """Draw what has been left for later."""
+        if self._waiting is None or not trainer.is_global_zero:
+            return
+        start = time.monotonic()
+        (keys, step), self._waiting = self._waiting, None
+        _draw(trainer, history, self._prefix, keys, step)
+        self._spent += time.monotonic() - start
+
+
+def _draw(trainer: pl.Trainer, history: Sequence[Record], prefix: str, keys: list[str], step: int) -> None:
+    pixels = None
+    for logger in trainer.loggers:
+        # By what they can do: TensorBoard's writer, and W&B's logger. Others have the scalars.
+        writer: Any = getattr(logger, "experiment", None)
+        takes_charts, takes_images = hasattr(writer, "add_custom_scalars"), hasattr(writer, "add_image")
+        if not (takes_images or hasattr(logger, "log_image")):
+            continue
+        if pixels is None:
+            pixels = plots.figure_pixels(heatmap(history))
+        if takes_charts:
+            _add_chart(writer, prefix, keys)
+        if takes_images:
+            writer.add_image(f"{prefix}/heatmap", pixels, step, dataformats="HWC")
+        else:
+            logger.log_image(  # type: ignore[attr-defined]  # W&B's own
+                key=f"{prefix}/heatmap", images=[pixels]
+            )
+
+
+def _add_chart(writer: Any, prefix: str, keys: Sequence[str]) -> None:
+    """Put the chart of all layers into TensorBoard's layout, of which the last one written replaces all earlier."""
+    layout = vars(writer).setdefault("_lit_cka_layout", {})
+    if prefix not in layout:
+        # Tags are regular expressions there, matched as prefixes: unanchored, blocks.1 would show blocks.10 too.
+        layout[prefix] = {f"{prefix} of all layers": ["Multiline", [f"^{re.escape(key)}$" for key in keys]]}
+        writer.add_custom_scalars(layout)
+
+
+def print_table(history: Sequence[Record], thresholds: tuple[float, float], console: Console | None = None) -> None:
+    """Print a table of layers: first, lowest and last CKA, with a verdict on the last."""
+    records = first_series(history)
+    if not records:
+        return
+    last = records[-1]
+    table = Table(
+        title=f"CKA with the reference, n = {last['n']} samples",
+        caption=f"untouched >= {thresholds[0]:g} > refined >= {thresholds[1]:g} > rewritten",
+    )
+    table.add_column("layer", overflow="fold")
+    columns = [f"step {records[0]['step']}", "lowest"] if len(records) > 1 else []
+    for column in (*columns, f"step {last['step']}"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for name, cka in last["scores"].items():
+        word = verdict(cka, thresholds)
+        series = [record["scores"].get(name, np.nan) for record in records]
+        lowest = min((value for value in series if value == value), default=np.nan)
+        values = [series[0], lowest, cka] if columns else [cka]
+        table.add_row(name, *(f"{value:.4f}" for value in values), f"[{_STYLES[word]}]{word}[/]")
+    (console or Console()).print(table)
+
+
+def write_report(folder: str | os.PathLike[str], history: Sequence[Record], thresholds: tuple[float, float]) -> None:
+    """Write `cka_history.json`, `cka_history.csv` (a row per record and layer) and `cka_heatmap.png`, atomically.
+
+    Raises:
+        ValueError: if nothing has been tracked.
+    """
+    if not history:
+        raise ValueError("Expected a tracked validation or test to report, but there has been none.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # NaN is no JSON: undefined scores are null there.
+    cleaned = [
+        {**record, "scores": {name: None if cka != cka else cka for name, cka in record["scores"].items()}}
+        for record in history
+    ]
+    _write(folder / "cka_history.json", json.dumps(cleaned, indent=2).encode())
+    rows = io.StringIO()
+    writer = csv.writer(rows)
+    writer.writerow(["step", "epoch", "stage", "dataloader", "n", "layer", "cka", "verdict"])
+    for record in history:
+        values = [value for key, value in record.items() if key != "scores"]
+        for name, cka in record["scores"].items():
+            writer.writerow([*values, name, cka, verdict(cka, thresholds)])
+    _write(folder / "cka_history.csv", rows.getvalue().encode())
+    png = io.BytesIO()
+    heatmap(history).savefig(png, format="png")
+    _write(folder / "cka_heatmap.png", png.getvalue())
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All or nothing: a reader, or a killed run, never sees half a file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)

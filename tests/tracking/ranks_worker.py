@@ -1,0 +1,237 @@
+"""A script for `test_ranks.py`: `CKACallback` on several ranks, on data that can't be shared out evenly.
+
+    python tests/tracking/ranks_worker.py FOLDER HOW
+
+writes what each rank has seen to `FOLDER/<job>-<world size>-<rank>.json`. HOW is "forked": the ranks of many trainers
+are forked here, as a cluster would start them, and those of "ddp_fork" by Lightning; or another of its strategies that
+start the ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
+
+from lit_cka import CKACallback
+from tests.sync_worker import fork_ranks
+from tests.tracking.helpers import Classifier, dataset, loader, train_loader
+
+SECONDS = 60
+NUM_UNEVEN = 37  # samples, for 2 and for 3 ranks
+
+
+class Case(NamedTuple):
+    num_samples: int
+    batch_size: int
+    kind: str
+
+
+CASES = [
+    *(Case(n, size, "exact") for n, size in product(range(2, 11), (1, 3))),
+    *(Case(n, size, "exact") for n, size in product((37, 44), (4, 8, 64))),
+    *(Case(n, 3, "debiased") for n in (4, 5, 7, 10, 37)),
+    *(Case(n, size, "minibatch") for n, size in ((10, 4), (13, 4), (37, 8), (44, 5))),
+    *(Case(n, 3, "shuffled") for n in (2, 5, 10, 37)),
+    *(Case(n, 3, "dropping") for n in (8, 37)),
+    *(Case(n, 3, "limited") for n in (10, 37)),
+]
+OPTIONS: dict[str, dict[str, Any]] = {"debiased": {"debiased": True}, "minibatch": {"estimator": "minibatch"}}
+# Each rank's own share of the samples, by number of ranks. None is empty: there Lightning skips the validation.
+SHARES = {2: [range(30), range(30, 37)], 3: [range(20), range(20, 36), range(36, 37)]}
+
+
+class Counted(Classifier):
+    """Counts how often it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_calls += 1
+        return super().forward(x)
+
+
+def models() -> tuple[Counted, Classifier]:
+    """A reference and a live model, the same on every rank. In float64, where other batches make no difference."""
+    pl.seed_everything(1, verbose=False)
+    reference = Counted()
+    pl.seed_everything(2, verbose=False)
+    return reference.double(), Classifier().double()
+
+
+def trainer(
+    folder: Path, world_size: int, *callbacks: pl.Callback, strategy: str = "ddp", **options: Any
+) -> pl.Trainer:
+    return pl.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        devices=world_size,
+        callbacks=list(callbacks),
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"strategy": "ddp", **options},
+    )
+
+
+def logged(run: pl.Trainer) -> dict[str, float]:
+    return {key: value.item() for key, value in run.callback_metrics.items() if key.startswith("cka/")}
+
+
+def validated(rank: int, world_size: int, folder: Path) -> Any:
+    """Every case twice with one callback: the second time the reference's features come from the cache."""
+    seen = []
+    for case in CASES:
+        reference, module = models()
+        callback = CKACallback(reference=reference, **OPTIONS.get(case.kind, {}))
+        data, sampler = dataset(case.num_samples, 1), None
+        if case.kind in ("shuffled", "dropping"):
+            shuffle, drop_last = case.kind == "shuffled", case.kind == "dropping"
+            sampler = DistributedSampler(data, world_size, rank, shuffle=shuffle, drop_last=drop_last)
+        run = trainer(
+            folder,
+            world_size,
+            callback,
+            precision="64-true",
+            use_distributed_sampler=sampler is None,
+            limit_val_batches=1 if case.kind == "limited" else 1.0,
+        )
+        means = []
+        for _ in range(2):
+            run.validate(module, DataLoader(data, case.batch_size, sampler=sampler), verbose=False)
+            means.append(logged(run)["cka/mean"])
+        seen.append({"history": callback.history, "means": means, "num_calls": reference.num_calls})
+    return seen
+
+
+def too_few(rank: int, world_size: int, folder: Path) -> Any:
+    """One sample, which all ranks have to refuse, or some would wait for the others."""
+    reference, module = models()
+    try:
+        run = trainer(folder, world_size, CKACallback(reference=reference), precision="64-true")
+        run.validate(module, loader(1), verbose=False)
+    except ValueError as error:
+        return str(error)
+
+
+def changed(rank: int, world_size: int, folder: Path) -> Any:
+    """Twice, the second time with another last sample, which one rank alone has; and once more."""
+    reference, module = models()
+    callback = CKACallback(reference=reference)
+    run = trainer(folder, world_size, callback, precision="64-true")
+    x, y = (values.clone() for values in dataset(NUM_UNEVEN, 1).tensors)
+    num_calls = []
+    for number in range(3):
+        if number == 1:
+            x[-1] += 3
+        data = TensorDataset(x.clone(), y)
+        run.validate(module, DataLoader(data, batch_size=4), verbose=False)
+        num_calls.append(reference.num_calls)
+    return {"history": callback.history, "num_calls": num_calls}
+
+
+def shared(rank: int, world_size: int, folder: Path) -> Any:
+    """Shares as the user has made them: one much smaller, and of three one of a single sample."""
+    reference, module = models()
+    callback = CKACallback(reference=reference)
+    run = trainer(folder, world_size, callback, precision="64-true", use_distributed_sampler=False)
+    for _ in range(2):
+        data = DataLoader(Subset(dataset(NUM_UNEVEN, 1), SHARES[world_size][rank]), batch_size=8)
+        run.validate(module, data, verbose=False)
+    return {"history": callback.history, "logged": logged(run)}
+
+
+def fitted(rank: int, world_size: int, folder: Path) -> Any:
+    """A fit, and a test after it."""
+    pl.seed_everything(0, verbose=False)
+    reference, module = Counted(), Classifier()
+    callback = CKACallback(reference=reference)
+    run = trainer(folder, world_size, callback)
+    run.fit(module, train_loader(), loader(NUM_UNEVEN))
+    seen = {"logged": logged(run), "num_calls": reference.num_calls}
+    run.test(module, loader(10), verbose=False)
+    return {**seen, "history": callback.history}
+
+
+def probed(rank: int, world_size: int, folder: Path) -> Any:
+    """A validation on probes of five batches and of two, which leave a rank of three without; and a fit."""
+    seen = {}
+    for num_samples in (NUM_UNEVEN, 10):
+        reference, module = models()
+        callback = CKACallback(reference=reference, probe=loader(num_samples, batch_size=8))
+        run = trainer(folder, world_size, callback, precision="64-true")
+        for _ in range(2):
+            run.validate(module, loader(20, seed=3), verbose=False)
+        seen[str(num_samples)] = callback.history
+    pl.seed_everything(0, verbose=False)
+    callback = CKACallback(probe=loader(10, batch_size=8), probe_every_n_steps=1)
+    run = trainer(folder, world_size, callback)
+    run.fit(Classifier(), train_loader())
+    return {**seen, "fit": callback.history, "logged": logged(run)}
+
+
+def work(job: Callable[[int, int, Path], Any], rank: int, world_size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0")  # for Lightning, which takes it that all ranks are started
+    meeting = f"file://{folder}/{job.__name__}-{world_size}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
+    write(job(rank, world_size, folder), folder, job.__name__, world_size, rank)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def write(seen: Any, folder: Path, name: str, world_size: int, rank: int) -> None:
+    (folder / f"{name}-{world_size}-{rank}.json").write_text(json.dumps(seen))
+
+
+def fork_all(folder: Path) -> None:
+    for job, world_size in product((validated, too_few, changed, fitted, shared, probed), (2, 3)):
+        fork_ranks(work, job, world_size, folder, SECONDS)
+
+
+class Writer(pl.Callback):
+    """Writes what its process has seen: where Lightning starts the processes, nothing else comes back from them."""
+
+    def __init__(self, folder: Path, name: str, callback: CKACallback) -> None:
+        self.folder = folder
+        self.name = name
+        self.callback = callback
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        seen = {"history": self.callback.history, "logged": logged(trainer)}
+        write(seen, self.folder, f"{self.name}-{trainer.state.fn.value}", trainer.world_size, trainer.global_rank)
+
+
+def launched(folder: Path, strategy: str) -> None:
+    """A fit and a validation on two ranks that Lightning starts."""
+    pl.seed_everything(0, verbose=False)
+    callback = CKACallback()
+    options: dict[str, Any] = {"strategy": strategy}
+    run = trainer(folder, 2, callback, Writer(folder, strategy, callback), **options)
+    run.fit(Classifier(), train_loader(), loader(NUM_UNEVEN))
+    reference, module = models()
+    callback = CKACallback(reference=reference)
+    run = trainer(folder, 2, callback, Writer(folder, strategy, callback), precision="64-true", **options)
+    run.validate(module, loader(NUM_UNEVEN), verbose=False)
+
+
+if __name__ == "__main__":
+    folder, how = Path(sys.argv[1]), sys.argv[2]
+    if how == "forked":
+        fork_all(folder)
+    torch.set_num_threads(1)
+    launched(folder, "ddp_fork" if how == "forked" else how)

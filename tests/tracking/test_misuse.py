@@ -1,0 +1,587 @@
+"""What can't be measured: one clear error before the first batch, or one warning, and never a made-up number."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lit_cka import CKACallback
+from tests.tracking.helpers import (
+    BLOCKS,
+    WIDTH,
+    Block,
+    Classifier,
+    Net,
+    PlainLogger,
+    dataset,
+    frozen,
+    hand_cka,
+    hooks_of,
+    loader,
+    train_loader,
+    trainer,
+)
+
+
+def assert_refused(
+    folder: Path, module: pl.LightningModule, callback: CKACallback, message: str, **options: Any
+) -> None:
+    """The error comes before the first training batch, and leaves no hook behind."""
+    data = options.pop("data", None) or loader()
+    run = trainer(folder, callback, **options)
+    with pytest.raises(ValueError, match=message):
+        run.fit(module, train_loader(), data)
+    assert run.global_step == 0
+    assert getattr(module, "losses", []) == []
+    assert hooks_of(module) == 0
+    assert callback.history == []
+
+
+def matching(seen: Iterable[warnings.WarningMessage], text: str) -> list[str]:
+    return [str(warning.message) for warning in seen if text in str(warning.message)]
+
+
+# Options.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimator": "approximate"}, 'Expected `estimator` to be "exact" or "minibatch", but got \'approximate\''),
+        ({"stages": []}, "Expected `stages`"),
+        ({"stages": "validate"}, "Expected `stages` to be a sequence"),
+        ({"stages": ["fit"]}, r"Expected `stages` .* but got \['fit'\]"),
+        ({"dataloaders": []}, "Expected `dataloaders`"),
+        ({"dataloaders": [0, -1]}, "Expected `dataloaders`"),
+        ({"every_n_validations": 0}, "Expected `every_n_validations` to be at least 1, but got 0"),
+        ({"max_batches": 0}, "Expected `max_batches` to be at least 1, but got 0"),
+        ({"thresholds": (0.5, 0.9)}, "Expected `thresholds`"),
+        ({"pooling": "average"}, "Expected `pooling` to be one of 'mean', .* but got 'average'"),
+        ({"pooling": "mean:NHW"}, "Expected the layout"),
+    ],
+    ids=str,
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CKACallback(**options)
+
+
+# Layers.
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("net.block.1", "Unknown layer 'net.block.1'. Did you mean .*'net.blocks.1'"),
+        ("blocks.1", "Unknown layer 'blocks.1'. Did you mean 'net.blocks.1'"),
+        ([BLOCKS[0], "net.blocks.3"], "Unknown layer 'net.blocks.3'"),
+        ("encoder.*", "No layer matches 'encoder.*'"),
+        ([], "Expected `layers` to name at least one layer"),
+        (lambda name, module: False, "Expected `layers` to accept at least one"),
+    ],
+    ids=lambda value: str(value).partition(" at 0x")[0],
+)
+@pytest.mark.parametrize("num_sanity_val_steps", [0, 2])
+def test_unknown_layers(tmp_path: Path, layers: Any, message: str, num_sanity_val_steps: int) -> None:
+    callback = CKACallback(layers=layers)
+    assert_refused(tmp_path, Classifier(), callback, message, num_sanity_val_steps=num_sanity_val_steps)
+
+
+@pytest.mark.parametrize("num_sanity_val_steps", [0, 2])
+def test_a_dataloader_that_is_not_there(tmp_path: Path, num_sanity_val_steps: int) -> None:
+    callback = CKACallback(dataloaders=[0, 1])
+    message = r"Expected `dataloaders` to be indices below 1, but got \[1\]"
+    assert_refused(tmp_path, Classifier(), callback, message, num_sanity_val_steps=num_sanity_val_steps)
+
+
+class Scale(nn.Module):
+    """Says nothing about the axes of its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class Square(nn.Module):
+    """As many tokens as samples in the first batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Scale(), Scale()])
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, None] * torch.arange(16)[:, None].sin()
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x[:, 1])
+
+
+def test_an_ambiguous_layout(tmp_path: Path) -> None:
+    callback = CKACallback(layers="net.layers.*")
+    message = r"Layer 'net.layers.0' returned shape \(16, 16, 6\), .* Say which: pooling=\"mean:NTC\" or"
+    assert_refused(tmp_path, Classifier(Square()), callback, message)
+
+
+def test_a_stated_layout_settles_it(tmp_path: Path) -> None:
+    module, callback = Classifier(Square()), CKACallback(layers="net.layers.*", pooling="mean:NTC")
+    before, names = frozen(module), ["net.layers.0", "net.layers.1"]
+    trainer(tmp_path, callback).fit(module, train_loader(), loader())
+    by_hand = hand_cka(before, module, names, loader(), pool=lambda output, batch: output.double().mean(dim=1))
+    assert callback.scores == pytest.approx(by_hand, abs=1e-9)
+
+
+class Odd(Net):
+    """A layer that never runs, one whose output is integers, one that returns a string."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(WIDTH, WIDTH)
+        self.rounding = Rounding()
+        self.naming = Naming()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rounding(x)
+        self.naming(x)
+        return super().forward(x)
+
+
+class Rounding(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.long()
+
+
+class Naming(nn.Module):
+    def forward(self, x: Tensor) -> str:
+        return "x"
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ("net.unused", "Layer 'net.unused' has not run"),
+        ("net.rounding", "Expected layer 'net.rounding' to return floating-point .* tensor of torch.int64"),
+        ("net.naming", "Expected layer 'net.naming' to return floating-point features, but it returned str"),
+    ],
+)
+def test_layers_without_features(tmp_path: Path, layer: str, message: str) -> None:
+    assert_refused(tmp_path, Classifier(Odd()), CKACallback(layers=[*BLOCKS, layer]), message)
+
+
+class Repeating(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.blocks[1](x))
+
+
+class TwoViews(Classifier):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0]), self(-batch[0])
+
+
+@pytest.mark.parametrize(
+    ("module", "layer"), [(Classifier(Repeating()), BLOCKS[1]), (TwoViews(), BLOCKS[0])], ids=["layer", "step"]
+)
+def test_layers_that_run_twice(tmp_path: Path, module: Classifier, layer: str) -> None:
+    assert_refused(tmp_path, module, CKACallback(), f"Layer '{layer}' has run more than once in one step")
+
+
+def test_pooling_that_gives_no_features(tmp_path: Path) -> None:
+    callback = CKACallback(pooling=lambda output: output.sum())
+    assert_refused(tmp_path, Classifier(), callback, r"Expected `pooling` to return .* 'net.blocks.0' .* but got \(\)")
+
+
+# Steps that leave no way to run the reference on raw inputs.
+
+
+class EncoderDecoder(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Net(num_classes=WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.encoder(x))
+
+
+class Separate(EncoderDecoder):
+    def loss(self, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(self.net(self.encoder(batch[0])), batch[1])
+
+
+@pytest.mark.parametrize("layers", [None, "net.blocks.*"])
+def test_an_encoder_and_a_decoder_called_separately(tmp_path: Path, layers: str | None) -> None:
+    message = r"'net' on what it computed from the trained weight 'encoder\..*Give the module a `forward`"
+    assert_refused(tmp_path, Separate(), CKACallback(layers=layers), message)
+
+
+def test_an_encoder_and_a_decoder_called_together(tmp_path: Path) -> None:
+    module, callback = EncoderDecoder(), CKACallback()
+    before, names = frozen(module), [*BLOCKS, *(f"encoder.blocks.{i}" for i in range(3))]
+    trainer(tmp_path, callback).fit(module, train_loader(), loader())
+    assert callback.scores == pytest.approx(hand_cka(before, module, names, loader()), abs=1e-9)
+
+
+def test_an_encoder_alone_of_two_called_separately(tmp_path: Path) -> None:
+    module, callback = Separate(), CKACallback(layers="encoder.blocks.*")
+    before, names = frozen(module), [f"encoder.blocks.{i}" for i in range(3)]
+    trainer(tmp_path, callback).fit(module, train_loader(), loader())
+    assert callback.scores == pytest.approx(hand_cka(before, module, names, loader()), abs=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")  # the frozen encoder, on purpose
+def test_a_decoder_behind_a_frozen_encoder(tmp_path: Path) -> None:
+    module, callback = Separate(), CKACallback()
+    module.encoder.requires_grad_(False).eval()
+    module.encoder.train = lambda mode=True: module.encoder  # as one does, so that its statistics stay
+    before, names = frozen(module), [*BLOCKS, *(f"encoder.blocks.{i}" for i in range(3))]
+    trainer(tmp_path, callback).fit(module, train_loader(), loader())
+    by_hand = hand_cka(before, module, names, loader(), run=lambda model, batch: model.net(model.encoder(batch[0])))
+    assert callback.scores == pytest.approx(by_hand, abs=1e-9)
+
+
+def test_a_network_fed_through_a_trained_parameter(tmp_path: Path) -> None:
+    """No module, but trained: with the live model's inputs the reference would see half of the training."""
+
+    class Prompted(Classifier):
+        def __init__(self) -> None:
+            super().__init__(lr=1.0)
+            self.mixing = nn.Parameter(torch.eye(WIDTH))
+
+        def loss(self, batch: Any) -> Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0] @ self.mixing), batch[1])
+
+    module, callback = Prompted(), CKACallback()
+    before = frozen(module)
+    try:
+        trainer(tmp_path, callback).fit(module, train_loader(), loader())
+    except ValueError as error:
+        assert "raw inputs" in str(error)  # noqa: PT017  # either an error or the right number will do
+    else:
+        run = lambda model, batch: model.net(batch[0] @ model.mixing)  # noqa: E731
+        assert callback.scores == pytest.approx(hand_cka(before, module, BLOCKS, loader(), run=run), abs=1e-9)
+
+
+def test_two_encoders_fed_with_what_the_step_computed_from_the_batch(tmp_path: Path) -> None:
+    class Scaled(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = Net()
+
+        def loss(self, batch: Any) -> Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0] / 2) - self.other(batch[0] / 3), batch[1])
+
+    module, callback = Scaled(), CKACallback()
+    before, names = frozen(module), [*BLOCKS, *(f"other.blocks.{i}" for i in range(3))]
+    run = lambda model, batch: (model.net(batch[0] / 2), model.other(batch[0] / 3))  # noqa: E731
+    try:
+        trainer(tmp_path, callback).fit(module, train_loader(), loader())
+    except ValueError as error:
+        assert "'net' returned" not in str(error)  # noqa: PT017  # it is not true: say what is known
+    else:
+        assert callback.scores == pytest.approx(hand_cka(before, module, names, loader(), run=run), abs=1e-9)
+
+
+def test_layers_that_the_step_calls_one_by_one(tmp_path: Path) -> None:
+    class OneByOne(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            x = batch[0]
+            for block in self.net.blocks:
+                x = block(x)
+
+    # The way out is in the message.
+    assert_refused(
+        tmp_path, OneByOne(), CKACallback(), r"The reference did not run for layer 'net.blocks.0'.*`forward`"
+    )
+
+
+# Features without a CKA.
+
+
+class Spoiled(Block):
+    """A block whose outputs in evaluation are spoiled."""
+
+    how = "sound"
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        if self.training or self.how == "sound":
+            return x
+        x = x.clone()
+        if self.how == "constant":
+            x[:] = torch.arange(WIDTH) / 7
+        else:
+            x[0, 0] = float(self.how)
+        return x
+
+
+class SpoiledModule(Classifier):
+    def __init__(self, how: str) -> None:
+        net = Net()
+        net.blocks = nn.ModuleList(Spoiled(WIDTH) for _ in range(3))
+        super().__init__(net)
+        net.blocks[2].how = how
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.loss(batch)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [("nan", "hold NaN or infinity"), ("inf", "hold NaN or infinity"), ("constant", "have the same features")],
+)
+@pytest.mark.parametrize("options", [{}, {"debiased": True}, {"estimator": "minibatch"}], ids=str)
+def test_one_layer_without_a_cka(tmp_path: Path, how: str, reason: str, options: dict[str, Any]) -> None:
+    module, callback = SpoiledModule(how), CKACallback(**options)
+    sound = SpoiledModule("sound")
+    sound.load_state_dict(module.state_dict())
+    before = frozen(sound)
+    run = trainer(tmp_path, callback, max_epochs=3)
+    with pytest.warns(UserWarning, match=f"CKA of layer 'net.blocks.2' is undefined .*{reason}") as seen:
+        run.fit(module, train_loader(), loader())
+    assert len(matching(seen, "undefined")) == 1
+    assert run.global_step == 12
+    assert len(callback.history) == 3
+    sound.load_state_dict(module.state_dict())
+    by_hand = hand_cka(before, sound, BLOCKS[:2], loader(), **options)
+    assert callback.scores == pytest.approx({**by_hand, BLOCKS[2]: np.nan}, abs=1e-9, nan_ok=True)
+    assert run.callback_metrics["cka/mean"].item() == pytest.approx(np.mean(list(by_hand.values())), abs=1e-6)
+    assert run.callback_metrics[f"cka/{BLOCKS[2]}"].isnan()
+
+
+def test_an_undefined_layer_does_not_stop_early_stopping_on_the_mean(tmp_path: Path) -> None:
+    stopping = pl.callbacks.EarlyStopping("cka/mean", mode="min", patience=9)
+    run = trainer(tmp_path, CKACallback(), stopping)
+    with pytest.warns(UserWarning, match="undefined"):
+        run.fit(SpoiledModule("nan"), train_loader(), loader())
+    assert run.global_step == 8
+
+
+TOO_FEW = pytest.mark.parametrize(
+    ("n", "options", "needed"), [(1, {}, 2), (3, {"debiased": True}, 4), (3, {"estimator": "minibatch"}, 4)], ids=str
+)
+
+
+@TOO_FEW
+@pytest.mark.parametrize("num_sanity_val_steps", [0, 2])
+def test_a_dataset_too_small(
+    tmp_path: Path, n: int, options: dict[str, Any], needed: int, num_sanity_val_steps: int
+) -> None:
+    message = f"CKA takes at least {needed} samples, but the dataset of validate dataloader 0 has {n}"
+    assert_refused(
+        tmp_path,
+        Classifier(),
+        CKACallback(**options),
+        message,
+        data=loader(n),
+        num_sanity_val_steps=num_sanity_val_steps,
+    )
+
+
+@TOO_FEW
+def test_too_few_samples_of_a_dataset(tmp_path: Path, n: int, options: dict[str, Any], needed: int) -> None:
+    """Nothing is wrong with the training, so it goes on, without numbers."""
+    callback = CKACallback(max_batches=1, **options)
+    run = trainer(tmp_path, callback)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        run.fit(Classifier(), train_loader(), loader(8, batch_size=n))
+    assert len(matching(seen, f"is undefined (NaN): it takes {needed} samples, and there were")) == len(BLOCKS)
+    assert run.global_step == 8
+    assert all(np.isnan(score) for score in callback.scores.values())
+    assert run.callback_metrics["cka/mean"].isnan()
+    assert not matching(seen, "biased upward")  # there is no number to be biased
+
+
+@pytest.mark.filterwarnings("ignore:CKA is biased upward")
+def test_just_enough_samples(tmp_path: Path) -> None:
+    for n, options in ((2, {}), (4, {"debiased": True}), (4, {"estimator": "minibatch"})):
+        callback = CKACallback(**options)
+        trainer(tmp_path, callback, max_epochs=1).fit(Classifier(), train_loader(), loader(n))
+        assert all(np.isfinite(score) for score in callback.scores.values())
+
+
+def test_a_small_last_batch_of_the_minibatch_estimator(tmp_path: Path) -> None:
+    module, callback = Classifier(), CKACallback(estimator="minibatch")
+    before = frozen(module)
+    with pytest.warns(UserWarning, match="fewer than 4 samples are left out of the minibatch estimator") as seen:
+        trainer(tmp_path, callback).fit(module, train_loader(), loader(34))
+    assert len(matching(seen, "fewer than 4 samples")) == 1
+    assert callback.history[-1]["n"] == 32
+    by_hand = hand_cka(before, module, BLOCKS, list(loader(34))[:2], estimator="minibatch")
+    assert callback.scores == pytest.approx(by_hand, abs=1e-9)
+
+
+# Layers that misbehave later.
+
+
+class Skipping(Net):
+    """Leaves the middle block out for small batches, such as the last one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            if i != 1 or len(x) == 16 or self.training:
+                x = block(x)
+        return self.head(x)
+
+
+def test_a_layer_that_skips_a_batch(tmp_path: Path) -> None:
+    module, callback = Classifier(Skipping()), CKACallback()
+    before = frozen(module)
+    with pytest.warns(UserWarning, match=r"Layer 'net.blocks.1' has not run.* This batch is left out") as seen:
+        trainer(tmp_path, callback).fit(module, train_loader(), loader())
+    assert len(matching(seen, "left out")) == 1
+    assert callback.history[-1]["n"] == 32  # the fewest of any layer
+    by_hand = hand_cka(before, module, [BLOCKS[0], BLOCKS[2]], loader())
+    by_hand.update(hand_cka(before, module, [BLOCKS[1]], list(loader())[:2]))
+    assert callback.scores == pytest.approx(by_hand, abs=1e-9)
+
+
+class Widening(Net):
+    """Features of another width in the last batch: flattened tokens, say, of longer samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        self.tail(x if len(x) == 16 or self.training else torch.cat([x, x], dim=1))
+        return self.head(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tail = nn.Identity()
+
+
+def test_a_layer_whose_width_changes(tmp_path: Path) -> None:
+    module, callback = Classifier(Widening()), CKACallback(layers=[*BLOCKS, "net.tail"])
+    run = trainer(tmp_path, callback)
+    with pytest.warns(UserWarning, match=r"'net\.tail'.* This batch is left out") as seen:
+        run.fit(module, train_loader(), loader())
+    assert len(matching(seen, "left out")) == 1
+    assert run.global_step == 8
+    assert callback.history[-1]["n"] == 32
+
+
+# Hints.
+
+
+def hints(folder: Path, callback: CKACallback, n: int, **options: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trainer(folder, callback, **options).fit(Classifier(), train_loader(), loader(n))
+    return matching(seen, "biased")
+
+
+def test_few_samples_for_the_width_are_hinted_at_once(tmp_path: Path) -> None:
+    (hint,) = hints(tmp_path, CKACallback(), n=29, max_epochs=3)
+    assert "'net.blocks.0' has 6 features and was measured on 29 samples" in hint
+    assert "debiased=True" in hint
+    assert hints(tmp_path, CKACallback(), n=30) == []
+    assert hints(tmp_path, CKACallback(debiased=True), n=29) == []
+    assert hints(tmp_path, CKACallback(estimator="minibatch"), n=29) == []
+
+
+def test_a_fit_without_validation_says_so(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="has tracked nothing: no validation ran"):
+        trainer(tmp_path, CKACallback(), limit_val_batches=0).fit(Classifier(), train_loader(), loader())
+
+
+def test_features_too_wide_for_exact_statistics(tmp_path: Path) -> None:
+    class Wide(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.repeat(1, 4000)
+
+    class WideNet(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide = Wide()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.wide(x)[:, :WIDTH])
+
+    callback = CKACallback(layers="net.wide")
+    message = "Layer 'net.wide' can't be used: it has 24000 features .* 14 GB.*estimator=\"minibatch\""
+    assert_refused(tmp_path, Classifier(WideNet()), callback, message)
+    # And the way out works.
+    callback = CKACallback(layers="net.wide", estimator="minibatch")
+    trainer(tmp_path, callback, max_epochs=1).fit(Classifier(WideNet()), train_loader(), loader())
+    assert callback.scores == pytest.approx({"net.wide": 1.0})
+
+
+# Models that can't be copied.
+
+
+def test_a_model_that_can_not_be_copied(tmp_path: Path) -> None:
+    module = Classifier()
+    module.lock = threading.Lock()
+    message = r"Classifier could not be copied .*cannot pickle '_thread.lock'.* Pass `reference=`"
+    assert_refused(tmp_path, module, CKACallback(), message)
+    callback = CKACallback(reference=Classifier())
+    trainer(tmp_path, callback, max_epochs=1).fit(module, train_loader(), loader())
+    assert len(callback.history) == 1
+
+
+class Held(torch.utils.data.Dataset):
+    """A dataset too large to copy."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise MemoryError("The dataset has been copied.")
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Any:
+        return dataset(4)[index]
+
+
+class HeldModule(pl.LightningDataModule):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise MemoryError("The data module has been copied.")
+
+
+class Config:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda: Held(),
+        lambda: DataLoader(Held()),
+        lambda: [Held(), Held()],
+        lambda: (DataLoader(Held()),),
+        lambda: {"train": Held()},
+        lambda: [{"train": [Held()]}],
+        lambda: torch.utils.data.Subset(Held(), [0]),
+        lambda: Config(Held()),
+        lambda: HeldModule(),
+    ],
+    ids=["dataset", "loader", "list", "tuple", "dict", "nested", "subset", "object", "datamodule"],
+)
+def test_held_data_are_not_copied(tmp_path: Path, hold: Any) -> None:
+    module, callback = Classifier(), CKACallback()
+    module.held = hold()
+    trainer(tmp_path, callback, max_epochs=1).fit(module, train_loader(), loader())
+    assert len(callback.history) == 1
+    assert module.net.blocks[0].linear.weight.requires_grad
+
+
+def test_no_trainer_nor_logger_is_copied(tmp_path: Path) -> None:
+    class Precious(PlainLogger):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise MemoryError("The logger has been copied.")
+
+    callback = CKACallback()
+    trainer(tmp_path, callback, logger=Precious(), max_epochs=1).fit(Classifier(), train_loader(), loader())
+    assert len(callback.history) == 1

@@ -1,0 +1,157 @@
+"""The callback on several ranks: the numbers of one process, on every rank, whatever the data's number of samples."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import sync_worker
+from tests.tracking import ranks_worker
+from tests.tracking.helpers import BLOCKS, dataset, hand_cka
+from tests.tracking.ranks_worker import CASES, NUM_UNEVEN, OPTIONS, Case
+
+WORLD_SIZES = pytest.mark.parametrize("world_size", [2, 3])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the processes of `ranks_worker.py` have left what they saw; all of them have ended, or been ended."""
+    folder = tmp_path_factory.mktemp("ranks")
+    sync_worker.run_to_end(ranks_worker.__file__, folder, "forked", seconds=300)
+    return folder
+
+
+def seen_by_ranks(folder: Path, job: str, world_size: int) -> list[Any]:
+    files = [folder / f"{job}-{world_size}-{rank}.json" for rank in range(world_size)]
+    assert [file.name for file in files if not file.exists()] == []
+    return [json.loads(file.read_text()) for file in files]
+
+
+def by_hand(batches: list[Any], **options: Any) -> Any:
+    reference, module = ranks_worker.models()
+    doubled = [[x.double(), y] for x, y in batches]
+    return pytest.approx(hand_cka(reference, module, BLOCKS, doubled, **options), abs=1e-9)
+
+
+def own_batches(case: Case, world_size: int) -> list[Any]:
+    """All batches of the ranks, without the samples that are repeated, and not those of fewer than 4."""
+    data, batches = dataset(case.num_samples, 1), []
+    for rank in range(world_size):
+        own = range(rank, case.num_samples, world_size)
+        batches += [data[own[i : i + case.batch_size]] for i in range(0, len(own), case.batch_size)]
+    return [batch for batch in batches if len(batch[0]) >= 4]
+
+
+@WORLD_SIZES
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.num_samples} by {case.batch_size} {case.kind}")
+def test_a_validation_has_the_scores_of_one_process_twice(folder: Path, case: Case, world_size: int) -> None:
+    n = case.num_samples
+    if case.kind == "minibatch":
+        batches = own_batches(case, world_size)
+    elif case.kind == "dropping":
+        batches = [dataset(n, 1)[: n // world_size * world_size]]
+    elif case.kind == "limited":
+        batches = [dataset(n, 1)[: case.batch_size * world_size]]
+    else:
+        batches = [dataset(n, 1)[:]]
+    expected = by_hand(batches, **OPTIONS.get(case.kind, {}))
+    per_rank = n // world_size if case.kind == "dropping" else math.ceil(n / world_size)
+    num_batches = 1 if case.kind == "limited" else math.ceil(per_rank / case.batch_size)
+    ranks = [seen[CASES.index(case)] for seen in seen_by_ranks(folder, "validated", world_size)]
+    for seen in ranks:
+        for record in seen["history"]:
+            assert record["n"] == sum(len(batch[0]) for batch in batches)
+            assert record["scores"] == expected
+        assert len(seen["history"]) == 2
+        assert seen["history"][0]["scores"] == seen["history"][1]["scores"]
+        assert seen["num_calls"] == num_batches  # in the first validation alone
+        assert seen["history"] == ranks[0]["history"]  # no rank differs by a bit
+        assert seen["means"] == ranks[0]["means"]
+
+
+@WORLD_SIZES
+def test_too_few_samples_are_an_error_on_every_rank(folder: Path, world_size: int) -> None:
+    for seen in seen_by_ranks(folder, "too_few", world_size):
+        assert seen.startswith("CKA takes at least 2 samples, but the dataset of validate dataloader 0 has 1")
+
+
+@WORLD_SIZES
+def test_data_that_change_on_one_rank_alone(folder: Path, world_size: int) -> None:
+    before, after = dataset(NUM_UNEVEN, 1)[:], dataset(NUM_UNEVEN, 1)[:]
+    after[0][-1] += 3
+    ranks = seen_by_ranks(folder, "changed", world_size)
+    for rank, seen in enumerate(ranks):
+        for record, batch in zip(seen["history"], (before, after, after), strict=True):
+            assert record["n"] == NUM_UNEVEN
+            assert record["scores"] == by_hand([batch])
+        assert seen["history"] == ranks[0]["history"]
+        # Repeated samples are the first ones, so that no other rank has the last one.
+        num_batches = math.ceil(NUM_UNEVEN / world_size / 4)
+        has_it = rank == (NUM_UNEVEN - 1) % world_size
+        assert seen["num_calls"] == [
+            num_batches,
+            num_batches + has_it,
+            num_batches + has_it * (1 + num_batches),
+        ]
+
+
+@WORLD_SIZES
+def test_shares_of_other_sizes(folder: Path, world_size: int) -> None:
+    ranks = seen_by_ranks(folder, "shared", world_size)
+    for seen in ranks:
+        assert [record["n"] for record in seen["history"]] == [NUM_UNEVEN] * 2
+        for record in seen["history"]:
+            assert record["scores"] == by_hand([dataset(NUM_UNEVEN, 1)[:]])
+        assert seen == ranks[0]
+
+
+@WORLD_SIZES
+def test_a_probe_counts_every_batch_once(folder: Path, world_size: int) -> None:
+    ranks = seen_by_ranks(folder, "probed", world_size)
+    for seen in ranks:
+        assert seen == ranks[0]
+        for num_samples in (NUM_UNEVEN, 10):
+            records = seen[str(num_samples)]
+            assert [record["n"] for record in records] == [num_samples] * 2
+            for record in records:
+                assert record["scores"] == by_hand([dataset(num_samples, 1)[:]])
+        assert {record["n"] for record in seen["fit"]} == {10}
+        assert [record["step"] for record in seen["fit"]] == list(range(1, 1 + 2 * math.ceil(4 / world_size)))
+
+
+@WORLD_SIZES
+def test_a_fit_has_the_same_history_on_every_rank(folder: Path, world_size: int) -> None:
+    """In `fit`, Lightning's DDP calls the LightningModule itself with the arguments of the step."""
+    ranks = seen_by_ranks(folder, "fitted", world_size)
+    for seen in ranks:
+        assert seen == ranks[0]
+        assert [(record["stage"], record["n"]) for record in seen["history"]] == [
+            ("validate", NUM_UNEVEN),
+            ("validate", NUM_UNEVEN),
+            ("test", 10),
+        ]
+        scores = seen["history"][1]["scores"]
+        expected = {f"cka/{name}": score for name, score in scores.items()}
+        expected["cka/mean"] = sum(scores.values()) / len(scores)
+        assert {key: seen["logged"][key] for key in expected} == pytest.approx(expected, abs=1e-6)
+        # The sanity check's, and the first validation's.
+        num_batches = math.ceil(NUM_UNEVEN / world_size / 16)
+        assert seen["num_calls"] == min(2, num_batches) + num_batches
+
+
+@pytest.mark.parametrize("strategy", ["ddp_fork", pytest.param("ddp_spawn", marks=pytest.mark.slow), "ddp"])
+def test_processes_that_lightning_starts(folder: Path, strategy: str) -> None:
+    if strategy != "ddp_fork":  # which was forked with the others
+        sync_worker.run_to_end(ranks_worker.__file__, folder, strategy, seconds=120)
+    fits, validations = (seen_by_ranks(folder, f"{strategy}-{stage}", 2) for stage in ("fit", "validate"))
+    assert fits[0] == fits[1]
+    assert [record["n"] for record in fits[0]["history"]] == [NUM_UNEVEN] * 2
+    assert fits[0]["history"][0]["scores"] != fits[0]["history"][1]["scores"]
+    assert validations[0] == validations[1]
+    (record,) = validations[0]["history"]
+    assert record["n"] == NUM_UNEVEN
+    assert record["scores"] == by_hand([dataset(NUM_UNEVEN, 1)[:]])

@@ -1,0 +1,229 @@
+"""A resumed fit goes on where it was: the same history, against the same reference, whatever happened in between."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+import lit_cka
+from lit_cka import CKACallback
+from lit_cka.checkpoints.state_dicts import load_state_dict
+from tests.tracking import kill_worker
+from tests.tracking.helpers import BLOCKS, Classifier, frozen, hand_cka, loader, trainer
+
+
+def fit(
+    folder: Path, max_epochs: int, resume: str | None = None, callback: CKACallback | None = None, seed: int = 0
+) -> tuple[Classifier, CKACallback]:
+    """Train with checkpoints at every epoch, in a process that has just started as far as the callback knows."""
+    torch.manual_seed(seed)
+    module, callback = Classifier(), callback or CKACallback(log_figures=False)
+    checkpoint = ModelCheckpoint(folder / "checkpoints", filename="{epoch}", save_top_k=-1)
+    run = trainer(folder, callback, checkpoint, max_epochs=max_epochs, enable_checkpointing=True)
+    run.fit(module, loader(32, seed=0, batch_size=8), loader(), ckpt_path=resume, weights_only=True)
+    return module, callback
+
+
+def checkpoint(folder: Path, epoch: int) -> str:
+    return str(folder / "checkpoints" / f"epoch={epoch}.ckpt")
+
+
+def stored(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("cka_reference_*"))
+
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{of_lightning}")
+    for of_lightning in (
+        "Checkpoint directory .* exists and is not empty",
+        "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
+        "The dirpath has changed from",
+    )
+]
+
+
+@pytest.mark.parametrize("options", [{}, {"every_n_validations": 2}, {"estimator": "minibatch"}], ids=str)
+def test_a_resumed_fit_has_the_history_of_an_uninterrupted_one(tmp_path: Path, options: dict[str, Any]) -> None:
+    _, whole = fit(tmp_path / "whole", 5, callback=CKACallback(log_figures=False, **options))
+    fit(tmp_path, 3, callback=CKACallback(log_figures=False, **options))
+    # Another seed: the weights that the new process happens to begin with must not matter.
+    resumed = CKACallback(log_figures=False, **options)
+    fit(tmp_path, 5, checkpoint(tmp_path, 1), resumed, seed=7)
+    assert resumed.history == whole.history
+    assert len(whole.history) == (3 if "every_n_validations" in options else 5)
+
+
+def test_the_reference_is_the_first_training_s(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    before = frozen(Classifier())
+    fit(tmp_path, 2)
+    after, callback = fit(tmp_path, 3, checkpoint(tmp_path, 1), seed=7)
+    expected = hand_cka(before, after, BLOCKS, loader())
+    assert callback.scores == pytest.approx(expected, abs=1e-9)
+    assert min(expected.values()) < 0.99
+
+
+def test_it_is_stored_once_and_not_in_the_checkpoints(tmp_path: Path) -> None:
+    fit(tmp_path, 3)
+    fit(tmp_path, 5, checkpoint(tmp_path, 2))
+    assert len(stored(tmp_path)) == 1
+    content = torch.load(checkpoint(tmp_path, 2), weights_only=True)
+    (state,) = [state for key, state in content["callbacks"].items() if key.startswith("CKACallback")]
+    assert not any(isinstance(value, torch.Tensor) for value in state.values())
+    assert set(state["reference"]) == {"path", "sha256"}
+    assert not list(tmp_path.rglob("*.partial"))
+    torch.manual_seed(0)
+    weights = load_state_dict(stored(tmp_path)[0])  # a plain state dict, of use to others too
+    assert all(torch.equal(weights[name], value) for name, value in Classifier().named_parameters())
+
+
+def test_twice_resumed(tmp_path: Path) -> None:
+    _, whole = fit(tmp_path / "whole", 4)
+    fit(tmp_path, 1)
+    fit(tmp_path, 2, checkpoint(tmp_path, 0), seed=3)
+    _, callback = fit(tmp_path, 4, checkpoint(tmp_path, 1), seed=4)
+    assert callback.history == whole.history
+
+
+def test_resumed_in_the_same_process(tmp_path: Path) -> None:
+    _, whole = fit(tmp_path / "whole", 4)
+    module, callback = fit(tmp_path, 2)
+    run = trainer(tmp_path, callback, max_epochs=4)
+    run.fit(module, loader(32, seed=0, batch_size=8), loader(), ckpt_path=checkpoint(tmp_path, 0), weights_only=True)
+    assert callback.history == whole.history
+
+
+def test_a_callback_of_another_training_takes_the_checkpoint_s_reference(tmp_path: Path) -> None:
+    _, whole = fit(tmp_path / "whole", 3)
+    fit(tmp_path, 2)
+    module, callback = fit(tmp_path / "other", 1, seed=5)
+    run = trainer(tmp_path, callback, max_epochs=3)
+    run.fit(module, loader(32, seed=0, batch_size=8), loader(), ckpt_path=checkpoint(tmp_path, 1), weights_only=True)
+    assert callback.history == whole.history
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_evaluating_a_checkpoint_alone_compares_with_its_training_s_reference(tmp_path: Path, stage: str) -> None:
+    _, trained = fit(tmp_path, 3)
+    torch.manual_seed(9)
+    callback = CKACallback(log_figures=False)
+    run = trainer(tmp_path, callback)
+    getattr(run, stage)(Classifier(), loader(), ckpt_path=checkpoint(tmp_path, 2), weights_only=True)
+    assert callback.scores == trained.scores
+
+
+def test_a_training_that_was_moved(tmp_path: Path) -> None:
+    _, whole = fit(tmp_path / "whole", 4)
+    fit(tmp_path / "old", 2)
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    _, callback = fit(tmp_path / "new", 4, checkpoint(tmp_path / "new", 1), seed=3)
+    assert callback.history == whole.history
+    # And from then on the checkpoints know the new place.
+    content = torch.load(checkpoint(tmp_path / "new", 3), weights_only=True)
+    (state,) = [state for key, state in content["callbacks"].items() if key.startswith("CKACallback")]
+    assert state["reference"]["path"] == str(stored(tmp_path / "new")[0])
+
+
+def test_a_missing_file_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    fit(tmp_path, 2)
+    stored(tmp_path)[0].unlink()
+    with pytest.raises(FileNotFoundError, match=r"no such file, nor one next to the checkpoint.*pass the original we"):
+        fit(tmp_path, 3, checkpoint(tmp_path, 1))
+
+
+def test_with_the_reference_given_no_file_is_needed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    before = Classifier()
+    _, whole = fit(tmp_path / "whole", 3)
+    fit(tmp_path, 2)
+    stored(tmp_path)[0].unlink()
+    callback = CKACallback(reference=before, log_figures=False)
+    fit(tmp_path, 3, checkpoint(tmp_path, 1), callback)
+    assert callback.scores == whole.scores
+    assert not stored(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["other weights", "cut off", "empty", "something else", "one bit"])
+def test_an_altered_file_is_an_error_that_says_what_to_do(tmp_path: Path, damage: str) -> None:
+    fit(tmp_path, 2)
+    (file,) = stored(tmp_path)
+    content = file.read_bytes()
+    if damage == "other weights":
+        torch.save(dict(Classifier().named_parameters()), file)
+    elif damage == "something else":
+        torch.save([1, 2], file)
+    elif damage == "one bit":
+        weights = torch.load(file, weights_only=True)
+        next(iter(weights.values())).view(-1)[0] += 1e-6
+        torch.save(weights, file)
+    else:
+        file.write_bytes(content[: len(content) // 2] if damage == "cut off" else b"")
+    with pytest.raises(ValueError, match=r"was changed or damaged.*Put the original file there, or pass"):
+        fit(tmp_path, 3, checkpoint(tmp_path, 1))
+    # A new training repairs it: it is what its own reference is stored as.
+    fit(tmp_path, 2)
+    assert torch.load(stored(tmp_path)[0], weights_only=True).keys() == dict(Classifier().state_dict()).keys()
+
+
+def test_another_architecture_is_an_error(tmp_path: Path) -> None:
+    class Wider(Classifier):
+        """With a layer that the stored training did not have, and that its checkpoint is not asked for."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.more = nn.Linear(2, 2)
+            self.strict_loading = False
+
+    fit(tmp_path, 2)
+    with pytest.raises(ValueError, match=r"another architecture than Wider: they differ in \['more\.weight'"):
+        trainer(tmp_path, CKACallback(log_figures=False)).validate(
+            Wider(), loader(), ckpt_path=checkpoint(tmp_path, 1), weights_only=True
+        )
+
+
+def test_a_disk_that_is_full_does_not_end_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lit_cka.reference.storage._write", full)
+    with pytest.warns(UserWarning, match="could not store its reference.*No space left"):
+        _, callback = fit(tmp_path, 2)
+    assert len(callback.history) == 2
+
+
+def test_no_checkpoints_no_file(tmp_path: Path) -> None:
+    trainer(tmp_path, CKACallback(log_figures=False)).fit(Classifier(), loader(32), loader())
+    assert not list(tmp_path.rglob("cka_reference*"))
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.timeout(900)
+def test_killed_at_any_moment(tmp_path: Path, kills: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, kill_worker.__file__, str(tmp_path), str(kills)],
+        env={**os.environ, "PYTHONPATH": str(Path(lit_cka.__file__).parents[1])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        assert process.wait(timeout=60 * (kills + 1)) == 0
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    histories = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", *range(kills))]
+    assert len(histories[0]) == 6
+    assert all(history == histories[0] for history in histories)

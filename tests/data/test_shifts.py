@@ -12,12 +12,12 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
-from test_test_sets import attach, write_image
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
 from lit_cka.data import ImageNetShiftsDataModule
 from lit_cka.data.imagenet_classes import MaxOverClasses, objectnet_classes, subset_synsets
+from tests.data.test_test_sets import attach, write_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:ObjectNet has 18574 images")
 

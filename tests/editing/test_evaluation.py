@@ -23,8 +23,8 @@ from lit_cka.editing.results import EvaluationResults
 from lit_cka.models import ImageClassifier
 from tests.editing import evaluation_worker
 from tests.editing.evaluation_worker import NUM_CLASSES, OPTIONS, Sets, choose, models, samples, weights
+from tests.models.test_language import QUESTIONS, TEXTS, save_model, save_tokenizer
 from tests.sync_worker import run_to_end
-from tests.test_language import QUESTIONS, TEXTS, save_model, save_tokenizer
 from tests.tracking.helpers import Classifier, hand_cka, trainer
 
 VARIANTS = ["pretrained", "finetuned", "monosoup", "highonly", "lowonly"]

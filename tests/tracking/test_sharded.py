@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from tests import oracles, sync_worker
-from tests.sharded_worker import LAYERS, NUM_SAMPLES, WORLD_SIZE, extracted, inputs, network
 from tests.tracking import sharded_worker
+from tests.tracking.sharded_worker import LAYERS, NUM_SAMPLES, WORLD_SIZE, extracted, inputs, network
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="the processes talk over gloo"

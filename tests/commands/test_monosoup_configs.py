@@ -10,13 +10,13 @@ import pytest
 import small_models
 import torch
 from PIL import Image
-from test_test_sets import write_image
 from torch import nn
 
 import analyze
 from lit_cka import MonoSoupEditor
 from lit_cka.models import CLIPImageClassifier, ImageClassifier
 from tests.data.test_shifts import SYNSETS, colour, write_sets
+from tests.data.test_test_sets import write_image
 from tests.editing.test_evaluation import pair, write_rows
 
 pytestmark = [

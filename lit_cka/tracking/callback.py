@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Union, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lit_cka.features.layers import Layers, select_layers
-from lit_cka.features.pooling import Pooling, parse_pooling
+from lit_cka.features.pooling import Pooling
 from lit_cka.reference.cache import CacheDtype, ReferenceCache
+from lit_cka.reference.initial import InitialWeights
 from lit_cka.reference.reference import INITIAL, Reference, ReferenceLike, make_reference
-from lit_cka.reference.storage import StoredReference, load_reference, store_reference
 from lit_cka.tracking.dataloaders import num_first_samples, tracked_dataloaders
+from lit_cka.tracking.hints import warn_bias, warn_monitors, warn_nothing_tracked
 from lit_cka.tracking.history import Record, Stage, latest_scores
-from lit_cka.tracking.options import check_options, check_probe
+from lit_cka.tracking.options import TrackingOptions
 from lit_cka.tracking.probe import Probe
 from lit_cka.tracking.report import LoggedFigures, log_records, print_table, write_report
 from lit_cka.tracking.tracker import Estimator, LayerScore, Tracker
-
-# Checkpoints that Lightning's searches for a learning rate or batch size write at the start, and load at their end.
-_SEARCHES = (".lr_find_", ".scale_batch_size_")
 
 
 class CKACallback(pl.Callback):
@@ -94,35 +90,32 @@ class CKACallback(pl.Callback):
         log_figures: bool = True,
         thresholds: tuple[float, float] = (0.99, 0.9),
     ) -> None:
-        check_options(
-            estimator, stages, dataloaders, every_n_validations, max_batches, thresholds, cache_memory, cache_dtype
+        self.options = TrackingOptions(
+            layers=layers,
+            reference=reference,
+            pooling=pooling,
+            estimator=estimator,
+            debiased=debiased,
+            stages=stages,
+            dataloaders=dataloaders,
+            every_n_validations=every_n_validations,
+            max_batches=max_batches,
+            cache_memory=cache_memory,
+            cache_dtype=cache_dtype,
+            has_probe=probe is not None,
+            probe_every_n_steps=probe_every_n_steps,
+            prefix=prefix,
+            log_figures=log_figures,
+            thresholds=thresholds,
         )
-        check_probe(probe is not None, probe_every_n_steps, dataloaders, max_batches)
-        parse_pooling(pooling)
-        self.layers = layers
-        self.reference: ReferenceLike = reference
-        self.pooling = pooling
-        self.estimator: Estimator = estimator
-        self.debiased = debiased
-        self.stages = tuple(stages)
-        self.dataloaders = None if dataloaders is None else tuple(dataloaders)
-        self.every_n_validations = every_n_validations
-        self.max_batches = max_batches
-        self.cache_memory = cache_memory
-        self.cache_dtype: CacheDtype = cache_dtype
-        self.probe = None if probe is None else Probe(probe)
-        self.probe_every_n_steps = probe_every_n_steps
-        self.prefix = prefix
-        self.log_figures = log_figures
-        self.thresholds = thresholds
         self.history: list[Record] = []
+        self._probe = None if probe is None else Probe(probe)
+        self._initial_weights = InitialWeights()
         self._tracker: Tracker | None = None
         self._tracked: list[int] = []  # dataloaders of the evaluation that runs; empty while none is tracked
-        self._probing = False  # whether the evaluation that runs ends with a measurement on the probe
+        self._measures_probe = False  # whether the evaluation that runs ends with a measurement on the probe
         self._num_validations = 0
         self._probed_step = 0
-        self._stored: StoredReference | None = None  # of the checkpoint that was loaded
-        self._own: StoredReference | None = None  # of the reference in use, once it is in a file
         self._fitted = False
         self._stage = ""
         self._hinted = False
@@ -135,7 +128,7 @@ class CKACallback(pl.Callback):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `cka_history.json`, `cka_history.csv` and `cka_heatmap.png` to `folder`."""
-        write_report(folder, self.history, self.thresholds)
+        write_report(folder, self.history, self.options.thresholds)
 
     # Set-up: the reference is taken before anything changes the weights, errors come before the first batch.
 
@@ -143,74 +136,61 @@ class CKACallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._stage = stage
         if stage == "fit":  # what is to be resumed is loaded after this
-            self._num_validations, self._stored = 0, None
+            self._num_validations = 0
+            self._initial_weights.start_fit()
         if self._tracker is not None and self._tracker.live is not pl_module:
             if stage == "fit":  # a new training
-                self._tracker, self._fitted, self._own, self.history = None, False, None, []
+                self._tracker, self._fitted, self.history = None, False, []
+                self._initial_weights.forget()
             else:  # say, the best checkpoint loaded into another module: compare it with what the training began from
                 self._prepare(pl_module, self._tracker.reference.of(pl_module))
         is_built = not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model"))
-        if stage in self.stages and self._tracker is None and is_built:
-            self._prepare(pl_module, self.reference)  # here, since `ckpt_path` is loaded later
+        if stage in self.options.stages and self._tracker is None and is_built:
+            self._prepare(pl_module, self.options.reference)  # here, since `ckpt_path` is loaded later
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.every_n_validations > 1:
-            self._warn_monitors(trainer)
-        if self._stored is not None and (self._own is None or self._stored["sha256"] != self._own["sha256"]):
-            self._fitted = False  # the checkpoint may be of another training than the last of this callback
+        if self.options.every_n_validations > 1:
+            warn_monitors(trainer, self.options.prefix, self.options.every_n_validations)
+        if self._initial_weights.are_of_another_training():
+            self._fitted = False
         if not self._fitted:
             self._prepare_loaded(trainer, pl_module)
             self._fitted = True
-        self._own = None  # this fit's checkpoints may be elsewhere
+        self._initial_weights.forget()  # this fit's checkpoints may be elsewhere
         self._figures.restart()
 
     def _prepare_loaded(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prepare when the weights of a checkpoint may have been loaded: the reference is the one of its training."""
-        if self.reference == INITIAL and self._stored is not None:
-            near = Path(str(trainer.ckpt_path)).parent
-            self._prepare(pl_module, load_reference(pl_module, self._stored, [near, near.parent]))
-            self._stored = None
-        else:
-            self._require_initial_weights(trainer)
-            self._prepare(pl_module, self.reference)
-
-    def _require_initial_weights(self, trainer: pl.Trainer) -> None:
-        is_search = Path(str(trainer.ckpt_path)).name.startswith(_SEARCHES)
-        if trainer.ckpt_path is not None and not is_search and self.reference == INITIAL:
-            raise ValueError(
-                f"With the weights of {str(trainer.ckpt_path)!r} loaded, those that the training began with are gone. "
-                'Pass them as `reference=`, a module or a checkpoint\'s path, instead of "initial".'
-            )
+        reference: ReferenceLike = self.options.reference
+        if reference == INITIAL and self._initial_weights.in_checkpoint is not None:
+            reference = self._initial_weights.take(trainer, pl_module)
+        elif reference == INITIAL:
+            self._initial_weights.require_in_module(trainer)
+        self._prepare(pl_module, reference)
 
     def _prepare(self, pl_module: pl.LightningModule, reference: ReferenceLike | Reference) -> None:
-        layer_names = select_layers(pl_module, self.layers)
+        options = self.options
+        layer_names = select_layers(pl_module, options.layers)
         if not isinstance(reference, Reference):
-            reference = make_reference(pl_module, reference, layer_names, self.pooling)
-        cache = reference.cache or ReferenceCache(self.cache_memory * 2**30, self.cache_dtype)
-        self._tracker = Tracker(pl_module, reference, layer_names, self.pooling, self.estimator, self.debiased, cache)
-
-    def _warn_monitors(self, trainer: pl.Trainer) -> None:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
-            monitor = getattr(callback, "monitor", None)
-            if isinstance(monitor, str) and monitor.startswith(f"{self.prefix}/"):
-                rank_zero_warn(
-                    f"{type(callback).__name__} monitors {monitor!r}, which changes only every "
-                    f"{self.every_n_validations} validations: in between it sees the old value again."
-                )
+            reference = make_reference(pl_module, reference, layer_names, options.pooling)
+        cache = reference.cache or ReferenceCache(options.cache_memory * 2**30, options.cache_dtype)
+        self._tracker = Tracker(
+            pl_module, reference, layer_names, options.pooling, options.estimator, options.debiased, cache
+        )
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._probed_step = trainer.global_step
-        if self.probe is not None:
+        if self._probe is not None:
             assert self._tracker is not None
-            self.probe.run(trainer, pl_module, self._tracker, rehearsal=True)
-        elif self._tracker is not None and trainer.val_dataloaders is not None and "validate" in self.stages:
+            self._probe.run(trainer, pl_module, self._tracker, rehearsal=True)
+        elif self._tracker is not None and trainer.val_dataloaders is not None and "validate" in self.options.stages:
             self._which_dataloaders(trainer, "validate")  # also where there was no sanity check
 
     def _which_dataloaders(self, trainer: pl.Trainer, stage: Stage) -> tuple[list[int], int]:
-        needed = 4 if self.debiased or self.estimator == "minibatch" else 2
-        return tracked_dataloaders(trainer, stage, self.dataloaders, needed)
+        needed = 4 if self.options.uses_unbiased_hsic else 2
+        return tracked_dataloaders(trainer, stage, self.options.dataloaders, needed)
 
     # The probe, in training.
 
@@ -218,22 +198,22 @@ class CKACallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step, every = trainer.global_step, self.probe_every_n_steps
+        step, every = trainer.global_step, self.options.probe_every_n_steps
         if every is not None and step > self._probed_step and step % every == 0:
             self._probed_step = step
             self._measure(trainer, pl_module, "probe", on_step=True)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.probe is not None and self.probe_every_n_steps is None and not trainer.enable_validation:
+        if self._probe is not None and self.options.probe_every_n_steps is None and not trainer.enable_validation:
             self._measure(trainer, pl_module, "probe")
 
     def _measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, *, on_step: bool = False
     ) -> None:
-        assert self.probe is not None
+        assert self._probe is not None
         assert self._tracker is not None
-        self.probe.run(trainer, pl_module, self._tracker)
+        self._probe.run(trainer, pl_module, self._tracker)
         self._tracked = [0]
         self._conclude(trainer, pl_module, stage, on_step=on_step)
         self._tracked = []
@@ -244,7 +224,7 @@ class CKACallback(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._num_validations += 1
-            if (self._num_validations - 1) % self.every_n_validations:
+            if (self._num_validations - 1) % self.options.every_n_validations:
                 return
         self._begin(trainer, pl_module, "validate")
 
@@ -253,14 +233,14 @@ class CKACallback(pl.Callback):
         self._begin(trainer, pl_module, "test")
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
-        if stage not in self.stages:
+        if stage not in self.options.stages:
             return
         # `validate` or `test` on its own: of a tracked training's checkpoint, or of a model built in `configure_model`.
-        if self._tracker is None or (self._stored is not None and not self._fitted):
+        if self._tracker is None or (self._initial_weights.in_checkpoint is not None and not self._fitted):
             self._prepare_loaded(trainer, pl_module)
         assert self._tracker is not None
-        if self.probe is not None:
-            self._probing = not trainer.sanity_checking and self.probe_every_n_steps is None
+        if self._probe is not None:
+            self._measures_probe = not trainer.sanity_checking and self.options.probe_every_n_steps is None
             return
         self._tracked, total = self._which_dataloaders(trainer, stage)
         self._tracker.open(stage, total, pl_module.device)
@@ -289,7 +269,9 @@ class CKACallback(pl.Callback):
             self._tracker.end(num_first_samples(trainer, stage, dataloader_idx, batch_idx))
 
     def _is_tracked(self, batch_idx: int, dataloader_idx: int) -> bool:
-        return dataloader_idx in self._tracked and (self.max_batches is None or batch_idx < self.max_batches)
+        return dataloader_idx in self._tracked and (
+            self.options.max_batches is None or batch_idx < self.options.max_batches
+        )
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -303,8 +285,8 @@ class CKACallback(pl.Callback):
     on_test_batch_end = on_validation_batch_end
 
     def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
-        if self._probing:
-            self._probing = False
+        if self._measures_probe:
+            self._measures_probe = False
             self._measure(trainer, pl_module, "test" if stage == "test" else "probe")
         elif self._tracked and not trainer.sanity_checking:
             self._conclude(trainer, pl_module, stage)
@@ -317,7 +299,7 @@ class CKACallback(pl.Callback):
         records = []
         for dataloader in self._tracked:
             layers = self._tracker.scores(dataloader)
-            self._hint_bias(layers)
+            self._hint_at_bias(layers)
             records.append(
                 Record(
                     step=trainer.global_step,
@@ -329,19 +311,13 @@ class CKACallback(pl.Callback):
                 )
             )
         self.history += records
-        charted = log_records(trainer, pl_module, records, self.prefix, on_step=on_step)
-        if self.log_figures:
+        charted = log_records(trainer, pl_module, records, self.options.prefix, on_step=on_step)
+        if self.options.log_figures:
             self._figures.update(trainer, self.history, charted)
 
-    def _hint_bias(self, layers: dict[str, LayerScore]) -> None:
-        small = [name for name, layer in layers.items() if layer.n < 5 * layer.d and layer.cka == layer.cka]
-        if small and not self._hinted and not self.debiased and self.estimator == "exact":
-            self._hinted = True
-            layer = layers[small[0]]
-            rank_zero_warn(
-                f"CKA is biased upward where there are fewer than about 5 samples per feature: {small[0]!r} has "
-                f"{layer.d} features and was measured on {layer.n} samples. Use CKACallback(debiased=True)."
-            )
+    def _hint_at_bias(self, layers: dict[str, LayerScore]) -> None:
+        if not self._hinted and not self.options.uses_unbiased_hsic:
+            self._hinted = warn_bias(layers)
 
     # The end, good or bad: no hook stays behind.
 
@@ -362,33 +338,29 @@ class CKACallback(pl.Callback):
         self._finish()
 
     def _finish(self) -> None:
-        self._tracked, self._probing = [], False
+        self._tracked, self._measures_probe = [], False
         if self._tracker is not None:
             self._tracker.close()
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if "validate" in self.stages and not self.history and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_warn(
-                "CKACallback has tracked nothing: no validation ran during `fit`. Without a validation loop, give it "
-                "batches of its own by `probe=`."
-            )
-        elif self.log_figures and trainer.is_global_zero:
+        if "validate" in self.options.stages and not self.history and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            warn_nothing_tracked()
+        elif self.options.log_figures and trainer.is_global_zero:
             self._figures.finish(trainer, self.history)
-            print_table(self.history, self.thresholds)
+            print_table(self.history, self.options.thresholds)
 
     # State: primitives alone, so that checkpoints load with `weights_only`.
 
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(prefix=self.prefix)
+        return self._generate_state_key(prefix=self.options.prefix)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        state = {"history": [dict(record) for record in self.history], "num_validations": self._num_validations}
-        stored = self._own or self._stored
-        return state if stored is None else {**state, "reference": dict(stored)}
+        history = [dict(record) for record in self.history]
+        return {"history": history, "num_validations": self._num_validations, **self._initial_weights.state()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -396,20 +368,13 @@ class CKACallback(pl.Callback):
             return  # `test(ckpt_path="best")` after `fit`: the checkpoint's history is a part of the own one
         self.history = [cast(Record, dict(record)) for record in state_dict["history"]]
         self._num_validations = state_dict.get("num_validations", 0)
-        self._stored = state_dict.get("reference")
+        self._initial_weights.load(state_dict)
 
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Put the initial weights next to the first checkpoint, for all of them to refer to."""
-        if self.reference != INITIAL or not self._fitted or self._tracker is None:
-            return
-        if self._own is None:
-            folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
-            try:
-                self._own = store_reference(self._tracker.reference.module, folder, write=trainer.is_global_zero)
-            except OSError as error:
-                rank_zero_warn(f"CKACallback could not store its reference, so a resumed fit will need one: {error}")
-                return
-        checkpoint["callbacks"][self.state_key]["reference"] = dict(self._own)
+        if self.options.reference == INITIAL and self._fitted and self._tracker is not None:
+            self._initial_weights.write(trainer, self._tracker.reference.module)
+            checkpoint["callbacks"][self.state_key].update(self._initial_weights.state())

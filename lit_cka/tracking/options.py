@@ -1,50 +1,80 @@
-"""The options of `CKACallback`, checked."""
+"""The options of `CKACallback`, checked and frozen: `TrackingOptions`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lit_cka.features.layers import Layers
+from lit_cka.features.pooling import Pooling, parse_pooling
+from lit_cka.reference.cache import CacheDtype
+from lit_cka.reference.reference import ReferenceLike
+from lit_cka.tracking.history import Stage
+from lit_cka.tracking.tracker import Estimator
 
 
-def check_options(
-    estimator: str,
-    stages: Sequence[str],
-    dataloaders: Sequence[int] | None,
-    every_n_validations: int,
-    max_batches: int | None,
-    thresholds: tuple[float, float],
-    cache_memory: float,
-    cache_dtype: str,
-) -> None:
-    """Raise a ValueError for an option of `CKACallback` that can't be."""
-    if estimator not in ("exact", "minibatch"):
-        raise ValueError(f'Expected `estimator` to be "exact" or "minibatch", but got {estimator!r}.')
-    if isinstance(stages, str) or not stages or not set(stages) <= {"validate", "test"}:
-        raise ValueError(f'Expected `stages` to be a sequence of "validate" and "test", but got {stages!r}.')
-    if dataloaders is not None and (not dataloaders or any(index < 0 for index in dataloaders)):
-        raise ValueError(
-            f"Expected `dataloaders` to be a sequence of indices from 0 on or None, but got {dataloaders}."
-        )
-    for name, value in (("every_n_validations", every_n_validations), ("max_batches", max_batches)):
-        if value is not None and value < 1:
-            raise ValueError(f"Expected `{name}` to be at least 1, but got {value}.")
-    if not 1 >= thresholds[0] >= thresholds[1]:
-        raise ValueError(
-            f"Expected `thresholds` to be (untouched, refined), the first the larger, but got {thresholds}."
-        )
-    if cache_memory < 0 or cache_dtype not in ("float64", "bfloat16"):
-        raise ValueError(
-            'Expected `cache_memory` to be GiB from 0 on and `cache_dtype` to be "float64" or "bfloat16", but got '
-            f"{cache_memory} and {cache_dtype!r}."
-        )
+@dataclass(frozen=True)
+class TrackingOptions:
+    """What `CKACallback` was asked for; see its arguments, which have the same names.
+
+    Raises:
+        ValueError: for an option that can't be, or that does not go with another.
+    """
+
+    layers: Layers | None
+    reference: ReferenceLike
+    pooling: Pooling
+    estimator: Estimator
+    debiased: bool
+    stages: Sequence[Stage]
+    dataloaders: Sequence[int] | None
+    every_n_validations: int
+    max_batches: int | None
+    cache_memory: float
+    cache_dtype: CacheDtype
+    has_probe: bool
+    probe_every_n_steps: int | None
+    prefix: str
+    log_figures: bool
+    thresholds: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        _check_one_of("estimator", self.estimator, ("exact", "minibatch"))
+        if isinstance(self.stages, str) or not self.stages or not set(self.stages) <= {"validate", "test"}:
+            raise ValueError(f'Expected `stages` to be a sequence of "validate" and "test", but got {self.stages!r}.')
+        if self.dataloaders is not None and (not self.dataloaders or any(index < 0 for index in self.dataloaders)):
+            raise ValueError(
+                f"Expected `dataloaders` to be a sequence of indices from 0 on or None, but got {self.dataloaders}."
+            )
+        for name in ("every_n_validations", "max_batches", "probe_every_n_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"Expected `{name}` to be at least 1, but got {value}.")
+        if not 1 >= self.thresholds[0] >= self.thresholds[1]:
+            raise ValueError(
+                f"Expected `thresholds` to be (untouched, refined), the first the larger, but got {self.thresholds}."
+            )
+        if self.cache_memory < 0:
+            raise ValueError(f"Expected `cache_memory` to be GiB from 0 on, but got {self.cache_memory}.")
+        _check_one_of("cache_dtype", self.cache_dtype, ("float64", "bfloat16"))
+        parse_pooling(self.pooling)
+        self._check_probe()
+        object.__setattr__(self, "stages", tuple(self.stages))
+        object.__setattr__(self, "dataloaders", None if self.dataloaders is None else tuple(self.dataloaders))
+
+    def _check_probe(self) -> None:
+        if not self.has_probe and self.probe_every_n_steps is not None:
+            raise ValueError("Expected `probe`, batches to measure on, together with `probe_every_n_steps`.")
+        if self.has_probe and (self.dataloaders is not None or self.max_batches is not None):
+            raise ValueError("Expected no `dataloaders` or `max_batches` with `probe`: its own batches are all used.")
+
+    @property
+    def uses_unbiased_hsic(self) -> bool:
+        """Whether the scores come from the unbiased HSIC, which takes more samples and needs no hint at bias."""
+        return self.debiased or self.estimator == "minibatch"
 
 
-def check_probe(
-    has_probe: bool, every_n_steps: int | None, dataloaders: Sequence[int] | None, max_batches: int | None
-) -> None:
-    """Raise a ValueError for options that do not go with a probe, or without one."""
-    if not has_probe and every_n_steps is not None:
-        raise ValueError("Expected `probe`, batches to measure on, together with `probe_every_n_steps`.")
-    if every_n_steps is not None and every_n_steps < 1:
-        raise ValueError(f"Expected `probe_every_n_steps` to be at least 1, but got {every_n_steps}.")
-    if has_probe and (dataloaders is not None or max_batches is not None):
-        raise ValueError("Expected no `dataloaders` or `max_batches` with `probe`: its own batches are all used.")
+def _check_one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        named = " or ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f"Expected `{name}` to be {named}, but got {value!r}.")

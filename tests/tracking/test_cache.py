@@ -240,12 +240,12 @@ def test_the_training_is_the_same_bit_for_bit(tmp_path: Path) -> None:
 def test_validations_and_tests_are_kept_apart(tmp_path: Path) -> None:
     before, module = Classifier(), Recording()
     callback = CKACallback(reference=Counted())
-    other = CKACallback(reference=callback.reference, cache_memory=0, prefix="plain")
+    other = CKACallback(reference=callback.options.reference, cache_memory=0, prefix="plain")
     run = trainer(tmp_path, callback, other)
     for stage in ("validate", "test", "test", "validate"):
         data = loader() if stage == "validate" else loader(30, seed=5)
         getattr(run, stage)(module, data, verbose=False)
-    before.net = callback.reference  # type: ignore[assignment]
+    before.net = callback.options.reference  # type: ignore[assignment]
     assert callback.history == other.history
     assert module.num_reference_runs == (3 + 2) + 2 * (3 + 2)  # once, and without a cache each time
     for record in callback.history:
@@ -341,7 +341,7 @@ def test_a_second_fit_of_another_module_starts_an_empty_cache(tmp_path: Path) ->
 def test_another_precision_is_a_change(tmp_path: Path) -> None:
     """The same batches, but the reference would compute them otherwise now."""
     callback, plain = (CKACallback(reference=Net(), cache_memory=size, prefix=str(size)) for size in (4.0, 0))
-    plain.reference = callback.reference
+    plain.reference = callback.options.reference
     module = Classifier()
     trainer(tmp_path, callback, plain).validate(module, loader(), verbose=False)
     with pytest.warns(UserWarning, match=CHANGES):

@@ -257,7 +257,7 @@ def test_compiled_after_a_fit(tmp_path: Path, way: str, again: str) -> None:
 @WAY
 def test_compiled_between_two_validations(tmp_path: Path, way: str) -> None:
     module, callback = build(), CKACallback(reference=Net())
-    reference = Steps(callback.reference)
+    reference = Steps(callback.options.reference)
     trainer(tmp_path, callback).validate(module, loader(), verbose=False)
     trainer(tmp_path, callback).validate(WAYS[way](module, backend="eager"), loader(), verbose=False)
     assert callback.history[1] == callback.history[0]

@@ -66,7 +66,7 @@ def test_two_callbacks_with_their_own_prefixes(tmp_path: Path) -> None:
     for callback, start, layers in zip(callbacks, (before, Classifier(other)), (BLOCKS, names), strict=True):
         assert callback.scores == pytest.approx(hand_cka(start, module, layers, loader()), abs=1e-9)
         for name, score in callback.scores.items():
-            assert run.callback_metrics[f"{callback.prefix}/{name}"].item() == pytest.approx(score, abs=1e-6)
+            assert run.callback_metrics[f"{callback.options.prefix}/{name}"].item() == pytest.approx(score, abs=1e-6)
     assert callbacks[0].scores != callbacks[1].scores
 
 

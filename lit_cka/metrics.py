@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from lit_cka.functional.cka import cka_from_moments, own_hsic, pairwise_hsic
+from lit_cka.functional.cka import cka_from_moments, min_num_samples, pairwise_hsic, self_hsic
 from lit_cka.functional.kernels import linear_gram, rbf_gram
 from lit_cka.functional.moments import (
     PairedMoments,
@@ -20,6 +20,7 @@ from lit_cka.functional.moments import (
     empty_moments,
     merge_moments,
 )
+from lit_cka.functional.precision import Products, chosen_products
 from lit_cka.parallel.collectives import agree_on_sizes, all_reduce_moments, flattened
 
 
@@ -84,10 +85,13 @@ class LinearCKA(_Float64Metric):
         num_features_x: `d_x`; None takes it from the first batch.
         num_features_y: `d_y`; None takes it from the first batch.
         debiased: use the unbiased HSIC (Song et al. 2012).
+        products: multiply features in "float64", or in "float32" with sums in float64, which changes CKA by less than
+            1e-6; None takes float32 on devices that are slow at float64, see `has_fast_float64`.
         metric_kwargs: as for every torchmetrics `Metric`.
 
     Raises:
-        ValueError: in `update`, on integer features, unequal `n`, or a width other than the one declared or seen.
+        ValueError: on other `products`; in `update`, on integer features, unequal `n`, or a width other than the one
+            declared or seen.
 
     Example:
         >>> X = torch.arange(12.0).reshape(6, 2).sin()
@@ -109,15 +113,18 @@ class LinearCKA(_Float64Metric):
         num_features_y: int | None = None,
         *,
         debiased: bool = False,
+        products: Products | None = None,
         **metric_kwargs: Any,
     ) -> None:
         super().__init__(**metric_kwargs)
+        chosen_products(products, torch.device("cpu"))  # or an error
         for name, width in (("num_features_x", num_features_x), ("num_features_y", num_features_y)):
             if width is not None and width < 1:
                 raise ValueError(f"Expected `{name}` to be a positive number of features or None, but got {width}.")
         self.num_features_x = num_features_x
         self.num_features_y = num_features_y
         self.debiased = debiased
+        self.products = products
         # An undeclared width is 0 until the first batch.
         for name, value in empty_moments(num_features_x or 0, num_features_y or 0)._asdict().items():
             self.add_state(name, value, dist_reduce_fx=None)
@@ -134,8 +141,8 @@ class LinearCKA(_Float64Metric):
     def update(self, X: Tensor, Y: Tensor) -> None:
         """Add the paired features `X` (n, d_x) and `Y` (n, d_y)."""
         check_features(X, Y)
-        device = self.n.device
-        self._set_moments(add_samples(self._like(X.shape[1], Y.shape[1]), X.to(device), Y.to(device)))
+        device, moments = self.n.device, self._like(X.shape[1], Y.shape[1])
+        self._set_moments(add_samples(moments, X.to(device), Y.to(device), products=self.products))
 
     def _like(self, num_features_x: int, num_features_y: int) -> PairedMoments:
         """The moments so far, with widths if they had none; an error if they have others."""
@@ -219,8 +226,8 @@ class MinibatchCKA(_Float64Metric):
         if self.hsic_xy.ndim and self.hsic_xy.shape != shape:
             raise ValueError(f"Expected {tuple(self.hsic_xy.shape)} layers as before, but got {shape}.")
         self.hsic_xy = self.hsic_xy + pairwise_hsic(grams_x, grams_y, unbiased=True)
-        self.hsic_xx = self.hsic_xx + own_hsic(grams_x, unbiased=True)
-        self.hsic_yy = self.hsic_yy + own_hsic(grams_y, unbiased=True)
+        self.hsic_xx = self.hsic_xx + self_hsic(grams_x, unbiased=True)
+        self.hsic_yy = self.hsic_yy + self_hsic(grams_y, unbiased=True)
         self.n = self.n + grams_x.shape[-1]
 
     def _grams(self, name: str, features: Sequence[Tensor] | Mapping[str, Tensor]) -> Tensor:
@@ -229,9 +236,10 @@ class MinibatchCKA(_Float64Metric):
             raise ValueError(f"Expected `{name}` to hold the features of at least one layer, but got none.")
         for layer in layers:
             check_features(layers[0], layer)
-        if len(layers[0]) < 4:
+        needed = min_num_samples(debiased=True)
+        if len(layers[0]) < needed:
             raise ValueError(
-                f"Expected at least 4 samples in a batch for the unbiased HSIC, but got {len(layers[0])}. "
+                f"Expected at least {needed} samples in a batch for the unbiased HSIC, but got {len(layers[0])}. "
                 "Use a larger batch size, and drop_last=True if only the last batch is that small."
             )
         device = self.n.device

@@ -46,6 +46,15 @@ def test_a_stream_of_batches_has_the_value_of_all_samples_at_once(
 
 
 @ESTIMATORS
+def test_products_can_be_in_float32(debiased: bool) -> None:
+    X, Y = paired_features(300, 30, 40, related=False, offset=1e4, dtype=torch.float32)
+    metric = updated(LinearCKA(debiased=debiased, products="float32"), X, Y, [100, 200])
+    assert 1e-13 < abs(metric.compute().item() - oracles.linear_cka(X, Y, debiased)) < 1e-6
+    with pytest.raises(ValueError, match="Expected `products` to be"):
+        LinearCKA(products="float16")  # type: ignore[arg-type]
+
+
+@ESTIMATORS
 @pytest.mark.parametrize("widths", [(None, None), (3, 4)], ids=["lazy", "declared"])
 def test_forward_returns_the_batch_and_keeps_the_total(widths: tuple[int | None, int | None], debiased: bool) -> None:
     X, Y = paired_features(30, 3, 4)

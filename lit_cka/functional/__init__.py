@@ -3,7 +3,7 @@
 State over batches is `lit_cka.metrics`; whole models and files are elsewhere.
 """
 
-from lit_cka.functional.cka import cka_from_gram, cka_from_moments, hsic, linear_cka, pairwise_hsic
+from lit_cka.functional.cka import cka_from_gram, cka_from_moments, cka_from_terms, hsic, linear_cka, pairwise_hsic
 from lit_cka.functional.kernels import linear_gram, rbf_gram
 from lit_cka.functional.matrix import cka_matrix
 from lit_cka.functional.moments import (
@@ -14,18 +14,27 @@ from lit_cka.functional.moments import (
     paired_moments,
     recentre_moments,
 )
+from lit_cka.functional.precision import has_fast_float64
 from lit_cka.functional.procrustes import procrustes_distance
+from lit_cka.functional.rows import Rows
 from lit_cka.functional.rsa import rdm
+from lit_cka.functional.sample_space import cheaper_in_sample_space, sample_space_terms
 from lit_cka.functional.signatures import kernel_pca, signature, signature_gram
 from lit_cka.functional.spectral import low_rank_split, spectral_split
+from lit_cka.functional.terms import CKATerms
 
 __all__ = [
+    "CKATerms",
     "PairedMoments",
+    "Rows",
     "add_samples",
+    "cheaper_in_sample_space",
     "cka_from_gram",
     "cka_from_moments",
+    "cka_from_terms",
     "cka_matrix",
     "empty_moments",
+    "has_fast_float64",
     "hsic",
     "kernel_pca",
     "linear_cka",
@@ -38,6 +47,7 @@ __all__ = [
     "rbf_gram",
     "rdm",
     "recentre_moments",
+    "sample_space_terms",
     "signature",
     "signature_gram",
     "spectral_split",

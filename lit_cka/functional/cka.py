@@ -9,22 +9,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_cka.functional.centring import double_centred, is_constant
 from lit_cka.functional.moments import PairedMoments, check_features, paired_moments
-
-# A variance below this many times float64's resolution of the mean is rounding, not signal: such features are constant.
-_ROUNDING = (16 * torch.finfo(torch.float64).eps) ** 2
+from lit_cka.functional.rows import Rows, unit_exponent
+from lit_cka.functional.sample_space import cheaper_in_sample_space, sample_space_terms
+from lit_cka.functional.terms import CKATerms, terms_from_moments
 
 
 def linear_cka(X: Tensor, Y: Tensor, *, debiased: bool = False) -> Tensor:
-    """Linear CKA of two sets of features of the same samples.
+    """Returns the linear CKA of two sets of features of the same samples.
 
         CKA = ||Xc' Yc||_F^2 / (||Xc' Xc||_F ||Yc' Yc||_F)          Xc, Yc centred by column
 
     1 means equal up to rotation and isotropic scaling, 0 unrelated. The plain estimator is biased upward when `n` is
     small against the widths; `debiased=True` replaces each of the three terms by the unbiased HSIC.
 
-    Computed in float64, through the samples' Gram matrices where `n` is below the widths (cost `n^2 d`) and through
-    the feature moments elsewhere (cost `n d^2`): the two forms are equal.
+    Computed in float64, through the samples' Gram matrices where `n` is below about three times the widths (cost
+    `n^2 d`, see `cheaper_in_sample_space`) and through the feature moments elsewhere (cost `n d^2`): the two are equal.
 
     Args:
         X: features (n, d_x), any floating dtype.
@@ -44,38 +45,48 @@ def linear_cka(X: Tensor, Y: Tensor, *, debiased: bool = False) -> Tensor:
         1.000000
     """
     check_features(X, Y)
-    _check_num_samples(len(X), debiased)
-    if len(X) < max(X.shape[1], Y.shape[1]):
-        X64, Y64 = X.detach().to(torch.float64), Y.detach().to(torch.float64)
-        return cka_from_gram(_centred_gram(X64), _centred_gram(Y64), debiased=debiased)
-    return cka_from_moments(paired_moments(X, Y), debiased=debiased)
+    check_num_samples(len(X), debiased)
+    if cheaper_in_sample_space(len(X), X.shape[1], Y.shape[1]):
+        terms = sample_space_terms(Rows([X.detach()]), Rows([Y.detach()]), products="float64")
+        return cka_from_terms(terms, debiased=debiased)
+    return cka_from_moments(paired_moments(_in_usual_unit(X), _in_usual_unit(Y)), debiased=debiased)
 
 
 def cka_from_moments(moments: PairedMoments, *, debiased: bool = False) -> Tensor:
-    """Linear CKA of the samples that `moments` describe: the value of `linear_cka` on all of them at once.
+    """Returns the linear CKA of the samples that `moments` describe: the value of `linear_cka` on all of them at once.
 
     Returns a float64 scalar; NaN for constant or non-finite features and for fewer than 2 samples (4 if debiased).
     """
-    n, a, b = moments.n, moments.a, moments.b
-    hsic_xy = _hsic(moments.xy.square().sum(), moments.ab, a, b, n, debiased)
-    hsic_xx = _hsic(moments.xx.square().sum(), moments.aa, a, a, n, debiased)
-    hsic_yy = _hsic(moments.yy.square().sum(), moments.bb, b, b, n, debiased)
-    constant_x = a <= n * _ROUNDING * moments.mean_x.square().sum()
-    constant_y = b <= n * _ROUNDING * moments.mean_y.square().sum()
-    value = _ratio(hsic_xy, hsic_xx, hsic_yy)
-    return value.masked_fill(constant_x | constant_y | (n < (4 if debiased else 2)), torch.nan)
+    return cka_from_terms(terms_from_moments(moments), debiased=debiased)
+
+
+def cka_from_terms(terms: CKATerms, *, debiased: bool = False, rounding: float = 0.0) -> Tensor:
+    """Returns linear CKA from its terms, as `cka_from_moments` does.
+
+    Args:
+        terms: of all samples.
+        debiased: use the unbiased HSIC.
+        rounding: of the products, relative: 1e-7 where they were in float32. What it leaves of an HSIC of 0 is 0.
+    """
+    n, xy, xx, yy, a, b, aa, bb, ab, size_x, size_y = terms
+    hsic_xy, hsic_xx, hsic_yy = (
+        hsic_from_sums(cross, squares, left, right, n, debiased, rounding)
+        for cross, squares, left, right in ((xy, ab, a, b), (xx, aa, a, a), (yy, bb, b, b))
+    )
+    constant = is_constant(a, n, size_x) | is_constant(b, n, size_y)
+    return cka_from_hsic(hsic_xy, hsic_xx, hsic_yy).masked_fill(constant | (n < min_num_samples(debiased)), torch.nan)
 
 
 def cka_from_gram(K: Tensor, L: Tensor, *, debiased: bool = False) -> Tensor:
-    """CKA of two Gram (kernel) matrices (n, n) of the same samples, any kernel; they need not be centred.
+    """Returns the CKA of two Gram (kernel) matrices (n, n) of the same samples, any kernel; they need not be centred.
 
     Returns a float64 scalar, NaN where a matrix is constant after centring. Raises as `hsic`.
     """
-    return _ratio(hsic(K, L, unbiased=debiased), hsic(K, K, unbiased=debiased), hsic(L, L, unbiased=debiased))
+    return cka_from_hsic(hsic(K, L, unbiased=debiased), hsic(K, K, unbiased=debiased), hsic(L, L, unbiased=debiased))
 
 
 def hsic(K: Tensor, L: Tensor, *, unbiased: bool) -> Tensor:
-    """Hilbert-Schmidt independence criterion of two Gram matrices (n, n), in float64.
+    """Returns the Hilbert-Schmidt independence criterion of two Gram matrices (n, n), in float64.
 
         biased    tr(K H L H) / (n - 1)^2                                                H = I - 11'/n
         unbiased  [tr(K~ L~) + 1'K~1 1'L~1 / ((n-1)(n-2)) - 2 1'K~ L~ 1 / (n-2)] / (n (n-3))
@@ -96,61 +107,68 @@ def hsic(K: Tensor, L: Tensor, *, unbiased: bool) -> Tensor:
 
 
 def pairwise_hsic(Ks: Tensor, Ls: Tensor, *, unbiased: bool) -> Tensor:
-    """`hsic` of every matrix in `Ks` (k, n, n) with every matrix in `Ls` (l, n, n): (k, l), by one product."""
-    _check_num_samples(Ks.shape[-1], unbiased)
+    """Returns `hsic` of every matrix in `Ks` (k, n, n) with every matrix in `Ls` (l, n, n): (k, l), by one product."""
+    check_num_samples(Ks.shape[-1], unbiased)
     # Both estimators ignore a constant added to rows and columns, so centring first only removes cancellation.
-    Ks, Ls = _double_centred(Ks.detach().to(torch.float64)), _double_centred(Ls.detach().to(torch.float64))
+    Ks, Ls = double_centred(Ks), double_centred(Ls)
     a, b = Ks.diagonal(dim1=1, dim2=2), Ls.diagonal(dim1=1, dim2=2)
     n = torch.tensor(Ks.shape[-1], dtype=torch.float64, device=Ks.device)
-    return _hsic(Ks.flatten(1) @ Ls.flatten(1).T, a @ b.T, a.sum(1)[:, None], b.sum(1), n, unbiased)
+    return hsic_from_sums(Ks.flatten(1) @ Ls.flatten(1).T, a @ b.T, a.sum(1)[:, None], b.sum(1), n, unbiased)
 
 
-def own_hsic(Ks: Tensor, *, unbiased: bool) -> Tensor:
-    """`hsic` of every matrix in `Ks` (k, n, n) with itself: (k,)."""
-    _check_num_samples(Ks.shape[-1], unbiased)
-    Ks = _double_centred(Ks.detach().to(torch.float64))
+def self_hsic(Ks: Tensor, *, unbiased: bool) -> Tensor:
+    """Returns `hsic` of every matrix in `Ks` (k, n, n) with itself: (k,)."""
+    check_num_samples(Ks.shape[-1], unbiased)
+    Ks = double_centred(Ks)
     a = Ks.diagonal(dim1=1, dim2=2)
     n = torch.tensor(Ks.shape[-1], dtype=torch.float64, device=Ks.device)
-    return _hsic(Ks.flatten(1).square().sum(1), a.square().sum(1), a.sum(1), a.sum(1), n, unbiased)
+    return hsic_from_sums(Ks.flatten(1).square().sum(1), a.square().sum(1), a.sum(1), a.sum(1), n, unbiased)
 
 
-def _hsic(cross: Tensor, ab: Tensor, a: Tensor, b: Tensor, n: Tensor, unbiased: bool) -> Tensor:
-    """HSIC from sums over a centred pair: `cross = tr(Kc Lc)`, `a`, `b` the traces, `ab` the diagonals' product.
+def hsic_from_sums(
+    cross: Tensor, ab: Tensor, a: Tensor, b: Tensor, n: Tensor, unbiased: bool, rounding: float = 0.0
+) -> Tensor:
+    """Returns HSIC from sums over a centred pair: `cross = tr(Kc Lc)`, `a`, `b` the traces, `ab` the product of the
+    diagonals.
 
     With rows that sum to zero, `1'K~1 = -a` and `1'K~ L~ 1 = ab`: eq. 5 of Song et al. without an n x n matrix.
     """
     if not unbiased:
         return cross / (n - 1) ** 2
     total = cross - ab + a * b / ((n - 1) * (n - 2)) - 2 * ab / (n - 2)
-    # The terms cancel to 0 for equidistant samples; what rounding leaves then would become an arbitrary ratio.
-    return total.masked_fill(total.abs() <= (1e-13 + 1e-15 * n) * (cross + ab), 0.0) / (n * (n - 3))
+    return total.masked_fill(is_hsic_rounding(total.abs(), cross + ab, n, rounding), 0.0) / (n * (n - 3))
 
 
-def _ratio(hsic_xy: Tensor, hsic_xx: Tensor, hsic_yy: Tensor) -> Tensor:
-    """CKA from its three HSIC terms: NaN where a self-term vanishes, and rounding past the bounds cut off."""
+def is_hsic_rounding(total: Tensor, size: Tensor, n: Tensor | int, rounding: float = 0.0) -> Tensor:
+    """Returns whether an unbiased HSIC is what rounding leaves of its terms: `total <= (1e-13 + 1e-15 n) size`.
+
+    The terms cancel to 0 for equidistant samples, and the rest would become an arbitrary ratio. They are sums of `n^2`
+    products, whose rounding grows with `n`. Where products are rounded more, the n ones on the diagonal are exact all
+    the same, and the n^2 others share what is left of the sum: `4 rounding / n`.
+    """
+    return total <= (1e-13 + 1e-15 * n + 4 * rounding / n) * size
+
+
+def cka_from_hsic(hsic_xy: Tensor, hsic_xx: Tensor, hsic_yy: Tensor) -> Tensor:
+    """Returns CKA from its three HSIC terms: NaN where a self-HSIC vanishes, and rounding past the bounds cut off."""
     defined = (hsic_xx > 0) & (hsic_yy > 0)
     value = hsic_xy / (hsic_xx.sqrt() * hsic_yy.sqrt())
     return value.clamp(-1, 1).masked_fill(~defined, torch.nan)
 
 
-def _double_centred(K: Tensor) -> Tensor:
-    size = K.abs().amax(dim=(-2, -1), keepdim=True)
-    K = K - K[..., :1, :1]  # so that a constant matrix centres to exact zeros
-    K = K - K.mean(dim=-2, keepdim=True) - K.mean(dim=-1, keepdim=True) + K.mean(dim=(-2, -1), keepdim=True)
-    rounding = K.abs().amax(dim=(-2, -1), keepdim=True) <= 16 * torch.finfo(torch.float64).eps * size
-    return K.masked_fill(rounding, 0.0)
+def min_num_samples(debiased: bool) -> int:
+    """Returns how many samples CKA needs: 2, or 4 for the unbiased HSIC, which divides by n - 3."""
+    return 4 if debiased else 2
 
 
-def _centred_gram(features: Tensor) -> Tensor:
-    centred = features - features[:1]
-    centred = centred - centred.mean(dim=0)
-    # Constant features: as in `cka_from_moments`, what rounding leaves of them is no signal.
-    constant = centred.square().sum() <= len(features) * _ROUNDING * features[0].square().sum()
-    return (centred @ centred.T).masked_fill(constant, 0.0)
+def _in_usual_unit(features: Tensor) -> Tensor:
+    size = features.detach().abs().amax().item() if features.numel() else 0.0
+    return features.detach().to(torch.float64) * 2.0 ** -unit_exponent(size)
 
 
-def _check_num_samples(n: int, debiased: bool) -> None:
-    needed = 4 if debiased else 2
+def check_num_samples(n: int, debiased: bool) -> None:
+    """Raise a ValueError if `n` samples are too few for the estimator."""
+    needed = min_num_samples(debiased)
     if n < needed:
         raise ValueError(
             f"Expected at least {needed} samples for the {'debiased' if debiased else 'plain'} estimator, but got {n}."

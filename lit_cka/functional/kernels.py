@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_cka.functional.centring import about_mean
+
 
 def linear_gram(X: Tensor) -> Tensor:
-    """Gram matrix (..., n, n) of the centred features `X` (..., n, d). HSIC and CKA ignore the centring."""
-    X = X.detach().to(torch.float64)
-    X = X - X[..., :1, :]
-    X = X - X.mean(dim=-2, keepdim=True)
-    return X @ X.mT
+    """Returns the Gram matrix (..., n, n) of the centred features `X` (..., n, d). HSIC and CKA ignore the centring."""
+    Xc = about_mean(X)
+    return Xc @ Xc.mT
 
 
 def rbf_gram(X: Tensor, *, bandwidth: float = 1.0) -> Tensor:
-    """RBF Gram matrix `exp(-||x_i - x_j||^2 / (2 s^2))`, (..., n, n), of features `X` (..., n, d).
+    """Returns the RBF Gram matrix `exp(-||x_i - x_j||^2 / (2 s^2))`, (..., n, n), of features `X` (..., n, d).
 
     `s` is `bandwidth` times the median distance between two different samples (Kornblith et al. 2019, section 3).
     Identical samples throughout have a median of 0; their Gram matrix is all ones.
@@ -30,7 +30,7 @@ def rbf_gram(X: Tensor, *, bandwidth: float = 1.0) -> Tensor:
         return torch.ones_like(gram)
     rows, columns = torch.triu_indices(n, n, offset=1, device=X.device)
     ordered = distances[..., rows, columns].sqrt().sort(dim=-1).values
-    count = ordered.shape[-1]  # torch's own median is the lower of the middle two
+    count = ordered.shape[-1]  # `torch.median` is the lower of the middle two
     median = ((ordered[..., (count - 1) // 2] + ordered[..., count // 2]) / 2)[..., None, None]
     scale = (2 * (bandwidth * median).square()).masked_fill(median == 0, 1.0)
     return (-distances / scale).exp()

@@ -7,14 +7,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lit_cka.functional.cka import _ROUNDING, _check_num_samples, _hsic, _ratio
+from lit_cka.functional.centring import centred
+from lit_cka.functional.cka import check_num_samples, cka_from_hsic, hsic_from_sums
 from lit_cka.functional.moments import check_features
 
 _TILE = 256  # rows and columns of the Gram matrices at a time
 
 
 def cka_matrix(Xs: Sequence[Tensor], Ys: Sequence[Tensor], *, debiased: bool = False) -> Tensor:
-    """`linear_cka` of every pair: element `(i, j)` is that of `Xs[i]` and `Ys[j]`, at about the cost of one product.
+    """Returns `linear_cka` of every pair, `(i, j)` of `Xs[i]` and `Ys[j]`, at about the cost of one product.
 
     Computed in float64, from the samples' Gram matrices, tile by tile, or from the products of the
     features, whichever is cheaper: the two are equal.
@@ -34,50 +35,49 @@ def cka_matrix(Xs: Sequence[Tensor], Ys: Sequence[Tensor], *, debiased: bool = F
         raise ValueError("Expected features of at least one layer on both sides, but got none.")
     for layer in (*Xs, *Ys):
         check_features(Xs[0], layer)
-    _check_num_samples(len(Xs[0]), debiased)
+    check_num_samples(len(Xs[0]), debiased)
     same = Xs is Ys
-    X, constant_x = _centred(Xs)
-    Y, constant_y = (X, constant_x) if same else _centred(Ys)
+    X = [centred(layer) for layer in Xs]
+    Y = X if same else [centred(layer) for layer in Ys]
     a, b = (torch.stack([layer.square().sum(dim=1) for layer in layers]) for layers in (X, Y))
     n = torch.tensor(len(X[0]), dtype=torch.float64, device=X[0].device)
     if _gram_form_is_cheaper(X, Y, same):
-        cross, own_x, own_y = _gram_products(X, Y)
+        cross, self_x, self_y = _gram_products(X, Y)
     else:
-        own_x, own_y = (torch.stack([(layer.T @ layer).square().sum() for layer in layers]) for layers in (X, Y))
+        self_x, self_y = (torch.stack([(layer.T @ layer).square().sum() for layer in layers]) for layers in (X, Y))
         widths = [layer.shape[1] for layer in Y]
         joined = torch.cat(Y, dim=1)
         # One product a layer, summed in blocks.
         cross = torch.stack(
             [torch.stack([part.sum() for part in (layer.T @ joined).square().sum(dim=0).split(widths)]) for layer in X]
         )
-    hsic_xy = _hsic(cross, a @ b.T, a.sum(dim=1)[:, None], b.sum(dim=1), n, debiased)
-    hsic_xx = _hsic(own_x, a.square().sum(dim=1), a.sum(dim=1), a.sum(dim=1), n, debiased)
-    hsic_yy = _hsic(own_y, b.square().sum(dim=1), b.sum(dim=1), b.sum(dim=1), n, debiased)
-    value = _ratio(hsic_xy, hsic_xx[:, None], hsic_yy[None, :])
-    return value.masked_fill(constant_x[:, None] | constant_y[None, :], torch.nan)
+    hsic_xy = hsic_from_sums(cross, a @ b.T, a.sum(dim=1)[:, None], b.sum(dim=1), n, debiased)
+    hsic_xx = hsic_from_sums(self_x, a.square().sum(dim=1), a.sum(dim=1), a.sum(dim=1), n, debiased)
+    hsic_yy = hsic_from_sums(self_y, b.square().sum(dim=1), b.sum(dim=1), b.sum(dim=1), n, debiased)
+    return cka_from_hsic(hsic_xy, hsic_xx[:, None], hsic_yy[None, :])
 
 
 def _gram_products(X: Sequence[Tensor], Y: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Inner products of all Gram matrices of `X` with those of `Y` (k, l), and of each with itself (k,), (l,).
+    """Returns inner products of all Gram matrices of `X` with those of `Y` (k, l), and of each with itself (k,), (l,).
 
     Gram matrices are symmetric, so that tiles above the diagonal are not computed, and those below count twice.
     """
     n, k = len(X[0]), len(X)
     layers = X if X is Y else [*X, *Y]
     room = X[0].new_empty(len(layers) * min(_TILE, n) ** 2)
-    cross, own = X[0].new_zeros(k, len(Y)), X[0].new_zeros(len(layers))
+    cross, selves = X[0].new_zeros(k, len(Y)), X[0].new_zeros(len(layers))
     for rows, columns, times in _tiles(0, n):
         tiles = room[: len(layers) * len(rows) * len(columns)].view(len(layers), len(rows), len(columns))
         for layer, tile in zip(layers, tiles, strict=True):
             torch.mm(layer[rows.start : rows.stop], layer[columns.start : columns.stop].T, out=tile)
         flat = tiles.view(len(layers), -1)
         cross.addmm_(flat[:k], flat[-len(Y) :].T, alpha=times)
-        own.add_(torch.linalg.vector_norm(flat, dim=1).square(), alpha=times)
-    return cross, own[:k], own[-len(Y) :]
+        selves.add_(torch.linalg.vector_norm(flat, dim=1).square(), alpha=times)
+    return cross, selves[:k], selves[-len(Y) :]
 
 
 def _tiles(start: int, stop: int) -> Iterator[tuple[range, range, int]]:
-    """Rows and columns of the tiles on and below the diagonal, small ones along it, and how often each counts."""
+    """Yields rows and columns of tiles on and below the diagonal, small ones along it, and how often each counts."""
     if stop - start <= max(_TILE // 4, 1):
         yield range(start, stop), range(start, stop), 1
         return
@@ -89,21 +89,8 @@ def _tiles(start: int, stop: int) -> Iterator[tuple[range, range, int]]:
     yield from _tiles(middle, stop)
 
 
-def _centred(layers: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """The layers in float64 about their means, and which of them are constant but for rounding."""
-    centred, constant = [], []
-    for layer in layers:
-        layer = layer.detach().to(torch.float64)
-        moved = layer - layer[:1]
-        mean = moved.mean(dim=0)
-        moved = moved - mean
-        centred.append(moved)
-        constant.append(moved.square().sum() <= len(layer) * _ROUNDING * (layer[0] + mean).square().sum())
-    return centred, torch.stack(constant)
-
-
 def _gram_form_is_cheaper(X: Sequence[Tensor], Y: Sequence[Tensor], same: bool) -> bool:
-    """By the number of multiplications."""
+    """Returns whether the samples' Gram matrices take fewer multiplications than the features' products."""
     n, widths_x = len(X[0]), [layer.shape[1] for layer in X]
     widths_y = [layer.shape[1] for layer in Y]
     by_samples = n * n * (sum(widths_x) + (0 if same else sum(widths_y)) + len(X) * len(Y)) / 2

@@ -14,13 +14,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lit_cka.functional.centring import mean_over_samples
+from lit_cka.functional.precision import Products, add_product, as_float64, chosen_products, rounded
+
 
 class PairedMoments(NamedTuple):
     """Sums over `n` paired samples, with `x` and `y` measured from `mean_x` and `mean_y`. All float64.
 
     The fields from `aa` on serve the debiased estimator alone and cost O(d). Where `y` are the features of a frozen
-    reference, its own sums `yy`, `bb`, `by` are the same for every pass over the data, and may be left out: `yy` and
-    `by` are then of size 0. See `with_yy` of `paired_moments`.
+    reference, the sums over `y` alone (`yy`, `bb`, `by`) are the same for every pass over the data, and may be left
+    out: `yy` and `by` are then of size 0. See `with_yy` of `paired_moments`.
     """
 
     n: Tensor  # ()         number of samples
@@ -41,14 +44,16 @@ class PairedMoments(NamedTuple):
 
 
 def empty_moments(num_features_x: int, num_features_y: int, device: torch.device | str | None = None) -> PairedMoments:
-    """The moments of no samples at all: merging them changes nothing."""
+    """Returns the moments of no samples at all: merging them changes nothing."""
     d_x, d_y = num_features_x, num_features_y
     shapes = [(), (d_x,), (d_y,), (d_x, d_x), (d_y, d_y), (d_x, d_y), *[()] * 5, (d_x,), (d_y,), (d_x,), (d_y,)]
     return PairedMoments(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
 
-def check_features(X: Tensor, Y: Tensor) -> None:
-    """Raise unless `X` (n, d_x) and `Y` (n, d_y) are floating-point features of the same number of samples."""
+def check_features(X: Tensor, Y: Tensor, *, min_num_samples: int = 0) -> None:
+    """Raise a ValueError unless `X` (n, d_x) and `Y` (n, d_y) are floating-point features of the same `n`, which is at
+    least so large.
+    """
     for name, features in (("X", X), ("Y", Y)):
         if features.ndim != 2:
             raise ValueError(f"Expected `{name}` to be of shape (samples, features), but got {tuple(features.shape)}.")
@@ -60,15 +65,12 @@ def check_features(X: Tensor, Y: Tensor) -> None:
         raise ValueError(
             f"Expected `X` and `Y` to hold the same samples in the same order, but got {len(X)} and {len(Y)} samples."
         )
-
-
-def _mean(features: Tensor) -> Tensor:
-    """The mean over the samples. Measured from the first one, so that constants centre to exact 0."""
-    return features[0] + (features - features[0]).mean(dim=0)
+    if len(X) < min_num_samples:
+        raise ValueError(f"Expected at least {min_num_samples} samples, but got {len(X)}.")
 
 
 def paired_moments(X: Tensor, Y: Tensor, *, with_yy: bool = True) -> PairedMoments:
-    """Moments of one batch of paired features.
+    """Returns the moments of one batch of paired features.
 
     Args:
         X: features (n, d_x), any floating dtype; computed in float64.
@@ -88,7 +90,7 @@ def paired_moments(X: Tensor, Y: Tensor, *, with_yy: bool = True) -> PairedMomen
     if len(x) == 0:
         empty = empty_moments(x.shape[1], y.shape[1], x.device)
         return empty if with_yy else without_yy(empty)
-    mean_x, mean_y = _mean(x), _mean(y)
+    mean_x, mean_y = mean_over_samples(x), mean_over_samples(y)
     x, y = x - mean_x, y - mean_y
     a, b = x.square().sum(dim=1), y.square().sum(dim=1)
     n = torch.tensor(len(x), dtype=torch.float64, device=x.device)
@@ -100,17 +102,17 @@ def paired_moments(X: Tensor, Y: Tensor, *, with_yy: bool = True) -> PairedMomen
 
 
 def without_yy(moments: PairedMoments) -> PairedMoments:
-    """The same without the sums over `y` alone."""
+    """Returns the same moments without the sums over `y` alone."""
     none = moments.yy.new_empty(0)
     return moments._replace(yy=none, bb=none.sum(), by=none)
 
 
 def recentre_moments(moments: PairedMoments, mean_x: Tensor, mean_y: Tensor) -> PairedMoments:
-    """The same samples' sums, measured from `mean_x` (d_x,) and `mean_y` (d_y,) instead of their own means.
+    """Returns the same samples' sums, measured from `mean_x` (d_x,) and `mean_y` (d_y,) instead of their means.
 
     With `d = old mean - new mean`, every sample becomes `x + d` and its squared norm `a + 2 x.d + d.d`; the sums are
-    expanded with `sum x = 0`, which holds for moments about their own mean. The result is for adding to others
-    measured from the same point; recentring it again would be wrong.
+    expanded with `sum x = 0`, which holds for moments about the mean of their samples. The result is for adding to
+    others measured from the same point; recentring it again would be wrong.
     """
     d, e = moments.mean_x - mean_x, moments.mean_y - mean_y
     n = moments.n
@@ -126,7 +128,7 @@ def recentre_moments(moments: PairedMoments, mean_x: Tensor, mean_y: Tensor) -> 
 
 
 def recentred_vectors(moments: PairedMoments, d: Tensor, e: Tensor) -> list[Tensor]:
-    """The fields from `a` on, after every `x` has moved by `d` and every `y` by `e`."""
+    """Returns the fields from `a` on, after every `x` has moved by `d` and every `y` by `e`."""
     n, _, _, xx, yy, xy, a, b, aa, bb, ab, ax, ay, bx, by = moments
     dd, ee, d_xx, d_xy, xy_e = d @ d, e @ e, d @ xx, d @ xy, xy @ e
     if len(by):
@@ -147,7 +149,7 @@ def recentred_vectors(moments: PairedMoments, d: Tensor, e: Tensor) -> list[Tens
 
 
 def merge_moments(first: PairedMoments, second: PairedMoments) -> PairedMoments:
-    """Moments of the union of two disjoint sets of samples. Exact, so the split does not matter."""
+    """Returns the moments of the union of two disjoint sets of samples. They are exact for any split."""
     n = first.n + second.n
     share = second.n / n.clamp(min=1)
     mean_x = first.mean_x + share * (second.mean_x - first.mean_x)
@@ -156,27 +158,42 @@ def merge_moments(first: PairedMoments, second: PairedMoments) -> PairedMoments:
     return PairedMoments(n, mean_x, mean_y, *(p + q for p, q in zip(parts[0][3:], parts[1][3:], strict=True)))
 
 
-def add_samples(moments: PairedMoments, X: Tensor, Y: Tensor) -> PairedMoments:
-    """`merge_moments(moments, paired_moments(X, Y))` at little more than the cost of the products of `X` and `Y`.
+def add_samples(moments: PairedMoments, X: Tensor, Y: Tensor, *, products: Products | None = None) -> PairedMoments:
+    """Returns `merge_moments(moments, paired_moments(X, Y))` at little more than the cost of their products.
 
-    The samples are measured from the mean of the union at once, and that `moments` move to it is one more row of the
-    products. Sums over `y` alone are kept up if `moments` has them. Raises as `paired_moments`.
+    The samples are measured from the mean of the union at once. Sums over `y` alone are kept up if `moments` has them.
+
+    Args:
+        moments: of the samples so far, on the device of `X` and `Y`, or on the CPU if that has no float64.
+        X: as for `paired_moments`.
+        Y: as for `paired_moments`.
+        products: of features, in "float64", or in "float32" with sums in float64, which changes CKA by less than 1e-6;
+            None takes float32 where the device is slow at float64 (`has_fast_float64`). All else is in float64.
+
+    Raises:
+        ValueError: as `paired_moments`, and on other `products`.
     """
     check_features(X, Y)
-    x, y = X.detach().to(torch.float64), Y.detach().to(torch.float64)
+    products = chosen_products(products, X.device)
+    x, y = as_float64(X), as_float64(Y)
     if len(x) == 0:
         return moments
     n = moments.n + len(x)
-    mean_x = moments.mean_x + len(x) / n * (_mean(x) - moments.mean_x)
-    mean_y = moments.mean_y + len(x) / n * (_mean(y) - moments.mean_y)
+    mean_x = moments.mean_x + len(x) / n * (mean_over_samples(x) - moments.mean_x)
+    mean_y = moments.mean_y + len(x) / n * (mean_over_samples(y) - moments.mean_y)
     d, e = moments.mean_x - mean_x, moments.mean_y - mean_y
     x, y = x - mean_x, y - mean_y
     a, b = x.square().sum(dim=1), y.square().sum(dim=1)
     with_yy = moments.yy.numel() > 0
     sums = [a.sum(), b.sum(), a @ a, b @ b if with_yy else 0, a @ b, a @ x, a @ y, b @ x, b @ y if with_yy else 0]
     vectors = [old + new for old, new in zip(recentred_vectors(moments, d, e), sums, strict=True)]
-    x, y = (torch.cat([rows, (moments.n.sqrt() * moved)[None]]) for rows, moved in ((x, d), (y, e)))
-    yy = torch.addmm(moments.yy, y.T, y) if with_yy else moments.yy
-    return PairedMoments(
-        n, mean_x, mean_y, torch.addmm(moments.xx, x.T, x), yy, torch.addmm(moments.xy, x.T, y), *vectors
-    )  # fmt: skip
+
+    (left, scale_x), (right, scale_y) = rounded(x, products, X.device), rounded(y, products, X.device)
+    xx = torch.addr(moments.xx, moments.n * d, d)
+    xy = torch.addr(moments.xy, moments.n * d, e)
+    yy = torch.addr(moments.yy, moments.n * e, e) if with_yy else moments.yy
+    add_product(xx, left, left, scale_x * scale_x)
+    add_product(xy, left, right, scale_x * scale_y)
+    if with_yy:
+        add_product(yy, right, right, scale_y * scale_y)
+    return PairedMoments(n, mean_x, mean_y, xx, yy, xy, *vectors)

@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lit_cka.functional.centring import centred
 from lit_cka.functional.moments import check_features
-
-_ROUNDING = 16 * torch.finfo(torch.float64).eps
 
 
 class Alignment(NamedTuple):
@@ -26,7 +25,7 @@ class Alignment(NamedTuple):
 
 
 def procrustes_distance(X: Tensor, Y: Tensor, *, normalize: bool = True) -> Tensor:
-    """Orthogonal Procrustes distance of two sets of features of the same samples (Ding et al. 2021, section 2).
+    """Returns the orthogonal Procrustes distance of two sets of features (Ding et al. 2021, section 2).
 
         d = ||Xc||_F^2 + ||Yc||_F^2 - 2 ||Xc' Yc||_*  =  min_R ||Xc R - Yc||_F^2          Xc, Yc centred by column
 
@@ -53,10 +52,8 @@ def procrustes_distance(X: Tensor, Y: Tensor, *, normalize: bool = True) -> Tens
         >>> print(f"{procrustes_distance(X, 5 * X.flip(1) + 7).abs():.6f}")
         0.000000
     """
-    check_features(X, Y)
-    if len(X) < 2:
-        raise ValueError(f"Expected at least 2 samples, but got {len(X)}.")
-    x, y = _narrowed(_centred(X)), _narrowed(_centred(Y))
+    check_features(X, Y, min_num_samples=2)
+    x, y = _narrowed(centred(X)), _narrowed(centred(Y))
     if normalize:
         x, y = x / x.norm(), y / y.norm()
     if not (x.isfinite().all() and y.isfinite().all()):
@@ -67,7 +64,7 @@ def procrustes_distance(X: Tensor, Y: Tensor, *, normalize: bool = True) -> Tens
 
 
 def orthogonal_alignment(X: Tensor, Y: Tensor) -> Alignment:
-    """The orthogonal R that takes the centred points `X` (n, d) nearest to the centred `Y` (n, d), and what remains.
+    """Returns the orthogonal R that takes the centred `X` (n, d) nearest to the centred `Y` (n, d), and what remains.
 
         R = U V' with U S V' = Xc' Yc          residual = ||Xc R - Yc||_F^2          relative = residual / ||Yc||_F^2
 
@@ -83,7 +80,7 @@ def orthogonal_alignment(X: Tensor, Y: Tensor) -> Alignment:
             "Expected `X` and `Y` to be at least 2 points each, of the same width, "
             f"but got {tuple(X.shape)} and {tuple(Y.shape)}."
         )
-    x, y = _centred(X), _centred(Y)
+    x, y = centred(X), centred(Y)
     cross = x.T @ y
     if not cross.isfinite().all():
         nan = cross.new_tensor(torch.nan)
@@ -94,18 +91,10 @@ def orthogonal_alignment(X: Tensor, Y: Tensor) -> Alignment:
     return Alignment(rotation, residual, residual / y.square().sum().where(y.any(), torch.nan))
 
 
-def _centred(features: Tensor) -> Tensor:
-    features = features.detach().to(torch.float64)
-    centred = features - features[:1]  # so that constant features centre to exact zeros
-    centred = centred - centred.mean(dim=0)
-    constant = centred.norm() <= _ROUNDING * features.norm()
-    return centred.masked_fill(constant, 0.0)
-
-
-def _narrowed(centred: Tensor) -> Tensor:
-    """The same up to a rotation of the features, no wider than there are samples."""
-    if centred.shape[1] <= len(centred) or not centred.isfinite().all():
-        return centred
-    _, triangle = torch.linalg.qr(centred.T, mode="r")
+def _narrowed(Xc: Tensor) -> Tensor:
+    """Returns the same features up to a rotation of them, no wider than there are samples."""
+    if Xc.shape[1] <= len(Xc) or not Xc.isfinite().all():
+        return Xc
+    _, triangle = torch.linalg.qr(Xc.T, mode="r")
     rotated: Tensor = triangle.T
     return rotated

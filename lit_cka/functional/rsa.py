@@ -10,17 +10,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Distance = Literal["cosine", "correlation", "euclidean"]
+from lit_cka.functional.centring import is_rounding
 
-# A vector shorter than this many times float64's resolution of what it was computed from is rounding, not signal.
-_ROUNDING = 16 * torch.finfo(torch.float64).eps
+Distance = Literal["cosine", "correlation", "euclidean"]
 
 
 def rdm(X: Tensor, distance: Distance = "correlation") -> Tensor:
-    """Distances between the samples' features, in float64.
+    """Returns the distances between the samples' features, in float64.
 
         cosine       1 - x.y / (||x|| ||y||)                     in [0, 2]
-        correlation  the cosine distance after subtracting from each sample the mean of its own features
+        correlation  the cosine distance after subtracting from each sample the mean of its features
         euclidean    ||x - y||
 
     The cosine distance depends on where the features are measured from: they are taken as they come.
@@ -62,7 +61,7 @@ def _angular(x: Tensor, centre: bool) -> Tensor:
     if centre:
         x = x - x.mean(dim=1, keepdim=True)
     length = x.norm(dim=1, keepdim=True)
-    unit = (x / length).masked_fill(length <= _ROUNDING * size, torch.nan)
+    unit = (x / length).masked_fill(is_rounding(length, size), torch.nan)
     distances: Tensor = 1 - unit @ unit.T
     return distances.clamp(0, 2)
 
@@ -72,5 +71,5 @@ def _euclidean(x: Tensor) -> Tensor:
     squares = x.square().sum(dim=1)
     sums = squares[:, None] + squares
     squared: Tensor = sums - 2 * x @ x.T
-    squared = squared.masked_fill(squared <= _ROUNDING * sums, 0.0)
+    squared = squared.masked_fill(is_rounding(squared, sums), 0.0)
     return squared.sqrt()  # repeated samples: exactly 0

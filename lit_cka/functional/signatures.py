@@ -11,31 +11,29 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from lit_cka.functional.centring import centred, double_centred, is_rounding
 from lit_cka.functional.matrix import cka_matrix
 from lit_cka.functional.moments import check_features
-from lit_cka.functional.procrustes import _ROUNDING, _centred
 
 
 def signature(X: Tensor) -> Tensor:
-    """Unit-norm centred linear Gram matrix of features (n, d), flattened: float64 (n (n + 1) / 2,).
+    """Returns the unit-norm centred linear Gram matrix of features (n, d), flattened: float64 (n (n + 1) / 2,).
 
     The upper triangle, with what is off the diagonal multiplied by sqrt(2), has the inner products of the whole
     matrices in half the memory: `signature(X) @ signature(Y)` is `linear_cka(X, Y)`, the plain estimator. NaN for
     constant and non-finite features. Raises as `signature_gram`.
     """
-    check_features(X, X)
-    if len(X) < 2:
-        raise ValueError(f"Expected at least 2 samples, but got {len(X)}.")
-    x = _centred(X)
-    gram = x @ x.T
-    rows, columns = torch.triu_indices(len(x), len(x), device=x.device)
+    check_features(X, X, min_num_samples=2)
+    Xc = centred(X)
+    gram = Xc @ Xc.T
+    rows, columns = torch.triu_indices(len(Xc), len(Xc), device=Xc.device)
     flat = gram[rows, columns] * (1 + (rows != columns).to(gram)).sqrt()
     unit: Tensor = flat / flat.norm()
     return unit
 
 
 def signature_gram(features: Sequence[Tensor]) -> Tensor:
-    """Inner products of the signatures of `m` sets of features (n, d_i): float64 (m, m), their linear CKA.
+    """Returns the inner products of the signatures of `m` sets of features (n, d_i): float64 (m, m), their linear CKA.
 
     It is `cka_matrix` of the features with themselves: of the signatures' products and the features', the cheaper.
 
@@ -46,7 +44,7 @@ def signature_gram(features: Sequence[Tensor]) -> Tensor:
 
 
 def kernel_pca(K: Tensor, num_components: int = 3) -> tuple[Tensor, Tensor]:
-    """Coordinates of `m` points from their inner products, along the directions in which they spread most.
+    """Returns coordinates of `m` points from their inner products, along the directions in which they spread most.
 
         H K H = V diag(l) V'        coordinates = V_c sqrt(l_c)        explained = l_c / sum l        H = I - 11'/m
 
@@ -66,28 +64,28 @@ def kernel_pca(K: Tensor, num_components: int = 3) -> tuple[Tensor, Tensor]:
     if num_components < 1:
         raise ValueError(f"Expected `num_components` to be at least 1, but got {num_components}.")
     K = K.detach().to(torch.float64)
-    known = ~K.diagonal().isnan()
+    defined = ~K.diagonal().isnan()
     coordinates = K.new_full((len(K), num_components), torch.nan)
     explained = K.new_zeros(num_components)
-    if not known.any():
+    if not defined.any():
         return coordinates, explained.fill_(torch.nan)
-    kept = K[known][:, known]
-    centred = kept - kept.mean(0) - kept.mean(1, keepdim=True) + kept.mean()
-    values, vectors = (part.flip(-1) for part in torch.linalg.eigh((centred + centred.T) / 2))
+    kept = K[defined][:, defined]
+    HKH = double_centred(kept)
+    values, vectors = (part.flip(-1) for part in torch.linalg.eigh((HKH + HKH.T) / 2))
     # What rounding leaves of directions that the points do not span would become noise of size 1e-8.
-    values = values.masked_fill(values <= len(kept) * _ROUNDING * kept.abs().max(), 0.0)
+    values = values.masked_fill(is_rounding(values, len(kept) * kept.abs().max()), 0.0)
     count = min(num_components, len(kept))
     scores = vectors[:, :count] * values[:count].sqrt()
     sizes = scores.abs()
     largest = (sizes >= (1 - 1e-9) * sizes.amax(0)).to(torch.int8).argmax(0)  # the first among equals
     scores = scores * scores.gather(0, largest[None]).sign()
-    coordinates[known] = torch.nn.functional.pad(scores, (0, num_components - count))
+    coordinates[defined] = torch.nn.functional.pad(scores, (0, num_components - count))
     explained[:count] = values[:count]
     return coordinates, explained / values.sum()
 
 
 def component_label_correlation(coordinates: Tensor, labels: Sequence[Hashable]) -> Tensor:
-    """How much of each component of `coordinates` (m, c) a categorical label explains: float64 (c,), in [0, 1].
+    """Returns how much of each component of `coordinates` (m, c) a categorical label explains: float64 (c,), in [0, 1].
 
         eta = sqrt(sum_g m_g (mean_g - mean)^2 / sum_i (x_i - mean)^2)
 
@@ -102,15 +100,15 @@ def component_label_correlation(coordinates: Tensor, labels: Sequence[Hashable])
             "Expected `coordinates` to be of shape (points, components) with one label a point, "
             f"but got {tuple(coordinates.shape)} and {len(labels)} labels."
         )
-    known = ~coordinates.isnan().any(dim=1)
-    names = [label for label, keep in zip(labels, known.tolist(), strict=True) if keep]
+    defined = ~coordinates.isnan().any(dim=1)
+    names = [label for label, keep in zip(labels, defined.tolist(), strict=True) if keep]
     codes = {label: code for code, label in enumerate(dict.fromkeys(names))}
     if len(codes) < 2:
         raise ValueError(f"Expected at least two different labels, but got {list(codes)}.")
-    x = coordinates[known].detach().to(torch.float64)
+    x = coordinates[defined].detach().to(torch.float64)
     largest = x.abs().amax(0)
     x = x - x.mean(0)
     groups = torch.nn.functional.one_hot(torch.tensor([codes[label] for label in names], device=x.device)).to(x)
     between = ((groups.T @ x).square() / groups.sum(0)[:, None]).sum(0)
-    constant = x.abs().amax(0) <= _ROUNDING * largest
+    constant = is_rounding(x.abs().amax(0), largest)
     return (between / x.square().sum(0)).clamp(0, 1).sqrt().masked_fill(constant, torch.nan)

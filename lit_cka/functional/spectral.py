@@ -14,11 +14,13 @@ of the smaller Gram matrix, `G = Delta Delta'` or `Delta' Delta`, in float64: `D
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+from lit_cka.functional.update_gram import as_matrix, chunks, gram_of_update, narrowed, update
 
 RankRule: TypeAlias = Literal["effective_rank", "freevariance", "vetterli", "energy", "variance"]
 RULES: dict[str, str] = {
@@ -28,8 +30,6 @@ RULES: dict[str, str] = {
     "energy": "energy",
     "variance": "energy",
 }
-_CHUNK = 2**19  # elements of an update at a time
-_NUM_BLOCKS = 6  # rows of blocks that a Gram matrix is computed in
 _TIE = 1e-9  # an effective rank this close above a whole number is that number: rounding put it there
 
 
@@ -51,7 +51,7 @@ def check_rule(rule: str, R: float) -> None:
 
 
 def split_rank(singular_values: Tensor, rule: RankRule = "effective_rank", R: float = 0.9) -> int:
-    """How many singular values make up the high part of an update.
+    """Returns how many singular values make up the high part of an update.
 
         effective_rank   ceil(exp(H)), H = -sum p_i log p_i, p_i = s_i / sum s  (Roy & Vetterli 2007)
         energy           the smallest k with sum_{i<=k} s_i^2 >= R sum s_i^2
@@ -74,7 +74,7 @@ def split_rank(singular_values: Tensor, rule: RankRule = "effective_rank", R: fl
 
 
 def coefficients(singular_values: Tensor, k: int) -> Coefficients:
-    """The weights of the high part (the first `k`) and of the low part of an update with these singular values."""
+    """Returns the weights of the high part (the first `k` singular values) and of the low part of an update."""
     energies = singular_values.detach().to(torch.float64).square()
     total, tail = energies.sum().item(), energies[k:].sum().item()  # not 1 - P_k, which cancels
     rho = (energies[k] / energies[0]).item() if k < len(energies) else 0.0
@@ -100,28 +100,28 @@ class SpectralSplit(NamedTuple):
     def edited_weights(
         self, W0: Tensor, W1: Tensor, weights: Sequence[tuple[float, float]], *, overwrite: bool = False
     ) -> list[Tensor]:
-        """`W0 + high Delta_high + low Delta_low` for each `(high, low)`, in the shape, dtype and place of `W1`.
+        """Returns `W0 + high Delta_high + low Delta_low` for each `(high, low)`, in the shape, dtype and place of `W1`.
 
         Computed in float32, or float64 if `W1` is. With `overwrite`, the last of them takes the memory of `W1`.
         """
         into_W1 = overwrite and W1.is_contiguous()
         new = weights[1:] if into_W1 else weights
         out = [torch.empty_like(W1, memory_format=torch.contiguous_format) for _ in new] + [W1] * into_W1
-        flat = [_matrix(edited) for edited in out]
+        flat = [as_matrix(edited) for edited in out]
         dtype = _dtype(W1)
         basis = self.basis.to(dtype)
-        for start, stop in _chunks(_matrix(W1), along=1 if self.rows else 0):
-            w0, w1 = (_narrow(_matrix(W), start, stop, self.rows).to(dtype) for W in (W0, W1))
+        for start, stop in chunks(as_matrix(W1), self.rows):
+            w0, w1 = (narrowed(as_matrix(W), start, stop, self.rows).to(dtype) for W in (W0, W1))
             delta = w1 - w0
             part = basis @ (basis.T @ delta) if self.rows else (delta @ basis) @ basis.T
             for target, (high, low) in zip(flat, weights, strict=True):
-                rest, own = (high, low) if self.complement else (low, high)
-                into = _narrow(target, start, stop, self.rows)
-                base = w0 if rest == 0 else w1 if rest == 1 else torch.add(w0, delta, alpha=rest)
+                outside, inside = (high, low) if self.complement else (low, high)  # of what `basis` spans
+                into = narrowed(target, start, stop, self.rows)
+                base = w0 if outside == 0 else w1 if outside == 1 else torch.add(w0, delta, alpha=outside)
                 if into.dtype == dtype:
-                    torch.add(base, part, alpha=own - rest, out=into)
+                    torch.add(base, part, alpha=inside - outside, out=into)
                 else:
-                    into.copy_(torch.add(base, part, alpha=own - rest))
+                    into.copy_(torch.add(base, part, alpha=inside - outside))
         return out
 
 
@@ -152,7 +152,7 @@ def spectral_split(
     check_rule(rule, R)
     _check_weights(W0, W1)
     rows = len(W1) <= W1[0].numel()
-    gram, norm = _gram(W0, W1, rows)
+    gram, norm = gram_of_update(W0, W1, rows)
     total = gram.trace().item()
     if not (math.isfinite(total) and math.isfinite(norm)):
         raise ValueError("Expected finite weights, but got NaN or infinity.")
@@ -162,7 +162,7 @@ def spectral_split(
     eigenvalues, Q = torch.linalg.eigh(gram)  # ascending
     s = eigenvalues.flip(0).clamp_min(0).sqrt()
     if RULES[rule] == "effective_rank" and _is_doubtful(s):
-        s = torch.linalg.svdvals(_update(W0, W1))
+        s = torch.linalg.svdvals(update(W0, W1))
     k = split_rank(s, rule, R)
     complement = 2 * k > len(s)
     basis = Q[:, : len(s) - k] if complement else Q[:, len(s) - k :]
@@ -172,7 +172,7 @@ def spectral_split(
 def low_rank_split(
     B: Tensor, A: Tensor, *, W0_norm: float, rule: RankRule = "effective_rank", R: float = 0.9
 ) -> SpectralSplit | float:
-    """`spectral_split` of an update `Delta = B A` (LoRA, with its scale in either factor) from its factors alone.
+    """Returns `spectral_split` of an update `Delta = B A` (LoRA, its scale in either factor) from the factors alone.
 
     Two QR decompositions and the SVD of the small (r, r) core in float64 take the place of the Gram matrix.
 
@@ -206,7 +206,7 @@ def low_rank_split(
 
 
 def _is_doubtful(s: Tensor) -> bool:
-    """Whether what rounding in the Gram matrix does to small singular values could change the effective rank.
+    """Returns whether what rounding in the Gram matrix does to small singular values could change the effective rank.
 
     An eigenvalue is right to about `eps s_1^2 sqrt(m)`, so that a singular value far below `s_1` is not.
     """
@@ -220,44 +220,8 @@ def _is_doubtful(s: Tensor) -> bool:
     return math.ceil(low * (1 - _TIE)) != math.ceil(high * (1 - _TIE))
 
 
-def _gram(W0: Tensor, W1: Tensor, rows: bool) -> tuple[Tensor, float]:
-    """The smaller Gram matrix of `W1 - W0`, its lower triangle, and `||W0||_F^2`, in float64."""
-    size = min(_matrix(W1).shape)
-    edges = [size * block // _NUM_BLOCKS for block in range(_NUM_BLOCKS + 1)]
-    gram = torch.zeros(size, size, dtype=torch.float64, device=W1.device)
-    norm = torch.zeros((), dtype=torch.float64, device=W1.device)
-    for start, stop in _chunks(_matrix(W1), along=1 if rows else 0):
-        w0, w1 = (_narrow(_matrix(W), start, stop, rows) for W in (W0, W1))
-        norm += torch.linalg.vector_norm(w0, dtype=torch.float64).square()
-        delta = w1.to(torch.float64) - w0
-        columns = delta.T if rows else delta  # (chunk, size)
-        # Block by block below the diagonal, which is all that `eigh` reads.
-        for block in range(_NUM_BLOCKS):
-            first, last = edges[block], edges[block + 1]
-            gram[first:last, :last].addmm_(columns[:, first:last].T, columns[:, :last])
-    return gram, norm.item()
-
-
-def _update(W0: Tensor, W1: Tensor) -> Tensor:
-    return _matrix(W1).to(torch.float64) - _matrix(W0).to(torch.float64)
-
-
-def _matrix(W: Tensor) -> Tensor:
-    return W.detach().reshape(len(W), -1)
-
-
 def _dtype(W: Tensor) -> torch.dtype:
     return torch.float64 if W.dtype == torch.float64 else torch.float32
-
-
-def _narrow(matrix: Tensor, start: int, stop: int, rows: bool) -> Tensor:
-    return matrix[:, start:stop] if rows else matrix[start:stop]
-
-
-def _chunks(matrix: Tensor, along: int) -> Iterator[tuple[int, int]]:
-    step = max(_CHUNK // max(matrix.shape[1 - along], 1), 1)
-    for start in range(0, matrix.shape[along], step):
-        yield start, min(start + step, matrix.shape[along])
 
 
 def _check_weights(W0: Tensor, W1: Tensor) -> None:

@@ -115,6 +115,17 @@ def test_rotated_features_have_cka_one(n: int, d: int, debiased: bool) -> None:
     assert linear_cka(X, X, debiased=debiased) <= 1
 
 
+@ESTIMATORS
+@pytest.mark.parametrize("scale", [1e-200, 1e-78, 1e78, 1e150])
+@pytest.mark.parametrize(("n", "d"), [(60, 6), (12, 30)], ids=["moments", "gram"])
+def test_any_magnitude(n: int, d: int, scale: float, debiased: bool) -> None:
+    """The fourth powers of the features have no place in float64."""
+    X, Y = paired_features(n, d, d + 2)
+    expected = oracles.linear_cka(X, Y, debiased)
+    assert linear_cka(X * scale, Y, debiased=debiased).item() == pytest.approx(expected, abs=1e-10)
+    assert linear_cka(X, Y * scale, debiased=debiased).item() == pytest.approx(expected, abs=1e-10)
+
+
 def test_uncorrelated_columns_have_cka_zero() -> None:
     X = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]]) + 5
     Y = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]) - 7

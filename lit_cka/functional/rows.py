@@ -1,0 +1,106 @@
+"""Features of many samples as they came, in blocks of any precision, read in float64 a few at a time: `Rows`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lit_cka.functional.precision import float64_device
+
+_CPU_ELEMENTS, _GPU_ELEMENTS = 2**15, 2**22  # at a time: what stays in a CPU's cache, or keeps a GPU busy
+_USUAL = 20  # magnitudes up to 2^20, and down to its inverse, leave float64 room for fourth powers
+
+
+class Rows:
+    """Features (n, d) of `n` samples.
+
+    Args:
+        blocks: (n_i, d), any floating dtype and device. They are not copied.
+        origins: for each block a point (d,) that it is measured from, or None: its features are `block + origin`.
+        device: where to read them to, one that has float64; None for that of the first block.
+        scale: to multiply all features by.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Tensor],
+        origins: Sequence[Tensor | None] | None = None,
+        *,
+        device: torch.device | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        self.blocks = blocks
+        self.origins = [None] * len(blocks) if origins is None else origins
+        self.device = float64_device(blocks[0].device) if device is None else device
+        self.scale = scale
+
+    def __len__(self) -> int:
+        return sum(len(block) for block in self.blocks)
+
+    @property
+    def width(self) -> int:
+        return self.blocks[0].shape[1]
+
+    def read(
+        self, start: int, stop: int, first: int = 0, last: int | None = None, dtype: torch.dtype = torch.float64
+    ) -> Tensor:
+        """Returns the features from `first` to `last` of the samples from `start` to `stop`, in a new tensor.
+
+        Computed in float64, and rounded to another `dtype` at the end.
+        """
+        columns = slice(first, self.width if last is None else min(last, self.width))
+        stop = min(stop, len(self))
+        read = torch.empty(stop - start, columns.stop - columns.start, dtype=torch.float64, device=self.device)
+        before = 0  # samples of earlier blocks
+        for block, origin in zip(self.blocks, self.origins, strict=True):
+            begin, end = max(start, before), min(stop, before + len(block))
+            if begin < end:
+                part = read[begin - start : end - start].copy_(block[begin - before : end - before, columns])
+                if origin is not None:
+                    part += origin[columns]
+            before += len(block)
+        return (read if self.scale == 1 else read.mul_(self.scale)).to(dtype)
+
+    def measured_from(self, point: Tensor, scale: float = 1.0) -> Rows:
+        """Returns the same samples, measured from `point` (d,), then multiplied by `scale`."""
+        assert self.scale == 1
+        origins = [-point if origin is None else origin.to(point.device) - point for origin in self.origins]
+        return Rows(self.blocks, origins, device=self.device, scale=scale)
+
+    def chunks(self) -> Iterator[Tensor]:
+        """Yields all samples in turn, some at a time."""
+        elements = _CPU_ELEMENTS if self.device.type == "cpu" else _GPU_ELEMENTS
+        size = max(elements // max(self.width, 1), 1)
+        for start in range(0, len(self), size):
+            yield self.read(start, start + size)
+
+    def mean_and_size(self) -> tuple[Tensor, float]:
+        """Returns the mean (d,) of the samples and about their largest absolute value, zeros of none.
+
+        Measured from the first sample, so that constants centre to exact 0.
+        """
+        if not len(self):
+            return torch.zeros(self.width, dtype=torch.float64, device=self.device), 0.0
+        first = self.read(0, 1)[0]
+        total, largest = torch.zeros_like(first), first.abs().amax()
+        for part in self.measured_from(first).chunks():
+            total += part.sum(dim=0)
+            largest = torch.maximum(largest, torch.stack(part.aminmax()).abs().amax())
+        return first + total / len(self), float(largest)
+
+    def squared_norms(self) -> Tensor:
+        """Returns the squared norms (n,) of the samples."""
+        norms = [part.square_().sum(dim=1) for part in self.chunks()]
+        return torch.cat(norms) if norms else torch.zeros(0, dtype=torch.float64, device=self.device)
+
+
+def unit_exponent(size: float) -> int:
+    """Returns the power of two that features as large as `size` are to be divided by; 0 where they are of a usual size.
+
+    CKA has the fourth powers of features in it, and these must neither overflow nor vanish.
+    """
+    exponent = math.frexp(size)[1] if math.isfinite(size) else 0
+    return 0 if abs(exponent) <= _USUAL else max(min(exponent, 1000), -1000)

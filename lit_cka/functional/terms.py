@@ -1,0 +1,39 @@
+"""The scalars that linear CKA comes down to, whichever way they are computed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lit_cka.functional.moments import PairedMoments
+
+
+class CKATerms(NamedTuple):
+    """Sums over `n` paired samples about their means, for `cka_from_terms`: float64 scalars.
+
+    The first three are `||Xc' Yc||_F^2` and so on, which equal the sums over the products of the Gram matrices
+    `K = Xc Xc'` and `L = Yc Yc'`; `a_i` and `b_i` are the diagonals of these, the squared norms of the samples. CKA
+    does not change if all `X`, or all `Y`, are in another unit.
+    """
+
+    n: Tensor  # number of samples
+    xy: Tensor  # sum K_ij L_ij
+    xx: Tensor  # sum K_ij^2
+    yy: Tensor  # sum L_ij^2
+    a: Tensor  # sum a
+    b: Tensor  # sum b
+    aa: Tensor  # sum a^2
+    bb: Tensor  # sum b^2
+    ab: Tensor  # sum a b
+    size_x: Tensor  # ||mean_x||^2, of which rounding leaves a part
+    size_y: Tensor  # ||mean_y||^2
+
+
+def terms_from_moments(moments: PairedMoments) -> CKATerms:
+    """Returns the terms of the samples that `moments` describe."""
+    xy, xx, yy = (matrix.square().sum() for matrix in (moments.xy, moments.xx, moments.yy))
+    size_x, size_y = moments.mean_x.square().sum(), moments.mean_y.square().sum()
+    return CKATerms(
+        moments.n, xy, xx, yy, moments.a, moments.b, moments.aa, moments.bb, moments.ab, size_x, size_y
+    )  # fmt: skip

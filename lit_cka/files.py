@@ -1,4 +1,4 @@
-"""What goes into files: JSON, whole or not at all, versions of packages, and names that any file system takes."""
+"""Files that are written whole or not at all, what goes into them, and names that any file system takes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+_PARTIAL = ".partial-"
 _PACKAGES = (
     "lit-cka",
     "torch",
@@ -25,7 +29,7 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that numbers depend on."""
+    """Returns the versions of Python and of the packages that numbers depend on."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -35,31 +39,80 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_text(path: str | os.PathLike[str], content: str) -> Path:
-    """Write a text file, whole or not at all."""
+@contextmanager
+def written_whole(path: str | os.PathLike[str], *, durable: bool = False) -> Iterator[Path]:
+    """Yields a path to write a file or a folder to: it becomes `path` when the block ends, and is removed if it fails.
+
+    A file that was there is replaced. Nobody ever sees half of one: neither a reader nor the next run after a crash.
+
+    Args:
+        path: where the file or folder is to be; the folder around it is made where it is missing.
+        durable: wait until the content is on the disk before it becomes `path`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(partial_name(path.name))
     try:
-        partial.write_text(content, encoding="utf-8")
+        yield partial
+        if durable:
+            sync(partial)
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
-    return path
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)
 
 
-def write_json(path: str | os.PathLike[str], content: Any) -> Path:
-    """Write JSON, whole or not at all; numbers that aren't finite become null."""
-    return write_text(path, json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
+def partial_name(name: str) -> str:
+    """Returns a name for a file in the making that is to be called `name`.
+
+    It is hidden, belongs to this call alone, and has the same suffix, by which some writers choose a format.
+    """
+    path = Path(name)
+    return f"{_PARTIAL}{os.getpid()}-{secrets.token_hex(4)}-{path.stem[:40]}{path.suffix}"
+
+
+def is_partial(path: Path) -> bool:
+    """Returns whether the name is one of `partial_name`: what a process that was killed has left behind."""
+    return path.name.startswith(_PARTIAL)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or what a folder lists, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes, *, durable: bool = False) -> Path:
+    """Write a file, whole or not at all; returns its path. See `written_whole`."""
+    with written_whole(path, durable=durable) as partial:
+        partial.write_bytes(content)
+    return Path(path)
+
+
+def write_text(path: str | os.PathLike[str], content: str) -> Path:
+    """Write a text file in UTF-8, whole or not at all; returns its path."""
+    return write_bytes(path, content.encode())
+
+
+def write_json(path: str | os.PathLike[str], content: Any, *, durable: bool = False) -> Path:
+    """Write JSON, whole or not at all; numbers that aren't finite become null. Returns the path."""
+    text = json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
+    return write_bytes(path, text.encode(), durable=durable)
 
 
 def file_name(name: str) -> str:
-    """A name of letters, digits, dashes and underscores, at most 60 bytes: three of them fit into a file's name."""
+    """Returns a name of letters, digits, dashes and underscores, of 60 bytes at most: three fit into a file's name."""
     plain = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
     return plain.encode()[:60].decode(errors="ignore") or "_"
 
 
 def _plain(value: Any) -> Any:
+    """Returns the value as dictionaries, lists, strings, numbers and None: what JSON has."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""A script for `test_metrics.py` and `test_collectives.py`: ranks under gloo, uneven shards, a rank without data.
+"""A script for `test_metrics.py` and the tests of `parallel`: ranks under gloo, uneven shards, a rank without data.
 
     python tests/sync_worker.py FOLDER JOB [JOB ...]
 
@@ -28,6 +28,7 @@ import lit_cka
 from lit_cka.functional.moments import PairedMoments, paired_moments
 from lit_cka.metrics import LinearCKA, MinibatchCKA
 from lit_cka.parallel.collectives import agree_on_sizes, all_reduce_moments
+from lit_cka.parallel.ranks import Ranks, is_distributed, run_on_all_ranks
 
 # The sizes of each rank's batches, by number of ranks. In the first round one rank has none.
 ROUNDS = {2: [[[13, 1, 30], []], [[2], [9]]], 3: [[[20, 7], [], [5, 2, 1]], [[4, 5], [6], [1]]]}
@@ -199,6 +200,44 @@ def sizes(rank: int, world_size: int) -> Seen:
     return seen
 
 
+class UnpicklableError(Exception):
+    """What cannot be pickled: it is made of two arguments, and knows of one."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(first + second)
+
+
+def together(rank: int, world_size: int) -> Seen:
+    """What ranks get of a function that ends well on all, on all but the last, or on none; and that they can go on."""
+    seen: Seen = {"distributed": is_distributed(), "ranks": str(run_on_all_ranks(lambda: {"rank": rank}))}
+    errors = {
+        "value": ValueError("NaN"),
+        "os": OSError(28, "full"),
+        "key": KeyError("x"),
+        "odd": UnpicklableError("a", "b"),
+    }
+    for name, error in errors.items():
+
+        def fail(error: Exception = error, name: str = name) -> int:
+            if rank == world_size - 1:
+                raise error
+            return rank
+
+        try:
+            seen[name] = f"no error but {run_on_all_ranks(fail)}"
+        except Exception as raised:
+            seen[name] = f"{type(raised).__name__}: {raised}"
+            seen[f"{name} is the very one"] = raised is error
+    try:
+        run_on_all_ranks(lambda: [][rank])
+    except Exception as raised:
+        seen["all"] = type(raised).__name__
+    with Ranks() as ranks:
+        seen["sizes"] = str((ranks.rank, ranks.size, ranks.gather(lambda: rank), ranks.agree(lambda: -rank)))
+    seen["group is left"] = is_distributed()  # which was there before
+    return seen
+
+
 def memory(rank: int, world_size: int) -> Seen:
     """How much more memory the process takes while it synchronises than before, as a share of the state's."""
     metric = LinearCKA()  # the first in this process: what was freed before would be taken again unnoticed
@@ -240,7 +279,7 @@ def fork_ranks(work: Callable[..., None], job: Any, world_size: int, folder: Pat
 
 def main(folder: Path, jobs: list[str]) -> None:
     world_sizes = {synchronised: (2, 3), nothing_new: (2,), unequal: (2, 3), memory: (2, 3, 4)}
-    for job in (synchronised, nothing_new, shared_out, unequal, moments, sizes, memory):
+    for job in (synchronised, nothing_new, shared_out, unequal, moments, sizes, together, memory):
         for world_size in world_sizes.get(job, (1, 2, 3, 4)) if job.__name__ in jobs else ():
             fork_ranks(work, job, world_size, folder, SECONDS)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_cka.checkpoints.shards import DTYPES, SafetensorsWeights, TensorInfo, bytes_of, sync, write_all
-from lit_cka.checkpoints.state_dicts import _NESTED, load_state_dict, strip_wrappers, tensor_identity
+from lit_cka.checkpoints.shards import DTYPES, SafetensorsWeights, TensorInfo, bytes_of, write_all
+from lit_cka.checkpoints.state_dicts import WEIGHT_KEYS, first_names, load_state_dict, strip_wrappers, tensor_identity
+from lit_cka.files import sync
 
 
 class StateDictWeights:
@@ -33,9 +34,8 @@ class StateDictWeights:
         found = {name: value for name, value in self._weights.items() if isinstance(value, Tensor)}
         stripped = strip_wrappers(found)
         self._names = dict(zip(stripped if len(stripped) == len(found) else found, found, strict=True))
-        self.tensors = {name: _info(found[own]) for name, own in self._names.items()}
-        first: dict[object, str] = {}
-        self.tied = {name: first.setdefault(self._identity(name), name) for name in self.tensors}
+        self.tensors = {name: _info(found[name_in_file]) for name, name_in_file in self._names.items()}
+        self.tied = first_names({name: self._identity(name) for name in self.tensors})
         self._numbers = {name: number for number, name in enumerate(self.tensors)}
         self._limit = max(info.nbytes for info in self.tensors.values())
 
@@ -68,7 +68,9 @@ class StateDictWeights:
         return target.with_name("tensors").is_dir()
 
     def needed_bytes(self, target: Path) -> int:
-        """Edited tensors wait in files until all are there: twice the size."""
+        """Returns the disk space that the output still takes: twice its size, since edited tensors wait in files until
+        all are there.
+        """
         waiting = target.with_name("tensors")
         taken = sum(file.stat().st_size for file in waiting.iterdir()) if waiting.is_dir() else 0
         return max(2 * self.path.stat().st_size - taken, 0)
@@ -84,18 +86,18 @@ class StateDictWeights:
         self._load()
         values: dict[str, Tensor] = {}
         for name in edited:
-            info, own = self.tensors[name], self._weights[self._names[name]]
+            info, old = self.tensors[name], self._weights[self._names[name]]
             assert info.dtype is not None
-            flat = torch.from_file(str(self._waiting(target, name)), size=own.numel(), dtype=info.dtype)
+            flat = torch.from_file(str(self._waiting(target, name)), size=old.numel(), dtype=info.dtype)
             value = flat.reshape(info.shape)
-            values[name] = nn.Parameter(value, own.requires_grad) if isinstance(own, nn.Parameter) else value
+            values[name] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
         for name, first in self.tied.items():
             if first in values:
                 self._weights[self._names[name]] = values[first]
         torch.save(self._content, target)
         sync(target)
 
-    def _identity(self, name: str) -> object:
+    def _identity(self, name: str) -> Hashable:
         value = self._weights[self._names[name]]
         return id(value) if self.tensors[name].dtype is None else tensor_identity(value)
 
@@ -116,12 +118,12 @@ def open_weights(path: Path, *, trusted: bool) -> Weights:
 
 
 def _with_weights(content: Any) -> tuple[Any, dict[str, Any]]:
-    """What the file holds, with modules as state dicts, and the mapping in it that holds the weights."""
+    """Returns what the file holds, with modules as state dicts, and the mapping in it that holds the weights."""
     if isinstance(content, nn.Module):
         content = content.state_dict()
     if not isinstance(content, dict):
         return content, {}
-    for key in _NESTED:
+    for key in WEIGHT_KEYS:
         if isinstance(content.get(key), (Mapping, nn.Module)):
             content[key], weights = _with_weights(content[key])
             return content, weights

@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lit_cka.files import sync
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK = 2**24  # bytes copied at a time
 # Other weights that a model's folder may hold besides its safetensors; an output with them would hold two models.
@@ -69,7 +71,7 @@ class SafetensorsWeights:
         self.tied = {name: name for name in sorted(self.tensors, key=_counting)}
 
     def read(self, name: str) -> Tensor:
-        """A copy in memory of its own; what a memory map reads would stay in memory."""
+        """Returns a copy; what a memory map reads would stay in memory."""
         (shard, start), info = self._places[name], self.tensors[name]
         assert info.dtype is not None
         content = torch.empty(info.nbytes, dtype=torch.uint8)
@@ -97,7 +99,7 @@ class SafetensorsWeights:
         return all(twin.is_file() and twin.stat().st_size == shard.stat().st_size for shard, twin in twins.items())
 
     def needed_bytes(self, target: Path) -> int:
-        """Disk space that the output takes, less what it already has."""
+        """Returns the disk space that the output takes, less what it already has."""
         twins = [self._twin(shard, target) for shard in self._headers]
         taken = sum(twin.stat().st_blocks * 512 for twin in twins if twin.is_file())
         files = [*self._headers, *(file for file, _ in self._others(target))]
@@ -134,15 +136,6 @@ class SafetensorsWeights:
                     yield file, target / file.relative_to(self.path)
 
 
-def sync(path: Path) -> None:
-    """Wait until a file, or what a folder lists, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _index_and_shards(path: Path) -> tuple[Path | None, list[Path]]:
     if path.is_file():
         return None, [path]
@@ -170,7 +163,7 @@ def _counting(name: str) -> list[str | int]:
 
 
 def _read_header(path: Path) -> tuple[bytes, dict[str, tuple[TensorInfo, int]]]:
-    """The bytes before the tensors, and of each tensor what it is and where it starts."""
+    """Returns the bytes before the tensors, and for each tensor what it is and where it starts."""
     try:
         with safe_open(path, framework="pt"):  # checks it, the length of the file included
             pass

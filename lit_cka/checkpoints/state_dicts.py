@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +17,16 @@ from torch import Tensor, nn
 # How torch names what it did not unpickle, in a text of many lines.
 _PICKLED = re.compile(r"(?:Unsupported global: GLOBAL|Trying to load unsupported GLOBAL) (\S+)")
 _WRAPPERS = ("module.", "_orig_mod.")  # put before names by DataParallel / DDP and by torch.compile
-_NESTED = ("state_dict", "model_state_dict", "model")  # where Lightning, open_clip, timm and others keep the weights
+WEIGHT_KEYS = ("state_dict", "model_state_dict", "model")  # where Lightning, open_clip, timm and others keep weights
+
+Value = TypeVar("Value")
+
+
+class HasShape(Protocol):
+    """A tensor, or what stands for one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
 
 
 def load_state_dict(path: str | os.PathLike[str], *, weights_only: bool = True) -> dict[str, Tensor]:
@@ -62,7 +71,7 @@ def _weights_in(content: Any, path: Path) -> dict[str, Tensor]:
     if isinstance(content, nn.Module):
         return content.state_dict()
     if isinstance(content, Mapping):
-        for key in _NESTED:
+        for key in WEIGHT_KEYS:
             if isinstance(content.get(key), (Mapping, nn.Module)):
                 return _weights_in(content[key], path)
         weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
@@ -73,8 +82,8 @@ def _weights_in(content: Any, path: Path) -> dict[str, Tensor]:
     raise ValueError(f"Expected {str(path)!r} to hold a state dict of tensors, but it holds {held}.")
 
 
-def strip_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under the names they have without DDP and `torch.compile` around the model."""
+def strip_wrappers(weights: Mapping[str, Value]) -> dict[str, Value]:
+    """Returns the weights under the names that they have without DDP and `torch.compile` around the model."""
     names = list(weights)
     prefix = ""
     while names and (
@@ -84,25 +93,28 @@ def strip_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(prefix) :].replace("_orig_mod.", ""): value for name, value in weights.items()}
 
 
-def fitting_weights(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of `weights` that are expected, by name and shape, under the names expected.
+def fitting_weights(expected: Mapping[str, HasShape], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns those of `weights` that are expected, by name and shape, under the names expected.
 
     The names in the file may start with a segment that the model doesn't have ("net.blocks.0.weight" for
     "blocks.0.weight"): of all readings, the one that fits the most is taken.
     """
-    starts = dict.fromkeys(["", *(f"{name.split('.')[0]}." for name in weights if "." in name)])
     readings = []
-    for start in starts:
+    for start in first_segments(weights):
         read = {name[len(start) :]: value for name, value in weights.items() if name.startswith(start)}
-        readings.append({name: read[name] for name in expected if name in read and _same_shape(name, read, expected)})
+        fitting = [name for name in expected if name in read and read[name].shape == expected[name].shape]
+        readings.append({name: read[name] for name in fitting})
     return max(readings, key=len)
 
 
-def _same_shape(name: str, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
-    return weights[name].shape == expected[name].shape
+def first_segments(names: Iterable[str]) -> list[str]:
+    """Returns what some names may start with that others leave out, such as "model." of a LightningModule around a
+    network: "", and the first segment of each name with its dot.
+    """
+    return list(dict.fromkeys(["", *(f"{name.split('.')[0]}." for name in names if "." in name)]))
 
 
-def require_weights(needed: Sequence[str], expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+def require_weights(needed: Sequence[str], expected: Mapping[str, HasShape], weights: Mapping[str, Tensor]) -> None:
     """Raise a ValueError that lists which of the `needed` names aren't in `weights`, unless all are."""
     needed = [name for name in needed if not name.endswith("num_batches_tracked")]
     lacking = [name for name in needed if name not in weights]
@@ -118,7 +130,7 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], *, optional: tup
     """Copy weights into a module, by name, whatever wrapper they were saved in.
 
     Args:
-        module: the module. Its own tensors are written to, in their dtype.
+        module: the module, whose tensors are written to, in their dtype.
         weights: from `load_state_dict`. What the module has no place for (a text tower, say) is left out.
         optional: beginnings of the names that may be missing or have another shape, such as a head's.
 
@@ -128,15 +140,21 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], *, optional: tup
     Raises:
         ValueError: if other weights are missing or have another shape; the module is unchanged then.
     """
-    own = strip_wrappers(module.state_dict(keep_vars=True))
-    fitting = fitting_weights(own, weights)
-    require_weights([name for name in own if not name.startswith(optional)], own, fitting)
+    targets = strip_wrappers(module.state_dict(keep_vars=True))
+    fitting = fitting_weights(targets, weights)
+    require_weights([name for name in targets if not name.startswith(optional)], targets, fitting)
     with torch.no_grad():
         for name, value in fitting.items():
-            own[name].copy_(value)
-    return [name for name in own if name not in fitting]
+            targets[name].copy_(value)
+    return [name for name in targets if name not in fitting]
 
 
-def tensor_identity(value: Tensor) -> tuple[object, ...]:
-    """The same for tensors that are one in memory."""
+def tensor_identity(value: Tensor) -> Hashable:
+    """Returns what is the same for tensors that are one in memory (tied), and different for all others."""
     return value.data_ptr() or id(value), value.shape, value.stride(), value.dtype, value.device
+
+
+def first_names(identities: Mapping[str, Hashable]) -> dict[str, str]:
+    """Returns for each name the first of the names that have the same identity; see `tensor_identity`."""
+    first: dict[Hashable, str] = {}
+    return {name: first.setdefault(identity, name) for name, identity in identities.items()}

@@ -24,7 +24,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """In eval mode; then every module in the mode it was in."""
+    """Puts the module into eval mode, and in the end every module inside into the mode that it was in."""
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:

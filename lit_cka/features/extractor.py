@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.modules.module import register_module_forward_hook
 
-from lit_cka.features.compiled import is_redirected
-from lit_cka.features.layers import Layers, named_layers, select_layers
+from lit_cka.features.layer_pooling import LayerPooling, main_tensor
+from lit_cka.features.layers import Layers, modules_by_name, select_layers
+from lit_cka.features.lightning_private import is_forward_redirected
 from lit_cka.features.masks import find_mask
-from lit_cka.features.pooling import Pooling, find_layout, parse_pooling, pool, pool_nested
+from lit_cka.features.pooling import Pooling
+from lit_cka.features.shared_mode import SharedMode
 
 OnCall = Callable[[str, bool, "tuple[Any, ...]", "dict[str, Any]"], None]
 OnReturn = Callable[[str, bool, Any], None]
@@ -43,7 +46,7 @@ class FeatureExtractor:
         ValueError: if `layers` matches nothing or `pooling` is unknown; see `collect` for what fails later.
     """
 
-    _only: ClassVar[list[FeatureExtractor]] = []
+    _alone: ClassVar[SharedMode[FeatureExtractor]] = SharedMode()
 
     def __init__(
         self,
@@ -57,39 +60,47 @@ class FeatureExtractor:
         self.model = model
         self.layer_names = select_layers(model, layers)
         self.enabled = True
-        self._method, self._layout = parse_pooling(pooling)
+        self._pooling = LayerPooling(pooling)
         self._on_call = on_call
         self._on_return = on_return
         self._handles = ExitStack()
         self._hooked = False
         self._by_name: dict[str, nn.Module] = {}
-        # Found once, so that a later batch of as many samples as tokens is no riddle.
-        self._layouts: dict[str, str] = {}
         self._running: list[str] = []
         self._batch_sizes: set[int] = set()
+        self._input_sizes: set[int] = set()
         self._masks: dict[str, Tensor | None] = {}
         self._features: dict[str, Tensor] = {}
         self._problems: dict[str, str] = {}
-        self._unmatched_masks: set[str] = set()
+
+    def watch_replicas(self, mesh: DeviceMesh | None) -> None:
+        """Compare what a layer returns between processes that hold the same samples and run the model together, since
+        each may have a shard of it alone, once until this is called again.
+
+        Args:
+            mesh: the processes, of which all have to run the model; None if there are none.
+        """
+        self._pooling.shards.watch(mesh)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """For a run of the model that is for this extractor only, whoever else watches it."""
-        FeatureExtractor._only.append(self)
+        """Makes all other extractors deaf: for a run of the model that is for this one only, whoever watches it."""
+        FeatureExtractor._alone.hold(self)
         try:
             yield
         finally:
-            FeatureExtractor._only.pop()
+            FeatureExtractor._alone.release(self)
 
     @property
     def _listens(self) -> bool:
-        return not FeatureExtractor._only or FeatureExtractor._only[-1] is self
+        alone = FeatureExtractor._alone.holders
+        return not alone or alone[-1] is self
 
     def __enter__(self) -> Self:
         if self._hooked:
             raise RuntimeError("This FeatureExtractor is already active; leave its `with` block first.")
         self._hooked = True
-        self._by_name = {"": self.model, **named_layers(self.model)}
+        self._by_name = modules_by_name(self.model)
         for name in self._ancestors():
             self._handles.callback(self._hook_ancestor(name, self._by_name[name]))
         for name in self.layer_names:
@@ -115,17 +126,17 @@ class FeatureExtractor:
         return features
 
     def drain(self, *, require_all: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """As `collect`, but return `(features, problems)`: the sound layers' features, and the other layers' errors.
+        """Returns `(features, problems)` and forgets them: the sound layers' features, and the other layers' errors.
 
         Args:
             require_all: count it as an error if a layer has not run.
         """
         for name in self.layer_names if require_all else ():
             if name not in self._features and name not in self._problems:
-                self._problems[name] = (
-                    f"Layer {name!r} has not run. Either the model does not use it, or its `forward` is called "
-                    "directly, past the hooks, or within a function that `torch.compile` was given (compile the "
-                    "module instead); or leave it out of `layers`."
+                self._problems[name] = not_run(name) + (
+                    "Either the model does not use it, or its `forward` is called directly, past the hooks, or within "
+                    "a function that `torch.compile` was given (compile the module instead); or leave it out of "
+                    "`layers`."
                 )
         features = {name: value for name, value in self._features.items() if name not in self._problems}
         problems = self._problems
@@ -134,7 +145,7 @@ class FeatureExtractor:
 
     def _clear(self) -> None:
         self._features, self._problems, self._masks = {}, {}, {}
-        self._running, self._batch_sizes = [], set()
+        self._running, self._batch_sizes, self._input_sizes = [], set(), set()
 
     def _ancestors(self) -> list[str]:
         parts = [name.split(".") for name in self.layer_names]
@@ -145,13 +156,13 @@ class FeatureExtractor:
 
     def _hook_ancestor(self, name: str, target: nn.Module) -> Callable[[], None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module is not target or not self.enabled or not self._listens or is_redirected(module):
+            if module is not target or not self.enabled or not self._listens or is_forward_redirected(module):
                 return
             outermost = not self._running
             if self._on_call is not None:
                 self._on_call(name, outermost, args, kwargs)
             if outermost:
-                self._batch_sizes = _leading_sizes((args, kwargs))
+                self._batch_sizes, self._input_sizes = _sizes((args, kwargs))
             self._running.append(name)
             takes_mask, mask = find_mask(type(target), args, kwargs)
             if takes_mask:
@@ -163,7 +174,7 @@ class FeatureExtractor:
                 if self._on_return is not None:
                     self._on_return(name, not self._running, output)
 
-        # Before the user's own pre-hooks, so that the inputs are seen as they came.
+        # Before the user's pre-hooks, so that the inputs are seen as they came.
         first = target.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
         last = target.register_forward_hook(after, always_call=True)
 
@@ -184,77 +195,35 @@ class FeatureExtractor:
                 )
                 return
             try:
-                with _plain_mode(_main_tensor(output)):
-                    self._features[name] = self._pooled(name, module, args, output)
+                with _plain_mode(main_tensor(output)):
+                    sizes = (self._batch_sizes, self._input_sizes) if self._batch_sizes else _sizes(args)
+                    self._features[name] = self._pooling.features(
+                        name, module, parent, output, sizes[0], self._masks, sizes[1]
+                    )
             except ValueError as error:
                 self._problems[name] = str(error)
 
-        return target.register_forward_hook(after).remove
+        parent = self._by_name[name.rpartition(".")[0]]
+        return _register(target, after)
 
-    def _pooled(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
-        tensor = _main_tensor(output)
-        if tensor is None or not tensor.is_floating_point():
-            got = type(output).__name__ if tensor is None else f"a tensor of {tensor.dtype}"
-            raise ValueError(f"Expected layer {name!r} to return floating-point features, but it returned {got}.")
-        tensor = tensor.detach() if tensor.requires_grad else tensor
-        if callable(self._method):
-            features = self._method(tensor)
-            if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
-                got = str(tuple(features.shape)) if isinstance(features, Tensor) else type(features).__name__
-                raise ValueError(
-                    f"Expected `pooling` to return floating-point features (samples, features) for layer {name!r} of "
-                    f"output shape {tuple(tensor.shape)}, but got {got}."
-                )
-        elif tensor.is_nested:
-            features = pool_nested(tensor, self._method)
-        else:
-            layout = self._find_layout(name, module, tensor, self._batch_sizes or _leading_sizes(args))
-            mask = self._mask(name, layout, tensor) if self._method in ("mean", "last") else None
-            features = pool(tensor, self._method, layout, mask)
-        features = features.cpu() if features.device.type == "mps" else features  # which has no float64
-        # A copy, unless it is one already: what a layer returns may be overwritten by an in-place operation behind it.
-        return features.to(torch.float64, copy=callable(self._method) or features.dtype == tensor.dtype)
 
-    def _find_layout(self, name: str, module: nn.Module, tensor: Tensor, batch_sizes: set[int]) -> str:
-        if self._layout is not None and tensor.ndim != 2:
-            if len(self._layout) != tensor.ndim:
-                raise ValueError(
-                    f"Expected layer {name!r} to return a tensor with the axes {self._layout}, but got shape "
-                    f"{tuple(tensor.shape)}."
-                )
-            return self._layout
-        known = self._layouts.get(name)
-        if known is None or len(known) != tensor.ndim or tensor.shape[known.index("N")] not in batch_sizes:
-            known = self._layouts[name] = find_layout(
-                name, module, tensor, batch_sizes, self._by_name[name.rpartition(".")[0]]
-            )
-        return known
+def not_run(name: str) -> str:
+    """The beginning of the message that a layer has not run."""
+    return f"Layer {name!r} has not run. "
 
-    def _mask(self, name: str, layout: str, tensor: Tensor) -> Tensor | None:
-        """The innermost (n, tokens) mask around the layer; None where there is none, or it is for other tokens."""
-        if not self._masks or tensor.ndim != 3:
-            return None
-        shape = (
-            tensor.shape[layout.index("N")],
-            next(tensor.shape[axis] for axis, letter in enumerate(layout) if letter not in "NC"),
-        )
-        around = [ancestor for ancestor in self._masks if ancestor == "" or name.startswith(f"{ancestor}.")]
-        for ancestor in sorted(around, key=len, reverse=True):
-            mask = self._masks[ancestor]
-            if mask is None or mask.shape == shape:
-                return mask
-            if mask.ndim == 2 and name not in self._unmatched_masks:
-                self._unmatched_masks.add(name)
-                warnings.warn(
-                    f"Layer {name!r} has {shape[1]} positions, but the attention mask is of shape {tuple(mask.shape)}: "
-                    "all positions are pooled.",
-                    stacklevel=2,
-                )
-        return None
+
+def _register(target: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...], Any], None]) -> Callable[[], None]:
+    """Have a hook called for a module, which looks which one it is called for; return how to remove it."""
+    # In evaluation, torch's encoder layers compute otherwise, with other rounding, if they or their parts have hooks.
+    if isinstance(target, nn.TransformerEncoderLayer) and not any(
+        module._forward_hooks or module._forward_pre_hooks for module in target.modules()
+    ):
+        return register_module_forward_hook(hook).remove
+    return target.register_forward_hook(hook).remove
 
 
 def _plain_mode(tensor: Tensor | None) -> AbstractContextManager[None]:
-    """Without gradients and autocast on the tensor's device."""
+    """Returns a context without gradients and without autocast on the tensor's device."""
     device_type = "cpu" if tensor is None else tensor.device.type
     autocast = torch.is_autocast_enabled(device_type)
     return _plain(device_type, autocast) if autocast or torch.is_grad_enabled() else nullcontext()
@@ -266,19 +235,8 @@ def _plain(device_type: str, autocast: bool) -> Iterator[None]:
         yield
 
 
-def _main_tensor(output: Any) -> Tensor | None:
-    """The hidden states in a layer's output: itself, the first of a tuple, or a ModelOutput's `last_hidden_state`."""
-    if isinstance(output, Tensor):  # first, since asking for a Mapping takes longer
-        return output
-    if isinstance(output, Mapping):
-        output = output.get("last_hidden_state")
-    elif isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    return output if isinstance(output, Tensor) else None
-
-
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and mappings."""
+    """Yields all tensors in nested tuples, lists and mappings."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -289,5 +247,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-def _leading_sizes(value: Any) -> set[int]:
-    return {tensor.shape[0] for tensor in tensors_in(value) if tensor.ndim}
+def _sizes(value: Any) -> tuple[set[int], set[int]]:
+    """Returns the sizes of the first axes of all tensors, and those of the others."""
+    shapes = [tensor.shape for tensor in tensors_in(value) if tensor.ndim]
+    return {shape[0] for shape in shapes}, {size for shape in shapes for size in shape[1:]}

@@ -8,29 +8,37 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias, Union
 
+import torch
 from torch import nn
 
+from lit_cka.features.sharded_modules import flat_parts, original_class, plain_name, unwrapped
+
+# Sequences before callables: jsonargparse would write a list into a config as a callable that it can't name.
 Layers: TypeAlias = Union[
-    str, "re.Pattern[str]", Callable[[str, nn.Module], bool], Sequence[Union[str, "re.Pattern[str]"]]
+    str, "re.Pattern[str]", Sequence[Union[str, "re.Pattern[str]"]], Callable[[str, nn.Module], bool]
 ]
 
-_COMPILED = "_orig_mod"
 _NORM = re.compile("norm", re.IGNORECASE)
 _NORM_OR_ATTENTION = re.compile("norm|attention|attn", re.IGNORECASE)
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All submodules by name, without the root, and without the `_orig_mod.` that `torch.compile` puts in names."""
+    """Returns all submodules by name, without the root, and without what wrappers put in names (see `plain_name`)."""
     layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        plain = ".".join(segment for segment in name.split(".") if segment != _COMPILED)
+        plain = plain_name(name)
         if plain:
-            layers.setdefault(plain, module)  # of a compiled module and the one inside it, the outer
+            layers.setdefault(plain, module)  # of a wrapper and the module inside it, the outer
     return layers
 
 
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the model itself under the name "", and all its layers under those of `named_layers`."""
+    return {"": model, **named_layers(model)}
+
+
 def select_layers(model: nn.Module, layers: Layers | None = None) -> list[str]:
-    """Names of the layers to track, as in `model.named_modules()` and in its order.
+    """Returns the names of the layers to track, as in `model.named_modules()` and in its order.
 
     Args:
         model: the network.
@@ -71,7 +79,9 @@ def _match(pattern: str | re.Pattern[str], modules: dict[str, nn.Module]) -> set
 
 
 def _glob(pattern: str) -> re.Pattern[str]:
-    """`*` and `?` stay within a dotted segment, `**` crosses (`**.` may stand for nothing), `[...]` as in fnmatch."""
+    """Returns the pattern as a regular expression: `*` and `?` stay within a dotted segment, `**` crosses (`**.` may
+    stand for nothing), `[...]` as in fnmatch.
+    """
     translation = {"**.": r"(?:.+\.)?", "**": ".*", "*": r"[^.]*", "?": r"[^.]"}
     tokens = re.findall(r"\*\*\.|\*\*|\*|\?|\[[^\]]+\]|.", pattern)
     return re.compile(
@@ -83,7 +93,7 @@ def _glob(pattern: str) -> re.Pattern[str]:
 
 
 def _nearest(pattern: str, names: list[str]) -> str:
-    """A sentence that suggests existing names: same ending first ("blocks.3" for "model.blocks.3"), then similar."""
+    """Returns a sentence that suggests existing names: the same ending first ("blocks.3" for "model.blocks.3")."""
     bare = pattern.replace("*", "").strip(".")
     near = [name for name in names if bare and name.endswith("." + bare)]
     near += [name for name in difflib.get_close_matches(bare, names, n=5, cutoff=0.5) if name not in near]
@@ -98,7 +108,7 @@ def _some(names: Sequence[str] | dict[str, nn.Module]) -> str:
 
 
 def repeated_blocks(model: nn.Module) -> list[str]:
-    """Names of the network's repeated blocks, found from its structure alone.
+    """Returns the names of the network's repeated blocks, found from its structure alone.
 
     Blocks are what containers (`ModuleList`, `Sequential`, `ModuleDict`) hold of a class that occurs at least twice:
     transformer blocks, residual blocks, ConvNeXt blocks. Stages (Swin, ConvNeXt, ResNet, EfficientNet) and whole
@@ -108,68 +118,83 @@ def repeated_blocks(model: nn.Module) -> list[str]:
     Raises:
         ValueError: if there is no layer with weights at all.
     """
+    structure = _Structure(model)
     found: set[str] = set()
-    blocks = list(_blocks(model, ""))
+    blocks = list(structure.blocks(unwrapped(model), ""))
     while blocks:
-        count = Counter(type(block) for _, block in blocks)
-        found |= {name for name, block in blocks if count[type(block)] > 1}
+        count = Counter(original_class(block) for _, block in blocks)
+        found |= {name for name, block in blocks if count[original_class(block)] > 1}
         # What occurs once is no block, but may hold some: a whole network in a container.
-        blocks = [inner for name, block in blocks if count[type(block)] == 1 for inner in _blocks(block, f"{name}.")]
+        once = [(name, block) for name, block in blocks if count[original_class(block)] == 1]
+        blocks = [inner for name, block in once for inner in structure.blocks(block, f"{name}.")]
     modules = named_layers(model)
     if not found:
-        found = {name for name, module in modules.items() if _is_plain_layer(module)}
+        found = {name for name, module in modules.items() if structure.is_plain_layer(module)}
     if not found:
         raise ValueError(f"Expected {type(model).__name__} to have layers with weights to track, but found none.")
     return [name for name in modules if name in found]
 
 
-def _is_plain_layer(module: nn.Module) -> bool:
-    has_weights = any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
-    return has_weights and not isinstance(module, nn.Embedding) and not _NORM.search(type(module).__name__)
+class _Structure:
+    """What a network is made of, whatever wraps its modules, and however its parameters are sharded."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parts = flat_parts(model)
+
+    def is_plain_layer(self, module: nn.Module) -> bool:
+        has_weights = any(len(self._shape(parameter)) > 1 for parameter in module.parameters(recurse=False))
+        return has_weights and not isinstance(module, nn.Embedding) and not _NORM.search(type(module).__name__)
+
+    def _shape(self, parameter: nn.Parameter) -> torch.Size:
+        part = self._parts.get(id(parameter))
+        return parameter.shape if part is None else part.shape
+
+    def _num_parameters(self, module: nn.Module) -> int:
+        return sum(self._shape(parameter).numel() for parameter in module.parameters())
+
+    def blocks(self, module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+        """Yields the outermost blocks below `module`, whatever their class, with their names."""
+        in_container = self._is_container(module)
+        for name, child in _children(module).items():
+            path = f"{prefix}{name}"
+            if in_container and not self._is_stage(child):
+                yield path, child
+            else:
+                yield from self.blocks(child, f"{path}.")
+
+    def _is_container(self, module: nn.Module) -> bool:
+        """Returns whether `module` is a list of composite modules (not of convolutions and activations, say)."""
+        children = [child for child in _children(module).values() if self._num_parameters(child)]
+        return (
+            isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
+            and bool(children)
+            and all(any(True for _ in child.children()) for child in children)
+        )
+
+    def _is_stage(self, module: nn.Module) -> bool:
+        """Returns whether `module` is no block but a list of blocks, or holds one: a stage, or a whole network."""
+        if self._is_container(module):
+            return True
+        lists = [child for child in module.modules() if self._is_container(child) and _are_alike(child)]
+        repeated = (list(found.children()) for found in lists)
+        if any(len(blocks) > 1 and _has_norm_or_attention(blocks) for blocks in repeated):
+            return True
+        children = _children(module).values()
+        inner = [child for child in children if any(child is found for found in lists)]
+        outer = [child for child in children if all(child is not found for found in lists)]
+        if 2 * sum(map(self._num_parameters, inner)) <= self._num_parameters(module):
+            return False
+        # Experts and branches have neither norm nor attention: those are in the block around them.
+        return _has_norm_or_attention(inner) or not _has_norm_or_attention(outer)
 
 
-def _blocks(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost blocks below `module`, whatever their class, with their names."""
-    in_container = _is_container(module)
-    for name, child in module.named_children():
-        if name == _COMPILED:
-            yield from _blocks(child, prefix)
-            continue
-        path = f"{prefix}{name}"
-        if in_container and not _is_stage(child):
-            yield path, child
-        else:
-            yield from _blocks(child, f"{path}.")
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    return {name: unwrapped(child) for name, child in module.named_children()}
 
 
-def _is_container(module: nn.Module) -> bool:
-    """Whether `module` is a list of composite modules (not of convolutions and activations, say)."""
-    children = [child for child in module.children() if _num_parameters(child)]
-    return (
-        isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
-        and bool(children)
-        and all(any(True for _ in child.children()) for child in children)
-    )
-
-
-def _is_stage(module: nn.Module) -> bool:
-    """Whether `module` is no block but a list of blocks, or holds one: a stage, or a whole network."""
-    if _is_container(module):
-        return True
-    lists = [child for child in module.modules() if _is_container(child) and len(set(map(type, child.children()))) == 1]
-    if any(len(blocks) > 1 and _has_norm_or_attention(blocks) for blocks in map(list, map(nn.Module.children, lists))):
-        return True
-    inner = [child for child in module.children() if any(child is found for found in lists)]
-    outer = [child for child in module.children() if all(child is not found for found in lists)]
-    if 2 * sum(map(_num_parameters, inner)) <= _num_parameters(module):
-        return False
-    # Experts and branches have neither norm nor attention: those are in the block around them.
-    return _has_norm_or_attention(inner) or not _has_norm_or_attention(outer)
+def _are_alike(container: nn.Module) -> bool:
+    return len(set(map(original_class, _children(container).values()))) == 1
 
 
 def _has_norm_or_attention(modules: Sequence[nn.Module]) -> bool:
     return any(_NORM_OR_ATTENTION.search(type(child).__name__) for module in modules for child in module.modules())
-
-
-def _num_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

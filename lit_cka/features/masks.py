@@ -19,18 +19,19 @@ def _signature(module_type: Any) -> inspect.Signature:
 
 
 def find_mask(module_type: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Tensor | None]:
-    """Whether a module takes a mask, and the mask that it is called with."""
+    """Returns whether a module takes a mask, and the mask that it is called with."""
     try:
         arguments = dict(_signature(module_type).bind(None, *args, **kwargs).arguments)
     except (TypeError, ValueError):
         arguments = dict(kwargs)
-    for value in list(arguments.values()):
+    passed = [item for value in arguments.values() for item in (value if isinstance(value, tuple) else (value,))]
+    for value in passed:  # of *args each
         if isinstance(value, Mapping):  # **kwargs, or a batch passed as one argument
             arguments.update({key: item for key, item in value.items() if isinstance(key, str)})
-    for name, marks_tokens in _MASKS.items():
+    for name, nonzero_is_token in _MASKS.items():
         if name in arguments or name in _signature(module_type).parameters:
             mask = arguments.get(name)
-            if isinstance(mask, Tensor) and not marks_tokens:
+            if isinstance(mask, Tensor) and not nonzero_is_token:
                 mask = mask == 0  # of booleans, true is padding; of numbers to add to scores, minus infinity
             return True, mask if isinstance(mask, Tensor) else None
     return False, None

@@ -83,11 +83,13 @@ def pool(output: Tensor, method: str, layout: str, mask: Tensor | None = None) -
         last = (mask != 0).long().mul(torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1)
         picked = tokens[torch.arange(len(tokens), device=tokens.device), last]
         return picked.masked_fill(~(mask != 0).any(dim=1, keepdim=True), torch.nan)
-    return _mean(tokens, None if mask is None else mask != 0)
+    kept = None if mask is None else mask != 0
+    total = sum_kept(tokens, kept)
+    return total.div_(tokens.shape[1] if kept is None else kept.to(total.device).sum(dim=1, keepdim=True))
 
 
-def _mean(tokens: Tensor, kept: Tensor | None) -> Tensor:
-    """Float64 mean (n, d) over those of the positions (n, positions, d) that are kept (n, positions)."""
+def sum_kept(tokens: Tensor, kept: Tensor | None) -> Tensor:
+    """Returns the float64 sum (n, d) over those of the positions (n, positions, d) that are kept (n, positions)."""
     n, num_positions, width = tokens.shape
     if tokens.device.type == "mps":  # which has no float64
         tokens, kept = tokens.cpu(), None if kept is None else kept.cpu()
@@ -95,16 +97,14 @@ def _mean(tokens: Tensor, kept: Tensor | None) -> Tensor:
     at_once = _SUMMED_AT_ONCE * torch.get_num_threads()
     size = n if tokens.device.type != "cpu" else max(at_once // max(num_positions * width, 1), 1)
     if kept is None:
-        total = torch.cat([part.sum(dim=1, dtype=torch.float64) for part in tokens.split(size)])
-        return total.div_(num_positions)
+        return torch.cat([part.sum(dim=1, dtype=torch.float64) for part in tokens.split(size)])
     parts = zip(tokens.split(size), kept[:, :, None].split(size), strict=True)
     # where, not a product: what stands at a padding position may be infinite, and 0 * inf is NaN.
-    total = torch.cat([torch.where(keep, part, 0).sum(dim=1, dtype=torch.float64) for part, keep in parts])
-    return total.div_(kept.sum(dim=1, keepdim=True))
+    return torch.cat([torch.where(keep, part, 0).sum(dim=1, dtype=torch.float64) for part, keep in parts])
 
 
 def pool_nested(tensor: Tensor, method: str) -> Tensor:
-    """Pool what torch's own encoder packs as a nested tensor: samples (tokens, d) without their padding."""
+    """Pool what torch's encoder packs as a nested tensor: samples (tokens, d) without their padding."""
     samples = list(tensor.unbind())
     padded = pad_sequence(samples, batch_first=True)
     lengths = torch.tensor([len(sample) for sample in samples], device=padded.device)
@@ -114,7 +114,7 @@ def pool_nested(tensor: Tensor, method: str) -> Tensor:
 def find_layout(
     name: str, module: nn.Module, output: Tensor, batch_sizes: set[int], parent: nn.Module | None = None
 ) -> str:
-    """The layout of a layer's output where shape and module leave one reading; otherwise an error that asks for it.
+    """Returns the layout of a layer's output, if shape and module leave one reading.
 
     The evidence: the batch size of the model's inputs; `batch_first` of what the module or its parent holds;
     whether it is built of modules whose channels come last (Linear, LayerNorm) or first (convolutions, BatchNorm);
@@ -131,16 +131,17 @@ def find_layout(
         ValueError: if more than one layout fits, or none.
     """
     shape = output.shape
-    own = _batch_first(module)
-    if own is False and output.ndim == 3:
-        return "TNC"  # as it says itself; the model's inputs may be tokens first, too, where their sizes mislead
+    batch_first = _batch_first(module)
+    if batch_first is False and output.ndim == 3:
+        return "TNC"  # as the module says; the model's inputs may be tokens first, too, where their sizes mislead
     sizes = batch_sizes or set(shape)
     fitting = [layout for layout in _candidates(output.ndim) if shape[layout.index("N")] in sizes]
-    said = _batch_first(parent) if own is None and parent is not None else own
-    if said is not None and output.ndim > 2:
-        agreeing = [layout for layout in fitting if (layout[0] == "N") is said]
+    if batch_first is None and parent is not None:
+        batch_first = _batch_first(parent)
+    if batch_first is not None and output.ndim > 2:
+        agreeing = [layout for layout in fitting if (layout[0] == "N") is batch_first]
         # Against the batch size, what is around a layer makes its layout a question, no more.
-        fitting = agreeing or fitting + (["TNC"] if said is False and output.ndim == 3 else [])
+        fitting = agreeing or fitting + (["TNC"] if batch_first is False and output.ndim == 3 else [])
     if not fitting:
         raise ValueError(
             f"Layer {name!r} returned shape {tuple(shape)}, and no axis that could be the samples has the inputs' "
@@ -160,12 +161,12 @@ def find_layout(
 
 
 def _candidates(ndim: int) -> list[str]:
-    known = {2: ["NC"], 3: ["NTC", "TNC", "NCT"], 4: ["NHWC", "NCHW"], 5: ["NTHWC", "NCTHW"]}
-    return known.get(ndim, [])
+    layouts = {2: ["NC"], 3: ["NTC", "TNC", "NCT"], 4: ["NHWC", "NCHW"], 5: ["NTHWC", "NCTHW"]}
+    return layouts.get(ndim, [])
 
 
 def _batch_first(module: nn.Module) -> bool | None:
-    """Whether the samples are the first axis, by the attribute of that name or by library; None if nothing tells."""
+    """Returns whether the samples are the first axis, by that attribute or by library; None if nothing tells."""
     values = (getattr(child, "batch_first", None) for child in module.modules())
     flags = {value for value in values if isinstance(value, bool)}
     if not flags and type(module).__module__.partition(".")[0] in ("transformers", "timm"):

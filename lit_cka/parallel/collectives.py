@@ -13,14 +13,14 @@ from lit_cka.functional.moments import PairedMoments, empty_moments, recentred_v
 
 
 def flattened(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Copies of the tensors in one flat buffer, for one collective: the buffer, and the copies as views of it."""
+    """Returns a flat buffer with copies of the tensors, for one collective, and the copies as views of it."""
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     parts = flat.split([tensor.numel() for tensor in tensors])
     return flat, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def agree_on_sizes(sizes: Sequence[int], what: str, device: torch.device, group: Any) -> list[int]:
-    """The sizes that the ranks have; 0 on a rank means that it knows none yet.
+    """Returns the sizes that the ranks have; 0 on a rank means that it knows none yet.
 
     Raises:
         ValueError: on every rank, if two of them have different ones.
@@ -36,8 +36,7 @@ def agree_on_sizes(sizes: Sequence[int], what: str, device: torch.device, group:
 
 
 def all_reduce_moments(moments: PairedMoments, group: Any = None) -> PairedMoments:
-    """The moments of the samples of all ranks: agree on the widths, then on the mean, then add up what is measured
-    from it.
+    """Returns the moments of the samples of all ranks, by summing what is measured from the mean of all.
 
     Every rank of the `group` takes part, also one without samples, whose widths may be 0. Takes the memory of one
     more set of moments, whatever the number of ranks, and what the collective itself needs.

@@ -7,8 +7,13 @@ import os
 import torch
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """Returns float64, or float32 where the device has no float64 (Apple's)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def usable_device(device: torch.device | str, dtype: torch.dtype = torch.float32) -> torch.device:
-    """The device, tried out; "cuda" is the GPU of this process where torchrun started several.
+    """Returns the device, tried out; "cuda" is the GPU of this process where torchrun started several.
 
     Raises:
         ValueError: if it isn't there, or does not compute in the dtype.

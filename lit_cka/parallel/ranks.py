@@ -14,6 +14,53 @@ _TIMEOUT = timedelta(days=1)  # a rank may be through with its share long before
 Result = TypeVar("Result")
 
 
+def is_distributed() -> bool:
+    """Returns whether this process is one of those of a process group of `torch.distributed`."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def run_on_all_ranks(function: Callable[[], Result], group: Any = None) -> list[Result]:
+    """Returns what the function returns on each rank, in their order. An error on one rank is one on all ranks.
+
+    Otherwise the others would wait, for as long as the process group has patience, for one that has ended. Every rank
+    has to call it; a process that is alone calls the function and no more.
+
+    Args:
+        function: without arguments; what it returns has to be picklable where there are several ranks.
+        group: the process group; None for the default one.
+
+    Raises:
+        ValueError: if the function raises one on another rank, with that rank's message.
+        OSError: likewise.
+        RuntimeError: if it raises anything else on another rank. On the rank itself, what it raises comes through.
+    """
+    num_ranks = dist.get_world_size(group) if is_distributed() else 1
+    if num_ranks == 1:
+        return [function()]
+    result, error = None, None
+    try:
+        result = function()
+    except Exception as raised:
+        error = raised
+    outcomes: list[Any] = [None] * num_ranks
+    dist.all_gather_object(outcomes, (result, None if error is None else _for_others(error)), group=group)
+    if error is not None:
+        raise error
+    for rank, (_, problem) in enumerate(outcomes):
+        if problem is not None:
+            kind, message = problem
+            raise kind(message if kind is not RuntimeError else f"Rank {rank} failed with {message}")
+    return [result for result, _ in outcomes]
+
+
+def _for_others(error: Exception) -> tuple[type[Exception], str]:
+    """Returns an error's kind and message for ranks that did not raise it: itself, it may not be picklable."""
+    for kind in (ValueError, OSError):  # what a user has done or lacks, which the message says in full
+        if isinstance(error, kind):
+            return kind, str(error)
+    return RuntimeError, f"{type(error).__name__}: {error}"
+
+
 class Ranks:
     """The processes that torchrun started, or a process group that is there; else this process alone.
 
@@ -23,48 +70,30 @@ class Ranks:
     """
 
     def __enter__(self) -> Ranks:
-        self.rank, self.size, self._is_own = 0, 1, False
+        self.rank, self.size, self._started_group = 0, 1, False
         self._group: Any = None
         if not dist.is_available():
             return self
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             dist.init_process_group("gloo", timeout=_TIMEOUT)
-            self._is_own = True
+            self._started_group = True
         if dist.is_initialized():
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
-            self._group = dist.group.WORLD if self._is_own else dist.new_group(backend="gloo", timeout=_TIMEOUT)
+            self._group = dist.group.WORLD if self._started_group else dist.new_group(backend="gloo", timeout=_TIMEOUT)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._group is not None:
-            dist.destroy_process_group(None if self._is_own else self._group)
+            dist.destroy_process_group(None if self._started_group else self._group)
 
     def agree(self, function: Callable[[], Result]) -> Result:
-        """What the function returns here, once it is through on all ranks; raises on all if it does on one."""
+        """Returns what the function returns here, once it is through on all ranks; an error on one is one on all."""
         results: list[Result] = []
         self.gather(lambda: results.append(function()))
         return results[0]
 
     def gather(self, function: Callable[[], Result]) -> list[Result]:
-        """What the function returns on each rank; raises on all if it does on one."""
-        result, error = None, None
-        try:
-            result = function()
-        except Exception as raised:
-            error = raised
-        if self._group is None or self.size == 1:
-            if error is not None:
-                raise error
-            return [result]  # type: ignore[list-item]  # there was no error
-        told: list[Any] = [None] * self.size
-        kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), RuntimeError)
-        mine = (result, None if error is None else f"{type(error).__name__}: {error}", kind)
-        dist.all_gather_object(told, mine, group=self._group)
-        if error is not None:
-            raise error
-        for rank, (_, text, kind) in enumerate(told):
-            if text is not None:
-                raise kind(f"Rank {rank} failed with {text}")
-        return [each for each, _, _ in told]
+        """Returns what the function returns on each rank; an error on one is one on all. See `run_on_all_ranks`."""
+        return run_on_all_ranks(function, self._group)

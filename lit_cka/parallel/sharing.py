@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 def one_thread_each(function: Callable[[str], Result], names: Sequence[str], *, enabled: bool) -> Iterator[Result]:
-    """`map(function, names)`, on as many cores as torch may use, with one thread for each call."""
+    """Yields `map(function, names)`, computed on as many cores as torch may use, with one thread for each call."""
     if not enabled:
         yield from map(function, names)
         return
@@ -29,7 +29,7 @@ def one_thread_each(function: Callable[[str], Result], names: Sequence[str], *, 
 
 
 def share_out(costs: Sequence[float], num_ranks: int) -> list[int]:
-    """A rank for each piece of work, so that all have about as much: the costliest first, to who has least."""
+    """Returns a rank for each piece of work, so that all have about as much: the costliest first, to who has least."""
     loads, owners = [0.0] * num_ranks, [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
         owners[index] = min(range(num_ranks), key=loads.__getitem__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import textwrap
 import warnings
@@ -12,15 +13,29 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_cka.files import written_whole
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+# Colours that colour-blind readers tell apart (Okabe & Ito 2008).
+OKABE_ITO = {
+    "blue": "#0072B2",
+    "vermilion": "#D55E00",
+    "green": "#009E73",
+    "purple": "#CC79A7",
+    "orange": "#E69F00",
+    "sky blue": "#56B4E9",
+    "black": "#000000",
+}
+UNDEFINED = "0.85"  # the grey of cells without a value
 
 _SUFFIXES = (".png", ".pdf", ".svg")
 
 
 def new_axes(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes]:
-    """The axes given, with their figure; or those of a new figure of this size in inches."""
+    """Returns the axes given, with their figure; or those of a new figure of this size in inches."""
     if ax is not None:
         return cast("Figure", ax.get_figure(root=True)), ax
     figure = new_figure(width, height)
@@ -28,7 +43,7 @@ def new_axes(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Of this size in inches."""
+    """Returns an empty figure of this size in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -48,25 +63,19 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], formats: Sequence[
     for suffix in suffixes:
         if suffix not in _SUFFIXES:
             raise ValueError(f"Expected a figure's format to be one of {', '.join(_SUFFIXES)}, but got {suffix!r}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     _take_literally(figure)
     written = []
     for suffix in suffixes:
         target = path.with_name(path.name + suffix) if formats else path
-        partial = target.with_name(f".{target.name}.partial")
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names in any script
-                figure.savefig(partial, format=suffix[1:], dpi=150)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with written_whole(target) as partial, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names in any script
+            figure.savefig(partial, format=suffix[1:], dpi=150)
         written.append(target)
     return written
 
 
 def figure_pixels(figure: Figure) -> NDArray[np.uint8]:
-    """The figure as an image (height, width, 3)."""
+    """Returns the figure as an image (height, width, 3)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = figure.canvas
@@ -78,26 +87,41 @@ def figure_pixels(figure: Figure) -> NDArray[np.uint8]:
 
 
 def _take_literally(figure: Figure) -> None:
-    """Names may hold dollars, and are no formulas."""
+    """Have all texts drawn as they are: names may hold dollars, and are no formulas."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
         text.set_parse_math(False)
 
 
+def spread_ticks(num_places: int, most: float) -> range:
+    """Returns at most so many of the places along an axis, evenly spread from the first on."""
+    return range(0, num_places, math.ceil(num_places / most) if num_places else 1)
+
+
+def legend_beside(ax: Axes, size: int = 8) -> None:
+    """Draw the legend to the right of the axes, where it hides nothing; `size` is its font's, in points."""
+    ax.legend(frameon=False, fontsize=size, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def undefined_note(values: NDArray[np.float64]) -> str:
+    """Returns what a colour bar's label says of undefined values: nothing where there are none."""
+    return " (grey: undefined)" if np.isnan(values).any() else ""
+
+
 def wrapped(text: str, inches: float, size: int = 10) -> str:
-    """The text in lines that fit into a width, at a font size in points; "n = 5" stays in one."""
+    """Returns the text in lines that fit into a width, at a font size in points; "n = 5" stays in one."""
     lines = textwrap.wrap(text.replace(" = ", "\xa0=\xa0"), max(int(inches * 100 / size), 16))
     return "\n".join(lines).replace("\xa0", " ")
 
 
 def width_of(ax: Axes) -> float:
-    """In inches, before the layout is final."""
+    """Returns the width of the axes in inches, before the layout is final."""
     return float(ax.bbox.width / cast("Figure", ax.get_figure(root=True)).dpi)
 
 
 def short_names(names: Sequence[str], longest: int = 24) -> list[str]:
-    """The names without what all begin with, up to a dot; those still too long are cut in the middle.
+    """Returns the names without what all begin with, up to a dot; those still too long are cut in the middle.
 
     Example:
         >>> short_names(["model.blocks.0", "model.blocks.1"])

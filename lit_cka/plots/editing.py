@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lit_cka.plots.canvas import new_axes
+from lit_cka.plots.canvas import OKABE_ITO, legend_beside, new_axes, spread_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colours that colour-blind readers tell apart (Okabe & Ito 2008).
 _STYLES = {
-    "pretrained": ("#0072B2", "s"),
-    "finetuned": ("#D55E00", "o"),
-    "monosoup": ("#009E73", "*"),
-    "highonly": ("#CC79A7", "^"),
-    "lowonly": ("#56B4E9", "v"),
-    "lines": ("#E69F00", "D"),
-    "uniform_soup": ("#000000", "P"),
+    "pretrained": (OKABE_ITO["blue"], "s"),
+    "finetuned": (OKABE_ITO["vermilion"], "o"),
+    "monosoup": (OKABE_ITO["green"], "*"),
+    "highonly": (OKABE_ITO["purple"], "^"),
+    "lowonly": (OKABE_ITO["sky blue"], "v"),
+    "lines": (OKABE_ITO["orange"], "D"),
+    "uniform_soup": (OKABE_ITO["black"], "P"),
 }
 
 
@@ -32,7 +30,7 @@ def lambda_figure(
     title: str = "MonoSoup's weight of each part of the update",
     ax: Axes | None = None,
 ) -> tuple[Figure, Axes]:
-    """The coefficients of every edited weight, in the model's order.
+    """Draws the coefficients of every edited weight, in the model's order.
 
     Args:
         names: of the weights; as many are shown as fit.
@@ -46,14 +44,14 @@ def lambda_figure(
     for values, label, variant in ((lambda_high, "high", "monosoup"), (lambda_low, "low", "lowonly")):
         color, marker = _STYLES[variant]
         ax.plot(places, values, marker=marker, markersize=4, linewidth=1, color=color, label=f"λ {label}")
-    ticks = range(0, len(names), math.ceil(len(names) / 60) if names else 1)
+    ticks = spread_ticks(len(names), 60)
     ax.set_xticks(ticks, [names[tick] for tick in ticks], rotation=90, fontsize=7)
     ax.set_ylim(-0.03, 1.03)
     ax.set_xlim(-0.7, len(names) - 0.3)
     ax.grid(axis="y", color="0.9")
     ax.set_ylabel("coefficient")
     ax.set_title(title, fontsize=10)
-    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend_beside(ax)
     return figure, ax
 
 
@@ -66,7 +64,7 @@ def accuracy_plane(
     title: str = "",
     ax: Axes | None = None,
 ) -> tuple[Figure, Axes]:
-    """In-distribution against shifted accuracy of every variant; better is up and right.
+    """Draws in-distribution against shifted accuracy of every variant; better is up and right.
 
     Args:
         points: `(x, y)` by variant.
@@ -108,5 +106,5 @@ def accuracy_plane(
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set_title(title, fontsize=10)
     ax.margins(0.12)
-    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend_beside(ax)
     return figure, ax

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_cka.plots.canvas import new_axes, short_names, width_of, wrapped
+from lit_cka.plots.canvas import UNDEFINED, new_axes, short_names, spread_ticks, undefined_note, width_of, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +33,7 @@ def heatmap(
     colorbar: bool = True,
     ax: Axes | None = None,
 ) -> tuple[Figure, Axes]:
-    """Heatmap with one row and one column per name, its colours the same in every figure.
+    """Draws a heatmap with one row and one column per name, its colours the same in every figure.
 
     Args:
         values: (rows, columns); NaN and masked cells are left grey, those beyond the limits have the colour there,
@@ -75,13 +74,13 @@ def heatmap(
     longest = max(map(len, columns), default=1)
     height = grid_height + 0.9 + 0.06 * longest
     figure, ax = new_axes(ax, width, height)
-    ax.set_facecolor("0.85")
+    ax.set_facecolor(UNDEFINED)
     low, high = limits
     image = ax.imshow(shown, vmin=low, vmax=high, cmap="viridis", aspect="auto")
     if first_row == "bottom":
         ax.invert_yaxis()
-    row_ticks = range(0, num_rows, math.ceil(num_rows / 40))
-    column_ticks = range(0, num_columns, math.ceil(num_columns / 40))
+    row_ticks = spread_ticks(num_rows, 40)
+    column_ticks = spread_ticks(num_columns, 40)
     ax.set_yticks(row_ticks, [rows[index] for index in row_ticks], fontsize=8)
     ax.set_xticks(column_ticks, [columns[index] for index in column_ticks], fontsize=8)
     if longest * len(column_ticks) * 0.075 > grid_width:
@@ -96,13 +95,12 @@ def heatmap(
                 text = f"{round(value, 2) + 0.0:.2f}" if value < 0.995 or value >= 1 else f"{value:.3f}"
                 ax.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     if colorbar:
-        note = " (grey: undefined)" if np.isnan(values).any() else ""
-        figure.colorbar(image, ax=ax, label=label + note, pad=0.02, extend=beyond([shown], limits))
+        figure.colorbar(image, ax=ax, label=label + undefined_note(values), pad=0.02, extend=beyond([shown], limits))
     return figure, ax
 
 
 def beyond(matrices: Sequence[NDArray[np.float64]], limits: tuple[float, float]) -> str:
-    """At which ends of a colour bar there are values beyond: "neither", "min", "max" or "both"."""
+    """Returns at which ends of a colour bar there are values beyond: "neither", "min", "max" or "both"."""
     low = any((matrix < limits[0] - 1e-9).any() for matrix in matrices)
     high = any((matrix > limits[1] + 1e-9).any() for matrix in matrices)
     return "both" if low and high else "min" if low else "max" if high else "neither"

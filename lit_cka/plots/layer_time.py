@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_cka.plots.canvas import new_axes
+from lit_cka.plots.canvas import UNDEFINED, new_axes, spread_ticks, undefined_note
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +24,7 @@ def layer_time_heatmap(
     xlabel: str = "",
     ax: Axes | None = None,
 ) -> tuple[Figure, Axes]:
-    """Heatmap of CKA in [0, 1]: one row per layer (the first at the bottom), one column per point in time.
+    """Draws a heatmap of CKA in [0, 1]: one row per layer (the first at the bottom), one column per point in time.
 
     Args:
         values: (layers, times); NaN is left grey, values below 0 (debiased) are drawn as 0.
@@ -48,12 +47,12 @@ def layer_time_heatmap(
     label_width = 0.08 * max(map(len, layer_names))
     grid_width, grid_height = min(max(0.34 * num_times, 3.2), 6.5), min(max(0.4 * num_layers, 2.0), 12)
     figure, axes = new_axes(ax, grid_width + label_width + 1.3, grid_height + 1.0)
-    axes.set_facecolor("0.85")
+    axes.set_facecolor(UNDEFINED)
     image = axes.imshow(values.clip(0, 1), vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
-    rows = range(0, num_layers, math.ceil(num_layers / 40))
+    rows = spread_ticks(num_layers, 40)
     axes.set_yticks(rows, [layer_names[row] for row in rows], fontsize=9)
     longest = max(map(len, times))
-    columns = range(0, num_times, math.ceil(num_times * (0.08 * longest + 0.12) / grid_width))
+    columns = spread_ticks(num_times, grid_width / (0.08 * longest + 0.12))
     axes.set_xticks(columns, [times[column] for column in columns], fontsize=9)
     axes.set_xlabel(xlabel)
     axes.set_title(title, fontsize=10)
@@ -65,7 +64,7 @@ def layer_time_heatmap(
     figure.colorbar(
         image,
         ax=axes,
-        label=f"CKA with the reference{' (grey: undefined)' if np.isnan(values).any() else ''}",
+        label=f"CKA with the reference{undefined_note(values)}",
         pad=0.02,
     )
     return figure, axes

@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_cka.files import write_bytes
+
 _SCRIPTS = ("dom.js", "scatter.js", "heatmap.js", "map.js", "controls.js")
 
 Matrix = tuple[NDArray[np.float64], list[str], list[str]]
@@ -73,17 +75,9 @@ def write_map(
     Raises:
         ValueError: if there is nothing to draw, a point is there twice, or shapes and names don't fit each other.
     """
-    path = Path(path)
     page = _page(title, _content(points, title, explained, cka, matrices, notes, tables))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        # Half a surrogate pair (from a file name, say) has no UTF-8; the reader sees the replacement character.
-        partial.write_bytes(page.encode("utf-8", "xmlcharrefreplace"))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    # Half a surrogate pair (from a file name, say) has no UTF-8; the reader sees the replacement character.
+    return write_bytes(path, page.encode("utf-8", "xmlcharrefreplace"))
 
 
 def _content(
@@ -95,7 +89,7 @@ def _content(
     notes: Mapping[str, str],
     tables: Mapping[str, Sequence[Mapping[str, str | float]]],
 ) -> dict[str, Any]:
-    """What the page's script reads."""
+    """Returns what the page's script reads."""
     cka = np.asarray(cka, dtype=np.float64)
     positions = _positions(points)
     if cka.shape != (len(points), len(points)):
@@ -136,7 +130,7 @@ def _content(
 
 
 def _positions(points: Sequence[MapPoint]) -> NDArray[np.float64]:
-    """(points, 3)."""
+    """Returns the coordinates of the points (points, 3), once they are known to be points."""
     if not points:
         raise ValueError("Expected `points` to have at least one point, but got none.")
     (key, times), *_ = Counter((point.model, point.dataset, point.layer) for point in points).most_common(1)
@@ -172,22 +166,22 @@ def _table(name: str, rows: Sequence[Mapping[str, str | float]]) -> dict[str, An
 
 
 def _distinct(names: Any) -> list[str]:
-    """In the order in which they occur."""
+    """Returns every name once, in the order in which they occur."""
     return list(dict.fromkeys(names))
 
 
 def _number(value: float) -> float | None:
-    """JSON has no NaN."""
+    """Returns the number, or None where JSON has none: NaN and infinity."""
     return float(value) if math.isfinite(value) else None
 
 
 def _base64(values: NDArray[np.float64]) -> str:
-    """Little-endian float32: a third of the size of decimals, and it has NaN."""
+    """Returns the values as little-endian float32 in base64: a third of the size of decimals, and with NaN."""
     return base64.b64encode(values.astype("<f4").tobytes()).decode("ascii")
 
 
 def _viridis() -> list[str]:
-    """The colours of the figures that matplotlib draws."""
+    """Returns the colours of the figures that matplotlib draws."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
@@ -195,7 +189,7 @@ def _viridis() -> list[str]:
 
 
 def _page(title: str, content: dict[str, Any]) -> str:
-    """The template with style, scripts and content in it."""
+    """Returns the template with style, scripts and content in it."""
     assets = files("lit_cka.plots") / "assets"
     style = assets.joinpath("map.css").read_text("utf-8")
     script = "\n".join(assets.joinpath(name).read_text("utf-8") for name in _SCRIPTS)
@@ -214,5 +208,5 @@ def _page(title: str, content: dict[str, Any]) -> str:
 
 
 def _hash(source: str) -> str:
-    """How a content security policy names the one inline script or style that it lets in."""
+    """Returns how a content security policy names the one inline script or style that it lets in."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode('utf-8')).digest()).decode('ascii')}'"

@@ -25,7 +25,7 @@ def side_by_side(
     ax: Sequence[Axes] | None = None,
     **options: Any,
 ) -> tuple[Figure, list[Axes]]:
-    """Heatmaps in one row, with one colour bar for all.
+    """Draws heatmaps in one row, with one colour bar for all.
 
     Args:
         matrices: values, row names and column names by title.

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lit_cka.plots.canvas import new_axes, short_names, width_of, wrapped
+from lit_cka.plots.canvas import OKABE_ITO, legend_beside, new_axes, short_names, spread_ticks, width_of, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito 2008
+_COLORS = tuple(OKABE_ITO.values())
 _MARKERS = "osD^vPX"
 
 
@@ -30,7 +29,7 @@ def layer_trend(
     limits: tuple[float, float] | None = (0.0, 1.0),
     ax: Axes | None = None,
 ) -> tuple[Figure, Axes]:
-    """One curve or several over the layers of a network, with bands for intervals.
+    """Draws one curve or several over the layers of a network, with bands for intervals.
 
     Args:
         curves: values (layers,) by name; NaN leaves a gap.
@@ -58,7 +57,7 @@ def layer_trend(
         for array in (values, *ends):
             if array.shape != places.shape:
                 raise ValueError(f"Expected {len(places)} values for {name!r}, one a layer, but got {array.shape}.")
-        color = COLORS[number % len(COLORS)]
+        color = _COLORS[number % len(_COLORS)]
         ax.plot(places, values, color=color, marker=_MARKERS[number % len(_MARKERS)], markersize=4.5, label=name)
         if ends:
             ax.fill_between(places, ends[0], ends[1], color=color, alpha=0.2, linewidth=0)
@@ -86,7 +85,7 @@ def epoch_trend(
     limits: tuple[float, float] | None = (0.0, 1.0),
     ax: Axes | None = None,
 ) -> tuple[Figure, Axes]:
-    """A curve for every layer over the time of a training, from the first layer (dark) to the last (light).
+    """Draws a curve for every layer over the time of a training, from the first layer (dark) to the last (light).
 
     Args:
         values: (layers, times).
@@ -110,7 +109,7 @@ def epoch_trend(
         raise ValueError(f"Expected a layer and a time at least, but got {len(layer_names)} and {len(times)}.")
     figure, ax = new_axes(ax, 6.6, 3.8)
     colors = colormaps["viridis"](np.linspace(0, 0.9, max(len(layer_names), 2)))
-    named = set(range(0, len(layer_names), math.ceil(len(layer_names) / 16)))
+    named = set(spread_ticks(len(layer_names), 16))
     for index, (name, row) in enumerate(zip(short_names(layer_names), values, strict=True)):
         marker = "o" if len(times) < 30 else None
         ax.plot(times, row, color=colors[index], marker=marker, markersize=3, label=name if index in named else None)
@@ -119,7 +118,7 @@ def epoch_trend(
         ax.set_ylim(limits[0] - 0.03, limits[1] + 0.03)
     ax.set_title(wrapped(title, width_of(ax)), fontsize=10)
     ax.grid(axis="y", color="0.92")
-    ax.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend_beside(ax, 7)
     return figure, ax
 
 
@@ -134,7 +133,7 @@ def probe_figure(
     title: str = "",
     ax: Axes | None = None,
 ) -> tuple[Figure, Axes]:
-    """Did a layer change (CKA), and did the change help (accuracy of a linear probe before and after)?
+    """Draws whether a layer changed (CKA), and whether the change helped (accuracy of a linear probe before and after).
 
     Args:
         layer_names: labels.
@@ -158,7 +157,7 @@ def probe_figure(
 
 
 def _label_places(ax: Axes, names: Sequence[str]) -> None:
-    ticks = range(0, len(names), math.ceil(len(names) / 40) if names else 1)
+    ticks = spread_ticks(len(names), 40)
     ax.set_xticks(ticks, [names[tick] for tick in ticks], fontsize=8)
     if sum(len(names[tick]) for tick in ticks) > 70:
         ax.tick_params(axis="x", labelrotation=90)

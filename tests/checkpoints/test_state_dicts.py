@@ -172,7 +172,7 @@ def test_pickled_objects_are_read_where_the_file_is_trusted(tmp_path: Path) -> N
 
 def test_the_error_names_what_is_pickled(tmp_path: Path) -> None:
     torch.save({"state_dict": WEIGHTS, "args": Settings()}, tmp_path / "own.pt")
-    with pytest.raises(ValueError, match=r"test_checkpoints\.Settings") as error:
+    with pytest.raises(ValueError, match=r"test_state_dicts\.Settings") as error:
         load_state_dict(tmp_path / "own.pt")
     assert str(error.value).isprintable()  # no escape sequences, which torch uses for bold
 

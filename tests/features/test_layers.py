@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models import resnet18
 from transformers import T5Config, T5Model
 
-from lit_cka.features.layers import Layers, repeated_blocks, select_layers
+from lit_cka.features.layers import Layers, modules_by_name, repeated_blocks, select_layers
 from tests import networks
 
 
@@ -33,6 +33,17 @@ class Network(nn.Module):
 
 
 BLOCKS = [f"blocks.{i}" for i in range(11)]
+
+
+def test_modules_have_the_names_of_the_network_as_it_was_written() -> None:
+    model = Network()
+    inner = model.blocks[3]
+    model.blocks[3] = torch.compile(inner, backend="eager")
+    modules = modules_by_name(torch.compile(model, backend="eager"))
+    assert set(modules) == {"", *(name for name, _ in Network().named_modules())}
+    assert isinstance(modules[""], torch._dynamo.OptimizedModule)
+    assert modules["blocks.3"] is model.blocks[3] is not inner  # the one that is called
+    assert modules["blocks.3.fc1"] is inner.fc1
 
 
 @pytest.mark.parametrize("name", networks.BLOCKS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from lit_cka import plots
-from lit_cka.plots.canvas import wrapped
+from lit_cka.plots.canvas import spread_ticks, wrapped
 
 matplotlib.use("Agg")  # else the first look at the settings imports pyplot to choose
 NAMES = ["model.blocks.0", "model.blocks.1", "model.blocks.2"]
@@ -320,3 +321,12 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
         plots.save_figure(Failing(), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_text() == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize(("num_places", "most"), [(0, 40), (1, 40), (40, 40), (41, 40), (1000, 40), (7, 2.5)])
+def test_ticks_are_spread_evenly_from_the_first_on(num_places: int, most: float) -> None:
+    ticks = list(spread_ticks(num_places, most))
+    assert len(ticks) <= most + 1
+    assert len({after - before for before, after in pairwise(ticks)}) <= 1
+    assert ticks[:1] == [0][:num_places]
+    assert len(ticks) == num_places or num_places > most

@@ -34,6 +34,24 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+def switch_off_adapters(model: nn.Module) -> None:
+    """Run a copy of a model without its adapters from now on."""
+    for module in adapter_modules(model):
+        module.enable_adapters(False)
+
+
+# PEFT's `init_lora_weights` that change the weights below the adapters, or may do so.
+_CHANGE_BASE = ("pissa", "olora", "loftq", "corda", "eva", "lora_ga")
+
+
+def _initialisations(model: nn.Module) -> list[str]:
+    """Return how the adapters' weights were set at first, as PEFT's configurations name it."""
+    configs = [getattr(module, "peft_config", None) for module in model.modules()]
+    held = [config for each in configs if isinstance(each, dict) for config in each.values()]
+    starts = [getattr(config, "init_lora_weights", None) for config in held]
+    return [start for start in starts if isinstance(start, str)]
+
+
 def check_adapters(model: nn.Module, layer_names: list[str]) -> None:
     """Raise unless switching the adapters off gives back the pretrained model, up to its last layer of these.
 
@@ -50,6 +68,12 @@ def check_adapters(model: nn.Module, layer_names: list[str]) -> None:
             'The adapters are merged into the weights: unmerge them, or take reference="initial" in place of '
             '"adapter-off".'
         )
+    for start in _initialisations(model):
+        if start.lower().startswith(_CHANGE_BASE):
+            raise ValueError(
+                f"Adapters that start by {start!r} take values out of the base weights: without them the model is "
+                'not the pretrained one. Take reference="initial" in place of "adapter-off": with its adapters, it is.'
+            )
     names = [name for name, _ in model.named_parameters()]
     in_layers = [
         index for index, name in enumerate(names) if name.startswith(tuple(f"{layer}." for layer in layer_names))

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_cka.features.extractor import tensors_in
+from lit_cka.features.shared_mode import SharedMode
 
 
 class FollowsLiveWeightsError(ValueError):
@@ -42,7 +39,7 @@ class LiveWeightGuard(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Provenance:
+class WeightTaint:
     """Notes, while active, which tensors are computed from trained weights of a model: for one step, by storage."""
 
     def __init__(self, live: nn.Module) -> None:
@@ -55,15 +52,7 @@ class Provenance:
 
     def watch(self, active: bool) -> None:
         """Start noting what torch's operations compute, or stop."""
-        if active and self not in _Watch.active:
-            _Watch.active.append(self)
-            if len(_Watch.active) == 1:
-                _Watch.mode = _Watch()  # type: ignore[no-untyped-call]
-                _Watch.mode.__enter__()  # type: ignore[no-untyped-call]
-        elif not active and self in _Watch.active:
-            _Watch.active.remove(self)
-            if not _Watch.active:
-                _Watch.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        (_WATCH.hold if active else _WATCH.release)(self)
 
     def origin(self, value: Any) -> str | None:
         """Name of a trained weight that some tensor in `value` is, or is computed from; None if there is none."""
@@ -78,20 +67,20 @@ class Provenance:
 
 
 class _Watch(TorchDispatchMode):
-    """One mode for all that watch, since modes must be left in reverse order, and several callbacks do not do that."""
-
-    active: ClassVar[list[Provenance]] = []
-    mode: ClassVar[_Watch]
+    """Tells all that watch what torch's operations compute."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        for provenance in _Watch.active:
-            if provenance.paused:
+        for taint in _WATCH.holders:
+            if taint.paused:
                 continue
-            origin = provenance.origin((args, kwargs or {}))
+            origin = taint.origin((args, kwargs or {}))
             if origin is not None:
-                provenance.note(output, origin)
+                taint.note(output, origin)
         return output
+
+
+_WATCH: SharedMode[WeightTaint] = SharedMode(lambda: _Watch())  # type: ignore[no-untyped-call]
 
 
 def plain_tensors_in(value: Any) -> Iterator[Tensor]:
@@ -103,39 +92,14 @@ def plain_tensors_in(value: Any) -> Iterator[Tensor]:
 
 def address(tensor: Tensor) -> int:
     """Where the tensor's values are: the same for tensors that share them. Of a sharded one, those of this rank."""
+    from torch.distributed.tensor import DTensor
+
     if isinstance(tensor, DTensor):
         tensor = tensor.to_local()
     try:
         return tensor.untyped_storage().data_ptr() or id(tensor)
     except RuntimeError:  # a wrapper around others, without a storage
         return id(tensor)
-
-
-class Draws:
-    """Whether random numbers were drawn within `preserved_rng`."""
-
-    any = False
-
-
-@contextmanager
-def preserved_rng() -> Iterator[Draws]:
-    """Leave the random states of Python, NumPy, and torch (CPU and current GPU) as they were."""
-    states = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    draws, before = Draws(), _torch_states(devices)
-    try:
-        with torch.random.fork_rng(devices):
-            yield draws
-            same = all(map(torch.equal, before, _torch_states(devices)))
-            same = same and all(map(np.array_equal, np.random.get_state(), states[1]))
-            draws.any = not same or random.getstate() != states[0]
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-
-
-def _torch_states(devices: list[int]) -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,9 @@
-"""What keeping the reference's features in fewer bits costs: `RoundingJudge`."""
+"""What keeping the reference's features in fewer bits costs: `RoundingEstimate`."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,15 +12,16 @@ from torch import Tensor
 from lit_cka.functional.cka import cka_from_moments
 from lit_cka.functional.moments import PairedMoments, add_samples, empty_moments
 from lit_cka.parallel.collectives import all_reduce_moments
+from lit_cka.reference.feature_store import FeatureStore
 
 _NUM_TRIALS, _WIDTH = 4, 8
 
 
-class RoundingJudge:
+class RoundingEstimate:
     """Estimates how far CKA with rounded features is from CKA with exact ones, for one layer.
 
     A live model that has not moved yet would show too little: near 1, CKA changes with the square of the rounding.
-    So the judge has trial features in its place, random mixtures of the reference's with as much noise. They are few,
+    So it takes trial features in its place, random mixtures of the reference's with as much noise. They are few,
     so that less of the rounding averages out than in a real layer.
     """
 
@@ -40,12 +44,12 @@ class RoundingJudge:
         trials = mixed + noise * mixed.std(dim=0, correction=0)
         self._moments = (add_samples(self._moments[0], trials, exact), add_samples(self._moments[1], trials, rounded))
 
-    def cost(self, device: torch.device) -> float:
+    def cost(self, device: torch.device, group: Any = None) -> float:
         """The largest change of a trial's CKA, over all ranks; 0 where none is defined. Every rank has to call it."""
         empty = empty_moments(0, 0, device)
         exact, rounded = self._moments or (empty, empty)
         if dist.is_available() and dist.is_initialized():
-            exact, rounded = all_reduce_moments(exact), all_reduce_moments(rounded)
+            exact, rounded = all_reduce_moments(exact, group), all_reduce_moments(rounded, group)
         if not exact.xy.numel():
             return 0.0
         columns = torch.arange(_NUM_TRIALS * _WIDTH, device=device).split(_WIDTH)
@@ -59,3 +63,23 @@ def _trial(moments: PairedMoments, columns: Tensor) -> PairedMoments:
     """The moments of some of the columns of `x`: those that the plain estimator takes."""
     xx = moments.xx[columns][:, columns]
     return moments._replace(mean_x=moments.mean_x[columns], xx=xx, xy=moments.xy[columns], a=xx.trace())
+
+
+def rounding_cost(stores: Iterable[FeatureStore], dtype: torch.dtype, device: torch.device, group: Any = None) -> float:
+    """Return the most that keeping features in this type would change a score by; every rank has to call it.
+
+    Args:
+        stores: the features of each layer.
+        dtype: the type.
+        device: where to compute, and of the collectives.
+        group: the processes that hold different samples; None for all.
+    """
+    cost = 0.0
+    for store in stores:
+        estimate = RoundingEstimate()
+        for block in store.blocks:
+            exact = block.to(device, torch.float64) + store.pivot.to(device)
+            rounded = block.to(device, dtype).to(torch.float64) + store.pivot.to(device)
+            estimate.add(exact, rounded)
+        cost = max(cost, estimate.cost(device, group))
+    return cost

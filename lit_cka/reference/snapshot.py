@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lit_cka.features.compiled import forget_compiled_steps
+from lit_cka.features.lightning_private import attach_trainer, attached_trainer
 
 
 def snapshot(model: nn.Module) -> nn.Module:
@@ -32,7 +33,7 @@ def snapshot(model: nn.Module) -> nn.Module:
         ) from error
     forget_compiled_steps(copied)
     if isinstance(model, pl.LightningModule):  # a forward may look at the trainer, and may log: the copy must not
-        vars(copied)["_trainer"] = model._trainer
+        attach_trainer(copied, attached_trainer(model))
         vars(copied)["log"] = vars(copied)["log_dict"] = lambda *args, **kwargs: None
     return copied.requires_grad_(False).eval()
 

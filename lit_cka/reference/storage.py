@@ -1,141 +1,215 @@
-"""The reference's weights in a file, once per training, so that a resumed one is compared with the same reference."""
+"""The reference stored beside the checkpoints, and found again by a resumed training or a test: `TrainingStart`."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import pickle
-from collections.abc import Sequence
-from typing import Any
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
 
 import lightning.pytorch as pl
-import torch
-from fsspec.core import url_to_fs
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from lit_cka.reference.isolation import tensors_of
-from lit_cka.reference.snapshot import snapshot
-
-
-class StoredReference(TypedDict):
-    """What a checkpoint has of the reference: where its weights are, and what they have to be."""
-
-    path: str
-    sha256: str  # of all tensors, their names, types and shapes
-
-
-def sha256_of(tensors: dict[str, Tensor]) -> str:
-    """A fingerprint of tensors that does not depend on how they are stored."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(content.numpy().data)
-    return digest.hexdigest()
-
-
-def store_reference(module: nn.Module, folder: str | os.PathLike[str], *, write: bool) -> StoredReference:
-    """Write the module's parameters and buffers to `folder`, all or nothing, unless they are there.
-
-    Args:
-        module: the reference.
-        folder: local, or on any file system of fsspec ("s3://...").
-        write: False for all ranks but the first, which only say what the first one writes.
-    """
-    tensors = tensors_of(module)
-    sha256 = sha256_of(tensors)
-    filesystem, root = url_to_fs(os.fspath(folder))
-    path = f"{root}/cka_reference_{sha256[:16]}.pt"
-    if write and not _is_sound(filesystem, path, sha256):
-        _write(filesystem, path, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
-    return StoredReference(
-        path=filesystem.unstrip_protocol(path) if "://" in os.fspath(folder) else path, sha256=sha256
-    )
-
-
-def load_reference(
-    live: pl.LightningModule, stored: StoredReference, folders: Sequence[str | os.PathLike[str]]
-) -> nn.Module:
-    """A copy of `live` with the stored weights.
-
-    Args:
-        live: the model in training, with whatever weights.
-        stored: from the checkpoint.
-        folders: where else to look for the file, for a training that was moved.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is not what was stored, or is of another architecture.
-    """
-    name = stored["path"].rpartition("/")[2]
-    candidates = [stored["path"], *(f"{os.fspath(folder)}/{name}" for folder in folders)]
-    for path in candidates:
-        filesystem, local = url_to_fs(path)
-        if filesystem.exists(local):
-            break
-    else:
-        raise FileNotFoundError(
-            "The training that wrote this checkpoint was compared with its initial weights, stored in "
-            f"{stored['path']!r}, but there is no such file, nor one next to the checkpoint. {_ADVICE}"
-        )
-    tensors = _read(filesystem, local)
-    if tensors is None or sha256_of(tensors) != stored["sha256"]:
-        raise ValueError(
-            f"The file {path!r} does not hold the initial weights that the checkpoint's training was compared with: it "
-            f"was changed or damaged. {_ADVICE}"
-        )
-    module = snapshot(live)
-    targets = tensors_of(module)
-    wrong = [name for name in {**targets, **tensors} if not _fits(targets.get(name), tensors.get(name))]
-    if wrong:
-        raise ValueError(
-            f"The initial weights in {path!r} are of another architecture than {type(live).__name__}: they differ in "
-            f"{wrong[:3]}{' ...' if len(wrong) > 3 else ''}. {_ADVICE}"
-        )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            targets[name].copy_(tensor)
-    return module
-
+from lit_cka.checkpoints.tensor_files import find_tensors, write_tensors
+from lit_cka.features.sharded_modules import is_in_partitions, is_sharded
+from lit_cka.reference.exchange import kept_weights
+from lit_cka.reference.places import places_of
+from lit_cka.reference.recording import Recording
+from lit_cka.samples.counting import data_ranks
 
 _ADVICE = (
     "Put the original file there, or pass the original weights as `reference=`, a module or the path of a checkpoint, "
     "or start the training anew, without a checkpoint."
 )
+_LOST = (
+    "These data have not been recorded, and the weights that the training began with are gone: they are not beside the "
+    "checkpoint, or were written by another number of processes, or the model is in DeepSpeed's partitions. Track the "
+    "data from the start, as one of the dataloaders of the validation, or pass the original weights as `reference=`."
+)
+# Checkpoints that Lightning's searches for a learning rate or batch size write at the start, and load at their end.
+_SEARCHES = (".lr_find_", ".scale_batch_size_")
 
 
-def _fits(target: Tensor | None, tensor: Tensor | None) -> bool:
-    return target is not None and tensor is not None and target.shape == tensor.shape and target.dtype == tensor.dtype
+class StoredStart(TypedDict):
+    """What a checkpoint says of the files beside it."""
+
+    id: str  # of the training
+    world_size: int  # each rank with other samples has written a recording of its own
+    has_recording: bool
+    num_weight_files: int  # one, or each process's shards
 
 
-def _write(filesystem: Any, path: str, tensors: dict[str, Tensor]) -> None:
-    """All or nothing."""
-    filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
-    partial = f"{path}.{os.getpid()}.partial"
-    try:
-        with filesystem.open(partial, "wb") as file:
-            torch.save(tensors, file)
-        filesystem.mv(partial, path)
-    except BaseException:
-        if filesystem.exists(partial):
-            filesystem.rm(partial)
-        raise
+class TrainingStart:
+    """The weights that a training began with, and its recording, in files beside its checkpoints.
+
+    Attributes:
+        weights: a copy of the initial weights, by the module's names; None before there is one.
+        are_live: whether the live model still has them.
+        are_lost: whether there can't be a copy of them any more.
+        in_checkpoint: what the checkpoint that was loaded says of the files; None if it says nothing.
+    """
+
+    def __init__(self) -> None:
+        self.weights: Mapping[str, Tensor] | None = None
+        self.are_live = False
+        self.are_lost = False
+        self.in_checkpoint: StoredStart | None = None
+        self._id = ""
+        self._written: StoredStart | None = None
+
+    def start_fit(self) -> None:
+        """Forget what an earlier checkpoint said: the one to be resumed is loaded after this."""
+        self.in_checkpoint, self._written = None, None
+
+    def forget(self) -> None:
+        """Forget everything: a training of another module begins."""
+        self.weights, self.are_lost, self._id, self._written = None, False, "", None
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take what a checkpoint says of the files."""
+        self.in_checkpoint = cast("StoredStart | None", state.get("start"))
+
+    @property
+    def to_exchange(self) -> Mapping[str, Tensor] | None:
+        """The initial weights, if the live model has others by now."""
+        return None if self.are_live else self.weights
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint is to say of the files; nothing before there are any."""
+        stored = self._written or self.in_checkpoint
+        return {} if stored is None else {"start": dict(stored)}
+
+    def is_of_another_training(self) -> bool:
+        """Whether the loaded checkpoint is of another training than the last of this callback."""
+        return self.in_checkpoint is not None and self.in_checkpoint["id"] != self._id
+
+    def begin(self, trainer: pl.Trainer) -> None:
+        """Give the training an identity that all ranks know."""
+        if not self._id:
+            self._id = str(trainer.strategy.broadcast(uuid.uuid4().hex))
+
+    def keep(self, module: nn.Module) -> None:
+        """Copy the module's weights as they are now, unless there is a copy, or they are others already."""
+        if self.weights is None and not self.are_lost:
+            self.are_live, self.are_lost = True, is_in_partitions(module)
+            self.weights = None if self.are_lost else kept_weights(module)
+
+    def require(self) -> None:
+        """Raise if the initial weights are needed and can't be had.
+
+        Raises:
+            ValueError: if neither the live model nor a copy has them; the message says what to do.
+        """
+        if self.are_lost and not self.are_live:
+            raise ValueError(_LOST)
+
+    def find(self, trainer: pl.Trainer, module: nn.Module, empty: Recording, *, is_initial: bool) -> None:
+        """Find what the loaded checkpoint's training began with: its recording, and its weights if they are needed.
+
+        Args:
+            trainer: with the checkpoint.
+            module: the live model.
+            empty: a recording, to be filled.
+            is_initial: whether the training is compared with its initial weights.
+
+        Raises:
+            ValueError: if that can't be found, and the initial weights are gone; the message says what to do.
+        """
+        stored, self.in_checkpoint = self.in_checkpoint, None
+        if stored is None:
+            self._require_weights(trainer, is_initial)
+            return
+        self._id, self.weights, self.are_lost, self.are_live = stored["id"], None, False, False
+        folders = [str(trainer.default_root_dir), str(getattr(trainer.checkpoint_callback, "dirpath", None) or "")]
+        place = str(trainer.ckpt_path), [folder for folder in folders if folder]
+        is_recorded = self._find_recording(trainer, stored, empty, place) if stored["has_recording"] else False
+        self.weights = self._find_weights(trainer, module, stored["num_weight_files"], place)
+        self.are_lost = is_initial and self.weights is None
+        if self.are_lost and not is_recorded:
+            raise FileNotFoundError(
+                "The training that wrote this checkpoint was compared with its initial weights, but beside it there is "
+                f"no sound file {self._weights_name()!r}, nor its recording: they are missing, damaged, or of other "
+                f"data. {_ADVICE}"
+            )
+
+    def _find_recording(
+        self, trainer: pl.Trainer, stored: StoredStart, empty: Recording, place: tuple[str, list[str]]
+    ) -> bool:
+        """Read this rank's share of the recording; whether all ranks found theirs."""
+        ranks = data_ranks(trainer)
+        mine = range(ranks.rank, stored["world_size"], ranks.size)
+        files = [find_tensors(self._recording_name(rank, stored["world_size"]), *place) for rank in mine]
+        found = all(file is not None and empty.fits(file.notes) for file in files)
+        if not trainer.strategy.reduce_boolean_decision(found, all=True):
+            return False
+        for file in files:
+            if file is not None:
+                empty.load(file.tensors, file.notes)
+        return True
+
+    def _find_weights(
+        self, trainer: pl.Trainer, module: nn.Module, num_files: int, place: tuple[str, list[str]]
+    ) -> Mapping[str, Tensor] | None:
+        """Read the initial weights, whole ones or this process's shards; None if some process has not found its own."""
+        found = None
+        if num_files == 1 or (num_files == trainer.world_size and is_sharded(module)):
+            found = find_tensors(self._weights_name(trainer.global_rank, num_files), *place)
+        if not trainer.strategy.reduce_boolean_decision(found is not None, all=True) or found is None:
+            return None
+        _check_architecture(module, found.tensors, are_shards=num_files > 1)
+        return found.tensors
+
+    def _require_weights(self, trainer: pl.Trainer, is_initial: bool) -> None:
+        is_search = Path(str(trainer.ckpt_path)).name.startswith(_SEARCHES)
+        if is_initial and trainer.ckpt_path is not None and not is_search and self.weights is None:
+            raise ValueError(
+                f"With the weights of {str(trainer.ckpt_path)!r} loaded, those that the training began with are gone. "
+                'Pass them as `reference=`, a module or a checkpoint\'s path, instead of "initial".'
+            )
+
+    def write(self, trainer: pl.Trainer, recording: Recording, module: nn.Module) -> None:
+        """Put the files next to the first checkpoint, for all of them to refer to; a full disk is one warning."""
+        if self._written is not None:
+            return
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
+        ranks = data_ranks(trainer)
+        num_files = 0 if self.weights is None else trainer.world_size if is_sharded(module) else 1
+        try:
+            if not recording.is_empty and ranks.leads:
+                tensors, notes = recording.tensors()
+                write_tensors(folder, self._recording_name(ranks.rank, ranks.size), tensors, notes)
+            if self.weights is not None and trainer.global_rank < num_files:
+                name = self._weights_name(trainer.global_rank, num_files)
+                write_tensors(folder, name, self.weights, {"id": self._id})
+        except OSError as error:
+            rank_zero_warn(f"CKACallback could not store its reference, so a resumed fit will need one: {error}")
+            return
+        self._written = StoredStart(
+            id=self._id, world_size=ranks.size, has_recording=not recording.is_empty, num_weight_files=num_files
+        )
+
+    def _weights_name(self, rank: int = 0, num_files: int = 1) -> str:
+        part = f"_{rank}_of_{num_files}" if num_files > 1 else ""
+        return f"cka_reference_{_plain(self._id)}{part}.safetensors"
+
+    def _recording_name(self, rank: int, world_size: int) -> str:
+        return f"cka_recording_{_plain(self._id)}_{rank}_of_{world_size}.safetensors"
 
 
-def _read(filesystem: Any, path: str) -> dict[str, Tensor] | None:
-    """The tensors in the file; None if it can't be read as such."""
-    try:
-        with filesystem.open(path, "rb") as file:
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError):
-        return None
-    sound = isinstance(tensors, dict) and all(isinstance(value, Tensor) for value in tensors.values())
-    return tensors if sound else None
+def _plain(name: str) -> str:
+    """What a checkpoint from a stranger may hold is no path."""
+    return "".join(letter for letter in os.path.basename(str(name)) if letter.isalnum())[:32]
 
 
-def _is_sound(filesystem: Any, path: str, sha256: str) -> bool:
-    if not filesystem.exists(path):
-        return False
-    tensors = _read(filesystem, path)
-    return tensors is not None and sha256_of(tensors) == sha256
+def _check_architecture(module: nn.Module, tensors: Mapping[str, Tensor], *, are_shards: bool) -> None:
+    places = places_of(module)
+    shapes = {name: place.local.shape if are_shards else place.shape for name, place in places.items()}
+    wrong = [name for name in {**shapes, **tensors} if name not in tensors or tensors[name].shape != shapes.get(name)]
+    if wrong:
+        raise ValueError(
+            f"The initial weights beside the checkpoint are of another architecture than {type(module).__name__}: they "
+            f"differ in {wrong[:3]}{' ...' if len(wrong) > 3 else ''}. {_ADVICE}"
+        )

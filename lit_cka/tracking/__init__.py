@@ -1,4 +1,4 @@
-"""`CKACallback`, and what it is made of: trackers, statistics, dataloaders, the probe, the history and its report.
+"""`CKACallback`, and what it is made of: trackers, samples, statistics, dataloaders, probe, history and report.
 
 What a model in training is compared with is `lit_cka.reference`; comparing trained models is `lit_cka.analysis`.
 """

@@ -7,22 +7,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Union, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lit_cka.features.layers import Layers, select_layers
+from lit_cka.features.layers import Layers
 from lit_cka.features.pooling import Pooling
-from lit_cka.reference.cache import CacheDtype, ReferenceCache
-from lit_cka.reference.initial import InitialWeights
-from lit_cka.reference.reference import INITIAL, Reference, ReferenceLike, make_reference
-from lit_cka.tracking.dataloaders import num_first_samples, tracked_dataloaders
-from lit_cka.tracking.hints import warn_bias, warn_monitors, warn_nothing_tracked
-from lit_cka.tracking.history import Record, Stage, latest_scores
+from lit_cka.reference.recording import CacheDtype
+from lit_cka.reference.reference import INITIAL
+from lit_cka.tracking.evaluation import TrackedEvaluation, record_of
+from lit_cka.tracking.evaluation_loops import is_empty
+from lit_cka.tracking.hints import warn_bias, warn_monitors, warn_no_validation, warn_nothing_tracked
+from lit_cka.tracking.history import THRESHOLDS, Record, Stage, latest_scores
 from lit_cka.tracking.options import TrackingOptions
 from lit_cka.tracking.probe import Probe
+from lit_cka.tracking.recorder import Recorder
 from lit_cka.tracking.report import LoggedFigures, log_records, print_table, write_report
-from lit_cka.tracking.tracker import Estimator, LayerScore, Tracker
+from lit_cka.tracking.tracker import Estimator, LayerScore
 
 
 class CKACallback(pl.Callback):
@@ -83,12 +83,12 @@ class CKACallback(pl.Callback):
         every_n_validations: int = 1,
         max_batches: int | None = None,
         cache_memory: float = 4.0,
-        cache_dtype: CacheDtype = "float64",
+        cache_dtype: CacheDtype = "auto",
         probe: Iterable[Any] | None = None,
         probe_every_n_steps: int | None = None,
         prefix: str = "cka",
         log_figures: bool = True,
-        thresholds: tuple[float, float] = (0.99, 0.9),
+        thresholds: tuple[float, float] = THRESHOLDS,
     ) -> None:
         self.options = TrackingOptions(
             layers=layers,
@@ -110,13 +110,12 @@ class CKACallback(pl.Callback):
         )
         self.history: list[Record] = []
         self._probe = None if probe is None else Probe(probe)
-        self._initial_weights = InitialWeights()
-        self._tracker: Tracker | None = None
-        self._tracked: list[int] = []  # dataloaders of the evaluation that runs; empty while none is tracked
-        self._measures_probe = False  # whether the evaluation that runs ends with a measurement on the probe
+        self._recorder = Recorder(self, self.options, self._is_tracked)
+        self._evaluation: TrackedEvaluation | None = None
+        self._is_probe_due = False  # whether the evaluation that runs ends with a measurement on the probe
+        self._is_set_up = False
         self._num_validations = 0
         self._probed_step = 0
-        self._fitted = False
         self._stage = ""
         self._hinted = False
         self._figures = LoggedFigures(prefix)
@@ -130,67 +129,134 @@ class CKACallback(pl.Callback):
         """Write `cka_history.json`, `cka_history.csv` and `cka_heatmap.png` to `folder`."""
         write_report(folder, self.history, self.options.thresholds)
 
-    # Set-up: the reference is taken before anything changes the weights, errors come before the first batch.
+    # Set-up: errors come before the first batch.
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._finish()
+        self._check_prefix(trainer)
         self._stage = stage
-        if stage == "fit":  # what is to be resumed is loaded after this
+        if stage == "fit":
             self._num_validations = 0
-            self._initial_weights.start_fit()
-        if self._tracker is not None and self._tracker.live is not pl_module:
-            if stage == "fit":  # a new training
-                self._tracker, self._fitted, self.history = None, False, []
-                self._initial_weights.forget()
-            else:  # say, the best checkpoint loaded into another module: compare it with what the training began from
-                self._prepare(pl_module, self._tracker.reference.of(pl_module))
-        is_built = not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model"))
-        if stage in self.options.stages and self._tracker is None and is_built:
-            self._prepare(pl_module, self.options.reference)  # here, since `ckpt_path` is loaded later
+            model = self._recorder.model
+            self.history = self.history if model is None or model.module is pl_module else []
+        self._recorder.set_up(trainer, pl_module, stage)
+
+    def _check_prefix(self, trainer: pl.Trainer) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        others = [each for each in callbacks if isinstance(each, CKACallback) and each is not self]
+        if any(other.options.prefix == self.options.prefix for other in others):
+            raise ValueError(
+                f"Expected each CKACallback of a trainer to have a `prefix` of its own, but several have "
+                f"{self.options.prefix!r}: pass, say, CKACallback(prefix={self.options.prefix + '_2'!r})."
+            )
+        self._is_set_up = True
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.options.every_n_validations > 1:
             warn_monitors(trainer, self.options.prefix, self.options.every_n_validations)
-        if self._initial_weights.are_of_another_training():
-            self._fitted = False
-        if not self._fitted:
-            self._prepare_loaded(trainer, pl_module)
-            self._fitted = True
-        self._initial_weights.forget()  # this fit's checkpoints may be elsewhere
         self._figures.restart()
 
-    def _prepare_loaded(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prepare when the weights of a checkpoint may have been loaded: the reference is the one of its training."""
-        reference: ReferenceLike = self.options.reference
-        if reference == INITIAL and self._initial_weights.in_checkpoint is not None:
-            reference = self._initial_weights.take(trainer, pl_module)
-        elif reference == INITIAL:
-            self._initial_weights.require_in_module(trainer)
-        self._prepare(pl_module, reference)
-
-    def _prepare(self, pl_module: pl.LightningModule, reference: ReferenceLike | Reference) -> None:
-        options = self.options
-        layer_names = select_layers(pl_module, options.layers)
-        if not isinstance(reference, Reference):
-            reference = make_reference(pl_module, reference, layer_names, options.pooling)
-        cache = reference.cache or ReferenceCache(options.cache_memory * 2**30, options.cache_dtype)
-        self._tracker = Tracker(
-            pl_module, reference, layer_names, options.pooling, options.estimator, options.debiased, cache
-        )
+    @override
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._recorder.prepare(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model = self._recorder.prepare(trainer, pl_module)
         self._probed_step = trainer.global_step
         if self._probe is not None:
-            assert self._tracker is not None
-            self._probe.run(trainer, pl_module, self._tracker, rehearsal=True)
-        elif self._tracker is not None and trainer.val_dataloaders is not None and "validate" in self.options.stages:
-            self._which_dataloaders(trainer, "validate")  # also where there was no sanity check
+            self._probe.record(trainer, model, self._recorder.start.to_exchange)
+        elif "validate" in self.options.stages and trainer.enable_validation:
+            self._recorder.before_run(trainer, trainer.fit_loop.epoch_loop.val_loop)
+        elif "validate" in self.options.stages:
+            warn_no_validation()
+        self._recorder.start.are_live = False
 
-    def _which_dataloaders(self, trainer: pl.Trainer, stage: Stage) -> tuple[list[int], int]:
-        needed = 4 if self.options.uses_unbiased_hsic else 2
-        return tracked_dataloaders(trainer, stage, self.options.dataloaders, needed)
+    # Evaluation: the same for validation and test.
+
+    def _is_tracked(self, trainer: pl.Trainer, stage: Stage) -> bool:
+        """Whether the evaluation that is about to run is one of those that are asked for."""
+        is_due = trainer.state.fn != "fit" or self._num_validations % self.options.every_n_validations == 0
+        return stage in self.options.stages and is_due
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(trainer, "validate")
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not self._recorder.is_recording_due:
+            self._num_validations += 1
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(trainer, "test")
+
+    def _begin(self, trainer: pl.Trainer, stage: Stage) -> None:
+        if not self._is_tracked(trainer, stage):
+            return
+        if self._probe is not None:
+            self._is_probe_due = not trainer.sanity_checking and self.options.probe_every_n_steps is None
+        elif self._recorder.is_recording_due or not trainer.sanity_checking:
+            self._evaluation = self._recorder.evaluation(trainer, stage)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._evaluation is not None:
+            self._evaluation.begin_batch(batch, batch_idx, dataloader_idx)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._evaluation is not None:
+            self._evaluation.end_batch(batch_idx, dataloader_idx)
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end(trainer, pl_module, "validate")
+
+    @override
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end(trainer, pl_module, "test")
+
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
+
+    def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+        if self._evaluation is not None and self._evaluation.records:
+            self._evaluation.finish_recording()
+        elif self._evaluation is not None:
+            self._log(trainer, pl_module, stage, self._evaluation.scores())
+        elif self._is_probe_due:
+            self._is_probe_due = False
+            self._measure(trainer, pl_module, "test" if stage == "test" else "probe")
+
+    def _log(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        stage: Stage,
+        scores: dict[int, dict[str, LayerScore]],
+        *,
+        on_step: bool = False,
+    ) -> None:
+        """Give the scores to the history, the loggers, and whoever monitors them."""
+        records = [record_of(trainer, stage, dataloader, layers) for dataloader, layers in scores.items()]
+        for layers in scores.values():
+            if not self._hinted and not self.options.uses_unbiased_hsic:
+                self._hinted = warn_bias(layers)
+        self.history += records
+        charted = log_records(trainer, pl_module, records, self.options.prefix, on_step=on_step)
+        if self.options.log_figures:
+            self._figures.update(trainer, self.history, charted)
 
     # The probe, in training.
 
@@ -205,129 +271,27 @@ class CKACallback(pl.Callback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._probe is not None and self.options.probe_every_n_steps is None and not trainer.enable_validation:
+        is_due = self.options.probe_every_n_steps is None and not trainer.enable_validation
+        if self._probe is not None and is_due:
             self._measure(trainer, pl_module, "probe")
 
     def _measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, *, on_step: bool = False
     ) -> None:
         assert self._probe is not None
-        assert self._tracker is not None
-        self._probe.run(trainer, pl_module, self._tracker)
-        self._tracked = [0]
-        self._conclude(trainer, pl_module, stage, on_step=on_step)
-        self._tracked = []
-
-    # Evaluation: the same for validation and test.
-
-    @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking and trainer.state.fn == "fit":
-            self._num_validations += 1
-            if (self._num_validations - 1) % self.options.every_n_validations:
-                return
-        self._begin(trainer, pl_module, "validate")
-
-    @override
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin(trainer, pl_module, "test")
-
-    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
-        if stage not in self.options.stages:
-            return
-        # `validate` or `test` on its own: of a tracked training's checkpoint, or of a model built in `configure_model`.
-        if self._tracker is None or (self._initial_weights.in_checkpoint is not None and not self._fitted):
-            self._prepare_loaded(trainer, pl_module)
-        assert self._tracker is not None
-        if self._probe is not None:
-            self._measures_probe = not trainer.sanity_checking and self.options.probe_every_n_steps is None
-            return
-        self._tracked, total = self._which_dataloaders(trainer, stage)
-        self._tracker.open(stage, total, pl_module.device)
-
-    @override
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if self._is_tracked(batch_idx, dataloader_idx):
-            assert self._tracker is not None
-            self._tracker.begin(dataloader_idx, batch_idx, rehearsal=trainer.sanity_checking)
-
-    @override
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        if self._is_tracked(batch_idx, dataloader_idx):
-            assert self._tracker is not None
-            stage: Stage = "test" if trainer.testing else "validate"
-            self._tracker.end(num_first_samples(trainer, stage, dataloader_idx, batch_idx))
-
-    def _is_tracked(self, batch_idx: int, dataloader_idx: int) -> bool:
-        return dataloader_idx in self._tracked and (
-            self.options.max_batches is None or batch_idx < self.options.max_batches
-        )
-
-    @override
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end(trainer, pl_module, "validate")
-
-    @override
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end(trainer, pl_module, "test")
-
-    on_test_batch_start = on_validation_batch_start
-    on_test_batch_end = on_validation_batch_end
-
-    def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
-        if self._measures_probe:
-            self._measures_probe = False
-            self._measure(trainer, pl_module, "test" if stage == "test" else "probe")
-        elif self._tracked and not trainer.sanity_checking:
-            self._conclude(trainer, pl_module, stage)
-
-    def _conclude(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, *, on_step: bool = False
-    ) -> None:
-        """Compute the scores, and give them to the history, the loggers, and whoever monitors them."""
-        assert self._tracker is not None
-        records = []
-        for dataloader in self._tracked:
-            layers = self._tracker.scores(dataloader)
-            self._hint_at_bias(layers)
-            records.append(
-                Record(
-                    step=trainer.global_step,
-                    epoch=trainer.current_epoch,
-                    stage=stage,
-                    dataloader=dataloader,
-                    n=min(layer.n for layer in layers.values()),
-                    scores={name: layer.cka for name, layer in layers.items()},
-                )
-            )
-        self.history += records
-        charted = log_records(trainer, pl_module, records, self.options.prefix, on_step=on_step)
-        if self.options.log_figures:
-            self._figures.update(trainer, self.history, charted)
-
-    def _hint_at_bias(self, layers: dict[str, LayerScore]) -> None:
-        if not self._hinted and not self.options.uses_unbiased_hsic:
-            self._hinted = warn_bias(layers)
+        model = self._recorder.prepare(trainer, pl_module)
+        self._probe.record(trainer, model, self._recorder.start.to_exchange)
+        self._log(trainer, pl_module, stage, {0: self._probe.measure(trainer, model)}, on_step=on_step)
 
     # The end, good or bad: no hook stays behind.
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._finish()
+        self._close_evaluation()
 
     @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._finish()
+        self._close_evaluation()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -337,44 +301,53 @@ class CKACallback(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._finish()
 
+    def _close_evaluation(self) -> None:
+        if self._evaluation is not None:
+            self._evaluation.close()
+            self._evaluation = None
+
     def _finish(self) -> None:
-        self._tracked, self._measures_probe = [], False
-        if self._tracker is not None:
-            self._tracker.close()
+        self._close_evaluation()
+        self._recorder.close()
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if "validate" in self.options.stages and not self.history and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            warn_nothing_tracked()
+        is_surprise = "validate" in self.options.stages and (trainer.enable_validation or self._probe is not None)
+        if is_surprise and not self.history and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            warn_nothing_tracked(is_empty=is_empty(trainer.fit_loop.epoch_loop.val_loop))
         elif self.options.log_figures and trainer.is_global_zero:
             self._figures.finish(trainer, self.history)
-            print_table(self.history, self.options.thresholds)
+            model = self._recorder.model
+            print_table(self.history, self.options.thresholds, reference="" if model is None else model.how_compared)
 
     # State: primitives alone, so that checkpoints load with `weights_only`.
 
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(prefix=self.options.prefix)
+        key = self._generate_state_key(prefix=self.options.prefix)
+        # Lightning refuses two of one key, without a word of `prefix`, before `setup` can say more.
+        return key if self._is_set_up else f"{key}{id(self)}"
 
     @override
     def state_dict(self) -> dict[str, Any]:
         history = [dict(record) for record in self.history]
-        return {"history": history, "num_validations": self._num_validations, **self._initial_weights.state()}
+        return {"history": history, "num_validations": self._num_validations, **self._recorder.start.state()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.history and self._stage != "fit":
-            return  # `test(ckpt_path="best")` after `fit`: the checkpoint's history is a part of the own one
+            return  # `test(ckpt_path="best")` after `fit`: the checkpoint's history is a part of this one
         self.history = [cast(Record, dict(record)) for record in state_dict["history"]]
         self._num_validations = state_dict.get("num_validations", 0)
-        self._initial_weights.load(state_dict)
+        self._recorder.start.load(state_dict)
 
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Put the initial weights next to the first checkpoint, for all of them to refer to."""
-        if self.options.reference == INITIAL and self._fitted and self._tracker is not None:
-            self._initial_weights.write(trainer, self._tracker.reference.module)
-            checkpoint["callbacks"][self.state_key].update(self._initial_weights.state())
+        """Put the recording and the initial weights next to the first checkpoint, for all of them to refer to."""
+        model, start = self._recorder.model, self._recorder.start
+        if self._stage == "fit" and model is not None:
+            start.write(trainer, model.recording, pl_module)
+            checkpoint["callbacks"][self.state_key].update(start.state())

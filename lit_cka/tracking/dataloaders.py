@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Sequence, Sized
 from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import BatchSampler, DistributedSampler
 
+from lit_cka.samples.sampler_indices import evaluated_loaders
 from lit_cka.tracking.history import Stage
 
 
@@ -26,7 +27,7 @@ def tracked_dataloaders(
     Raises:
         ValueError: if there is none with an index, or one is known to have fewer samples.
     """
-    loaders = _dataloaders(trainer, stage)
+    loaders = evaluated_loaders(trainer)
     unknown = [index for index in indices or () if index >= len(loaders)]
     if unknown:
         raise ValueError(f"Expected `dataloaders` to be indices below {len(loaders)}, but got {unknown}.")
@@ -36,21 +37,12 @@ def tracked_dataloaders(
         # A rank's own share may be small, or empty, and the others would wait for it.
         is_whole = trainer.world_size == 1 or _distributed_sampler(loaders[index]) is not None
         if isinstance(dataset, Sized) and len(dataset) < num_samples and is_whole:
+            size = f"has {len(dataset)}" if len(dataset) else "is empty"
             raise ValueError(
-                f"CKA takes at least {num_samples} samples, but the dataset of {stage} dataloader {index} has "
-                f"{len(dataset)}. Track others by `dataloaders=`, or another stage by `stages=`."
+                f"CKA takes at least {num_samples} samples, but the dataset of {stage} dataloader {index} {size}. "
+                "Track others by `dataloaders=`, or another stage by `stages=`."
             )
     return tracked, len(loaders)
-
-
-def _dataloaders(trainer: pl.Trainer, stage: Stage) -> Sequence[Any]:
-    loaders = trainer.val_dataloaders if stage == "validate" else trainer.test_dataloaders
-    if isinstance(loaders, Mapping):
-        loaders = list(loaders.values())
-    combined = trainer._evaluation_loop._combined_loader
-    if not isinstance(loaders, (list, tuple)) or (combined is not None and combined._mode != "sequential"):
-        loaders = [loaders]  # one after the other they are several, side by side one
-    return loaders
 
 
 def _distributed_sampler(loader: Any) -> DistributedSampler[Any] | None:
@@ -69,7 +61,7 @@ def num_first_samples(
     With `max_batches`, only the samples count that so many batches would hold without ranks; where the order of the
     samples isn't known, each rank's own first batches.
     """
-    loader = _dataloaders(trainer, stage)[dataloader]
+    loader = evaluated_loaders(trainer)[dataloader]
     sampler = _distributed_sampler(loader)
     own_first = None if max_batches is None or batch_idx < max_batches else 0
     if sampler is None:

@@ -8,6 +8,8 @@ from typing import Literal
 from typing_extensions import TypedDict
 
 Stage = Literal["validate", "test", "probe"]
+# From the first on a layer counts as untouched, from the second on as refined, below as rewritten.
+THRESHOLDS = (0.99, 0.9)
 
 
 class Record(TypedDict):
@@ -46,11 +48,11 @@ def first_series(history: Sequence[Record]) -> list[Record]:
     return [record for record in records if record["dataloader"] == first]
 
 
-def verdict(cka: float, thresholds: tuple[float, float]) -> str:
+def verdict(cka: float, thresholds: tuple[float, float] = THRESHOLDS) -> str:
     """One word for a layer: "untouched", "refined" or "rewritten" by the thresholds, "undefined" for NaN.
 
     Example:
-        >>> [verdict(cka, (0.99, 0.9)) for cka in (0.999, 0.965, 0.267)]
+        >>> [verdict(cka) for cka in (0.999, 0.965, 0.267)]
         ['untouched', 'refined', 'rewritten']
     """
     if cka != cka:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from lit_cka.features.layers import Layers
 from lit_cka.features.pooling import Pooling, parse_pooling
-from lit_cka.reference.cache import CacheDtype
+from lit_cka.functional.cka import min_num_samples
+from lit_cka.reference.recording import CacheDtype
 from lit_cka.reference.reference import ReferenceLike
 from lit_cka.tracking.history import Stage
 from lit_cka.tracking.tracker import Estimator
@@ -56,7 +57,7 @@ class TrackingOptions:
             )
         if self.cache_memory < 0:
             raise ValueError(f"Expected `cache_memory` to be GiB from 0 on, but got {self.cache_memory}.")
-        _check_one_of("cache_dtype", self.cache_dtype, ("float64", "bfloat16"))
+        _check_one_of("cache_dtype", self.cache_dtype, ("auto", "float64", "bfloat16"))
         parse_pooling(self.pooling)
         self._check_probe()
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -67,6 +68,11 @@ class TrackingOptions:
             raise ValueError("Expected `probe`, batches to measure on, together with `probe_every_n_steps`.")
         if self.has_probe and (self.dataloaders is not None or self.max_batches is not None):
             raise ValueError("Expected no `dataloaders` or `max_batches` with `probe`: its own batches are all used.")
+
+    @property
+    def min_num_samples(self) -> int:
+        """How many samples a score takes."""
+        return min_num_samples(self.uses_unbiased_hsic)
 
     @property
     def uses_unbiased_hsic(self) -> bool:

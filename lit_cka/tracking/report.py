@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_cka import plots
+from lit_cka.features.lightning_private import logging_step
+from lit_cka.files import write_bytes
 from lit_cka.tracking.history import Record, first_series, mean_score, verdict
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ def log_records(
         rank_zero_only=False,
     )
     for logger in trainer.loggers if on_step else ():
-        logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        logger.log_metrics(values, step=logging_step(trainer))
     return charted
 
 
@@ -91,7 +93,7 @@ class LoggedFigures:
     def update(self, trainer: pl.Trainer, history: Sequence[Record], keys: list[str]) -> None:
         """Draw the history, now or later; `keys` are those of the scalars."""
         # The step that Lightning gives the scalars of this evaluation, so that both align.
-        self._waiting = (keys, trainer.fit_loop.epoch_loop._batches_that_stepped)
+        self._waiting = (keys, logging_step(trainer))
         if trainer.state.fn != "fit" or self._spent <= _DRAWING_SHARE * (time.monotonic() - self._start):
             self.finish(trainer, history)
 
@@ -134,15 +136,33 @@ def _add_chart(writer: Any, prefix: str, keys: Sequence[str]) -> None:
         writer.add_custom_scalars(layout)
 
 
-def print_table(history: Sequence[Record], thresholds: tuple[float, float], console: Console | None = None) -> None:
-    """Print a table of layers: first, lowest and last CKA, with a verdict on the last."""
+def print_table(
+    history: Sequence[Record],
+    thresholds: tuple[float, float],
+    console: Console | None = None,
+    *,
+    reference: str = "",
+) -> None:
+    """Print a table of layers: first, lowest and last CKA, with a verdict on the last.
+
+    Args:
+        history: its `first_series` is shown.
+        thresholds: of the verdicts.
+        console: where to print; None for the standard output.
+        reference: a few words on how it came to be.
+    """
     records = first_series(history)
     if not records:
         return
     last = records[-1]
     table = Table(
         title=f"CKA with the reference, n = {last['n']} samples",
-        caption=f"untouched >= {thresholds[0]:g} > refined >= {thresholds[1]:g} > rewritten",
+        caption="\n".join(
+            [
+                f"untouched >= {thresholds[0]:g} > refined >= {thresholds[1]:g} > rewritten",
+                *([f"reference: {reference}"] if reference else []),
+            ]
+        ),
     )
     table.add_column("layer", overflow="fold")
     columns = [f"step {records[0]['step']}", "lowest"] if len(records) > 1 else []
@@ -173,7 +193,7 @@ def write_report(folder: str | os.PathLike[str], history: Sequence[Record], thre
         {**record, "scores": {name: None if cka != cka else cka for name, cka in record["scores"].items()}}
         for record in history
     ]
-    _write(folder / "cka_history.json", json.dumps(cleaned, indent=2).encode())
+    write_bytes(folder / "cka_history.json", json.dumps(cleaned, indent=2).encode())
     rows = io.StringIO()
     writer = csv.writer(rows)
     writer.writerow(["step", "epoch", "stage", "dataloader", "n", "layer", "cka", "verdict"])
@@ -181,14 +201,7 @@ def write_report(folder: str | os.PathLike[str], history: Sequence[Record], thre
         values = [value for key, value in record.items() if key != "scores"]
         for name, cka in record["scores"].items():
             writer.writerow([*values, name, cka, verdict(cka, thresholds)])
-    _write(folder / "cka_history.csv", rows.getvalue().encode())
+    write_bytes(folder / "cka_history.csv", rows.getvalue().encode())
     png = io.BytesIO()
     heatmap(history).savefig(png, format="png")
-    _write(folder / "cka_heatmap.png", png.getvalue())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """All or nothing: a reader, or a killed run, never sees half a file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    write_bytes(folder / "cka_heatmap.png", png.getvalue())

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from typing import Literal, NamedTuple, Union
+from contextlib import AbstractContextManager, ExitStack
+from hashlib import sha256
+from typing import Literal, NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lit_cka.features.compiled import Uncompiled, is_compiled
 from lit_cka.features.extractor import FeatureExtractor
 from lit_cka.features.pooling import Pooling
-from lit_cka.reference.cache import Batch, ReferenceCache
-from lit_cka.reference.reference import Reference
-from lit_cka.reference.rounding import RoundingJudge
-from lit_cka.tracking.statistics import ExactStatistics, MinibatchStatistics, Recall, ReferenceSums, Score
+from lit_cka.reference.recording import Dataloader, Recording
+from lit_cka.reference.rounding import rounding_cost
+from lit_cka.reference.running import RunningReference
+from lit_cka.samples.counting import DataRanks
+from lit_cka.samples.sample_keys import BatchSamples
+from lit_cka.statistics.layer import ExactStatistics, MinibatchStatistics
+from lit_cka.tracking.pairing import PairedPass
 
 Estimator = Literal["exact", "minibatch"]
-# Wider features would need more memory for their statistics than the models that are tracked.
-_MAX_STATE_BYTES = 8 * 2**30
 _MAX_ROUNDING_COST = 1e-4
-_Statistics = Union[ExactStatistics, MinibatchStatistics]
 
 
 class LayerScore(NamedTuple):
@@ -33,195 +34,266 @@ class LayerScore(NamedTuple):
 
 
 class Tracker:
-    """Pairs the features of a live model with its reference's and accumulates the CKA of every layer.
+    """Takes the features of a live model: into a recording, or to compare them with what was recorded.
 
     Args:
         live: the model in training.
-        reference: what to compare it with.
         layer_names: the layers, as in `live.named_modules()`.
         pooling: as for `FeatureExtractor`.
+        recording: where the reference's features are kept.
+        running: a reference that runs beside the live model; None if the live model itself was recorded.
         estimator: "exact" (`LinearCKA`) or "minibatch" (`MinibatchCKA`).
         debiased: as for `LinearCKA`.
-        cache: for the reference's features; None for none.
     """
 
     def __init__(
         self,
         live: nn.Module,
-        reference: Reference,
         layer_names: list[str],
         pooling: Pooling,
+        recording: Recording,
+        running: RunningReference | None = None,
         estimator: Estimator = "exact",
         debiased: bool = False,
-        cache: ReferenceCache | None = None,
     ) -> None:
-        self.reference = reference
-        self._cache = reference.cache = cache or reference.cache or ReferenceCache(0)
-        self.layer_names = layer_names
         self.live = live
+        self.layer_names = layer_names
+        self.recording = recording
+        self.running = running
+        self.can_record = True  # unless the data differ at every pass
         self._estimator = estimator
         self._debiased = debiased
         self._extractor = FeatureExtractor(
-            live, layer_names, pooling, on_call=reference.on_call, on_return=reference.on_return
+            live,
+            layer_names,
+            pooling,
+            on_call=None if running is None else running.on_call,
+            on_return=None if running is None else running.on_return,
         )
         self._hooks = ExitStack()
         self._has_compiled = False
         self._uncompiled = Uncompiled()
-        self._statistics: list[dict[str, _Statistics]] = []
-        self._judges: list[dict[str, RoundingJudge]] = []  # empty where rounding has been judged
-        self._known: dict[tuple[str, int], dict[str, ReferenceSums]] = {}  # by dataloader and layer
-        self._checked: set[tuple[str, int]] = set()  # dataloaders whose rounded features have been judged
+        self._passes: list[PairedPass] = []
         self._stage = ""
-        self._batch: Batch
-        self._device = torch.device("cpu")
-        self._widths: dict[str, int] = {}
+        self._records = False  # whether this pass is the reference's
+        self._dataloader = 0
+        self._ranks = DataRanks(0, 1, None, torch.device("cpu"))
         self._ran_once = False
         self._warned: set[tuple[str, str]] = set()
 
-    def open(self, stage: str, num_dataloaders: int, device: torch.device) -> None:
-        """Start anew for an evaluation over `num_dataloaders` sets: empty statistics on `device`, hooks in place."""
+    def open(self, stage: str, num_dataloaders: int, ranks: DataRanks, *, record: bool = False) -> None:
+        """Start anew for an evaluation over `num_dataloaders` sets: empty statistics, hooks in place.
+
+        Args:
+            stage: what the dataloaders belong to.
+            num_dataloaders: how many there are.
+            ranks: the processes that hold different samples.
+            record: take the features as the reference's.
+        """
         self.close()
-        self._stage, self._device = stage, device
-        self._cache.forget_changing()
+        self._stage, self._ranks, self._records = stage, ranks, record
         # Compiled code does not notice hooks that come and go.
-        self._has_compiled = is_compiled(self.live) or is_compiled(self.reference.module)
-        self._statistics, self._judges = [], []
-        for dataloader in range(num_dataloaders):
-            known = self._known.get((stage, dataloader), {})
-            self._statistics.append({name: self._new(known.get(name)) for name in self.layer_names})
-            judge = self._cache.rounds and (stage, dataloader) not in self._checked
-            self._judges.append({name: RoundingJudge() for name in self.layer_names} if judge else {})
-            if judge:
-                self._cache.forget(stage, dataloader)  # of a pass that did not end
+        self._has_compiled = is_compiled(self.live) or (self.running is not None and is_compiled(self.running.module))
+        self._passes = []
+        for number in range(num_dataloaders):
+            dataloader = Dataloader(stage, number)
+            if record:
+                self.recording.start(dataloader)
+            recorded = self.recording.dataloaders.get(dataloader) if self.can_record else None
+            self._passes.append(PairedPass({name: self._new() for name in self.layer_names}, recorded))
         if not self._has_compiled:
             self._hooks.enter_context(self._extractor)
         self._extractor.enabled = False
+        self._extractor.watch_replicas(ranks.replicas)
 
-    def _new(self, known: ReferenceSums | None) -> _Statistics:
-        return MinibatchStatistics() if self._estimator == "minibatch" else ExactStatistics(known)
+    def _new(self) -> ExactStatistics | MinibatchStatistics:
+        return MinibatchStatistics() if self._estimator == "minibatch" else ExactStatistics()
 
     def close(self) -> None:
         """Remove all hooks from the live model and the reference. The statistics stay."""
         self._uncompiled.stop()
         self._hooks.close()
-        self.reference.close()
+        if self.running is not None:
+            self.running.close()
 
-    def begin(self, dataloader: int, index: int, *, rehearsal: bool = False) -> None:
-        """Watch the step on this batch; in a rehearsal nothing of it is kept for later passes."""
+    def begin(self, dataloader: int) -> None:
+        """Watch the step on a batch of this dataloader."""
         self._extractor.drain()  # what a step that failed may have left
         self._extractor.enabled = True
-        self._batch = Batch(self._stage, dataloader, index)
+        self._dataloader = dataloader
         if self._has_compiled:  # for this step alone: all others stay as they are compiled
             self._uncompiled.start()
             self._hooks.enter_context(self._extractor)
-        self.reference.begin(None if rehearsal else self._batch, first=not self._ran_once)
+        if self._runs_reference:
+            self.running.begin(first=not self._ran_once)  # type: ignore[union-attr]
 
-    def end(self, num_samples: int | None = None) -> None:
-        """Add what the step since `begin` showed to the statistics of its dataloader.
+    @property
+    def _runs_reference(self) -> bool:
+        return self.running is not None and (self._records or not self.can_record)
 
-        Args:
-            num_samples: how many of the batch's samples count, the first ones; None for all.
+    def alone(self) -> AbstractContextManager[None]:
+        """For a step that is for this tracker only, whoever else watches the model."""
+        return self._extractor.alone()
 
-        Raises:
-            ValueError: in the first step, if a layer did not run once with usable output. Later, such a layer skips
-                the batch, with one warning: a training is not ended for it.
+    def take(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
+        """End the step since `begin`, and return what it showed.
+
+        Returns:
+            The features (rows, d) by layer of the live model, those of a reference that runs, and the layers that
+            can't be used, with the reasons.
         """
         self._uncompiled.stop()
         self._extractor.enabled = False
         live, problems = self._extractor.drain()
         if self._has_compiled:
             self._hooks.close()
-        reference, reference_problems = self.reference.end()
+        if not self._runs_reference:
+            return live, {}, problems
+        assert self.running is not None
+        reference, reference_problems = self.running.end()
         problems = {**reference_problems, **problems}
         for name in live.keys() - reference.keys() - problems.keys():
             problems[name] = (
                 f"The reference did not run for layer {name!r}, since no module around it was called: the step calls "
                 "it by itself. Give the module a `forward` that calls its parts, and use that in the step."
             )
+        return live, reference, problems
+
+    def record(
+        self, samples: BatchSamples, live: dict[str, Tensor], reference: dict[str, Tensor], problems: dict[str, str]
+    ) -> None:
+        """Record what `take` returned for these samples.
+
+        Raises:
+            ValueError: as `compare` does.
+        """
+        usable = {name: value for name, value in live.items() if name not in problems}
+        played = usable if self.running is None else {name: reference[name] for name in usable}
+        found = self.recording.add(Dataloader(self._stage, self._dataloader), samples, played)
+        self._report(problems, found)
+
+    def conclude_recording(self) -> None:
+        """Say what is wrong with what was recorded, and keep it in the type that was asked for; all ranks call it."""
+        for dataloader, recorded in self.recording.dataloaders.items():
+            if dataloader.stage != self._stage:
+                continue
+            rank_zero_info(
+                f"CKA: recorded the reference's features of {len(recorded)} samples of {dataloader.stage} dataloader "
+                f"{dataloader.number} in {len(self.layer_names)} layers ({recorded.nbytes / 2**20:.1f} MiB)."
+            )
+            recorded.is_complete = True
+            for name, store in recorded.stores.items():
+                if not store.is_finite:
+                    self._warn_once(
+                        name,
+                        "nan",
+                        f"CKA of layer {name!r} is undefined (NaN): the reference's features, as they were recorded, "
+                        "hold NaN or infinity.",
+                    )
+            if self.recording.dtype == "bfloat16":
+                cost = rounding_cost(recorded.stores.values(), torch.bfloat16, self._ranks.device, self._ranks.group)
+                if cost <= _MAX_ROUNDING_COST:
+                    recorded.round_to(torch.bfloat16)
+                else:
+                    self._warn_once(
+                        "",
+                        "rounding",
+                        f"Keeping the reference's features in bfloat16 can change CKA by {cost:.1e}, more than "
+                        f"{_MAX_ROUNDING_COST:g}: they are kept in float32.",
+                    )
+
+    def needs_content(self, dataloader: int, samples: BatchSamples) -> bool:
+        """Whether samples have to be known by what the batch holds of them: to be found in other datasets, too."""
+        recorded = self.recording.dataloaders.get(Dataloader(self._stage, dataloader))
+        return self._records or (recorded is not None and self.can_record and not recorded.knows(samples))
+
+    def has_changed(self, dataloader: int, samples: BatchSamples, content: bytes | None) -> bool:
+        """Whether a batch of recorded samples is not what it was then; in a recording, note what it is.
+
+        Args:
+            dataloader: its number.
+            samples: of the batch.
+            content: a hash of all that it holds; None if that can't be told.
+        """
+        recorded = self.recording.dataloaders.get(Dataloader(self._stage, dataloader))
+        if recorded is None or content is None or not self.can_record:
+            return False
+        key = sha256(samples.keys.numpy().tobytes()).hexdigest()
+        if self._records:
+            recorded.contents[key] = content.hex()
+            return False
+        if recorded.contents.get(key, content.hex()) == content.hex():
+            return False
+        self._passes[dataloader].num_changed += len(samples)
+        return True
+
+    def compare(self, samples: BatchSamples) -> None:
+        """Add what the step since `begin` showed to the statistics of its dataloader.
+
+        Raises:
+            ValueError: in the first step, if a layer did not run once with usable output. Later, such a layer skips
+                the batch, with one warning: a training is not ended for it.
+        """
+        live, reference, problems = self.take()
+        usable = {name: value for name, value in live.items() if name not in problems}
+        paired = self._passes[self._dataloader]
+        self._report(problems, paired.add(samples, usable, reference))
+        if paired.has_small_batches:
+            self._warn_once("", "small", "Batches of fewer than 4 samples are left out of the minibatch estimator.")
+
+    def _report(self, problems: dict[str, str], found: dict[str, str]) -> None:
+        problems = {**problems, **{name: f"Layer {name!r} can't be used: {text}" for name, text in found.items()}}
         for name in self.layer_names:
-            if name not in problems:
-                try:
-                    self._add(name, live[name][:num_samples], reference[name][:num_samples])
-                except ValueError as error:
-                    problems[name] = f"Layer {name!r} can't be used: {error}"
             if name in problems and not self._ran_once:
                 raise ValueError(problems[name])
             if name in problems:
                 self._warn_once(name, "skipped", f"{problems[name]} This batch is left out for the layer.")
         self._ran_once = True
 
-    def _add(self, name: str, live: Tensor, reference: Tensor) -> None:
-        d = max(live.shape[1], reference.shape[1])
-        if self._estimator == "exact" and 24 * d * d > _MAX_STATE_BYTES:
-            raise ValueError(
-                f"it has {d} features per sample, whose statistics would take {24 * d * d / 1e9:.0f} GB. Pool them "
-                '(pooling="mean"), or use estimator="minibatch".'
-            )
-        if self._estimator == "minibatch" and len(live) < 4:
-            if len(live):
-                self._warn_once("", "small", "Batches of fewer than 4 samples are left out of the minibatch estimator.")
-            return
-        statistics = self._statistics[self._batch.dataloader][name]
-        if not self.reference.replayed:
-            statistics.forget_known(self._recall(name))
-        statistics.add(self._batch, live, reference)
-        self._widths[name] = d
-        kept = self._cache.recall(self._batch, name, reference.device) if self._judges[self._batch.dataloader] else None
-        if kept is not None:
-            self._judges[self._batch.dataloader][name].add(reference, kept[: len(reference)])
-
-    def _recall(self, name: str) -> Recall:
-        def recall(batch: Batch, num_samples: int) -> Tensor:
-            features = self._cache.recall(batch, name, self._device)
-            assert features is not None  # known sums are used as long as all features are found in the cache
-            return features[:num_samples]
-
-        return recall
-
     def scores(self, dataloader: int) -> dict[str, LayerScore]:
-        """CKA of every layer over all batches since `open`, on all ranks; NaN with one warning where undefined."""
+        """Return the CKA of every layer over all batches since `open`, of all ranks; NaN with a warning if undefined.
+
+        Every rank has to call it.
+
+        Args:
+            dataloader: its number.
+        """
+        paired = self._passes[dataloader]
+        layers = paired.scores(self._ranks, debiased=self._debiased)
+        is_explained = self._explain_missing(dataloader, paired, is_empty=not any(score.n for score in layers.values()))
         scores = {}
-        judges = self._judges[dataloader]
-        known = self._known[self._stage, dataloader] = {}
-        for name, statistics in self._statistics[dataloader].items():
-            score = statistics.score(self._recall(name), self._device, debiased=self._debiased)
-            if score.cka != score.cka:
+        for name, score in layers.items():
+            if score.cka != score.cka and (score.n or not is_explained):
                 debiased = self._debiased or self._estimator != "exact"
-                self._warn_once(name, "nan", _undefined(name, score, debiased))
-            sums = statistics.reference_sums()
-            # Of rounded features they will be others.
-            if sums is not None and not judges and all(self._cache.has(batch) for batch, _ in sums.batches):
-                known[name] = sums
-            scores[name] = LayerScore(score.cka, score.n, self._widths.get(name, 0))
-        if judges:
-            self._judge_rounding(dataloader, max(judge.cost(self._device) for judge in judges.values()))
+                text = f"CKA of layer {name!r} is undefined (NaN): {score.why_undefined(debiased=debiased)}."
+                self._warn_once(name, "nan", text)
+            scores[name] = LayerScore(score.cka, score.n, paired.widths.get(name, 0))
         return scores
 
-    def _judge_rounding(self, dataloader: int, cost: float) -> None:
-        """All ranks come to the same verdict, since the values are those of all ranks."""
-        self._checked.add((self._stage, dataloader))
-        if cost > _MAX_ROUNDING_COST:
-            self._cache.stop_rounding()
-            self._known.clear()
+    def _explain_missing(self, dataloader: int, paired: PairedPass, *, is_empty: bool) -> bool:
+        """Warn of samples that could not be compared; return whether that says why none could."""
+        where = f"{self._stage} dataloader {dataloader}"
+        left_out = "they are left out, and n says how many were compared."
+        is_empty = is_empty and not paired.num_batches and not paired.num_changed
+        if is_empty:
+            self._warn_once(where, "empty", f"The {where} is empty: it gave no batch, so there is no CKA (NaN).")
+        if paired.num_unmatched:
             self._warn_once(
-                "",
-                "rounding",
-                f"Keeping the reference's features in bfloat16 can change CKA by {cost:.1e}, more than "
-                f"{_MAX_ROUNDING_COST:g}: they are kept in float64 from now on.",
+                where,
+                "unmatched",
+                f"{paired.num_unmatched} samples of {where} were not among those that the reference was recorded on: "
+                f"{left_out}",
             )
+        if paired.num_changed:
+            self._warn_once(
+                where,
+                "changed",
+                f"{paired.num_changed} samples of {where} are not what they were when the reference was recorded, "
+                f"though they have the same indices: {left_out}",
+            )
+        return is_empty or bool(paired.num_unmatched or paired.num_changed)
 
     def _warn_once(self, name: str, kind: str, text: str) -> None:
         if (name, kind) not in self._warned:
             self._warned.add((name, kind))
             rank_zero_warn(text, stacklevel=4)
-
-
-def _undefined(name: str, score: Score, debiased: bool) -> str:
-    needed = 4 if debiased else 2
-    if score.n < needed:
-        reason = f"it takes {needed} samples, and there were {score.n}"
-    elif not score.finite:
-        reason = "the features of the live model or of the reference hold NaN or infinity"
-    else:
-        reason = "all samples have the same features in the live model or in the reference (a dead layer?)"
-    return f"CKA of layer {name!r} is undefined (NaN): {reason}."

@@ -8,27 +8,28 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from lit_cka.reference.isolation import FollowsLiveWeightsError, LiveWeightGuard, Provenance, preserved_rng
+from lit_cka.reference.isolation import FollowsLiveWeightsError, LiveWeightGuard, WeightTaint
+from lit_cka.samples.random_states import preserved_rng
 
 
 def test_what_comes_from_trained_weights_is_known_by_name() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).requires_grad_(False)
     model[1].bias.requires_grad_(True)
-    provenance, x = Provenance(model), torch.randn(2, 3)
+    taint, x = WeightTaint(model), torch.randn(2, 3)
     with torch.no_grad():
-        provenance.watch(True)
+        taint.watch(True)
         frozen = model[0](x) * 2
         trained = model[1](frozen).reshape(-1)[1:] + 1
-        provenance.watch(False)
+        taint.watch(False)
         after = model[1](x)
-    assert provenance.origin((x, {"x": [frozen]})) is None
-    assert provenance.origin((x, {"x": [trained]})) == "1.bias"
-    assert provenance.origin(after) is None
+    assert taint.origin((x, {"x": [frozen]})) is None
+    assert taint.origin((x, {"x": [trained]})) == "1.bias"
+    assert taint.origin(after) is None
 
 
 def test_watchers_may_stop_in_any_order() -> None:
     models = [nn.Linear(2, 2), nn.Linear(2, 2)]
-    first, second = map(Provenance, models)
+    first, second = map(WeightTaint, models)
     with torch.no_grad():
         first.watch(True)
         second.watch(True)

@@ -14,15 +14,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lit_cka import CKACallback
 from lit_cka.checkpoints.state_dicts import load_state_dict
-from lit_cka.reference.reference import FollowsLiveWeightsError, preserved_rng, snapshot
+from lit_cka.reference.isolation import FollowsLiveWeightsError
+from lit_cka.reference.snapshot import snapshot
+from lit_cka.samples.random_states import preserved_rng
+from tests import oracles
 from tests.tracking.helpers import (
     BLOCKS,
     WIDTH,
     Classifier,
     Net,
+    features,
     frozen,
     hand_cka,
     hooks_of,
@@ -330,20 +335,42 @@ FOLLOWERS = [
 ]
 
 
+class Augmented(TensorDataset):
+    """Samples with noise that is drawn each time, so that the reference has to run beside the model."""
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = super().__getitem__(index)
+        return x + torch.randn(WIDTH), y
+
+
+@pytest.mark.filterwarnings("ignore:The data differ at every pass")
 @pytest.mark.parametrize("frozen_weights", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("follow", FOLLOWERS)
-def test_followers_of_the_live_weights(
+def test_a_copy_that_follows_the_live_weights_is_refused(
     tmp_path: Path, follow: Callable[[Classifier], None], frozen_weights: bool
 ) -> None:
     module, callback = Classifier(), CKACallback()
     module.net.blocks.requires_grad_(not frozen_weights)
     follow(module)
     run = trainer(tmp_path, callback)
+    augmented = DataLoader(Augmented(*loader().dataset.tensors), batch_size=16)
     with pytest.raises(FollowsLiveWeightsError, match=r"follows the live weights: .* Pass `reference=`"):
-        run.fit(module, train_loader(), loader())
+        run.fit(module, train_loader(), augmented)
     assert run.global_step == 0
     assert hooks_of(module) == 0
     assert callback.history == []
+
+
+@pytest.mark.parametrize("follow", FOLLOWERS)
+def test_a_recording_follows_nothing(tmp_path: Path, follow: Callable[[Classifier], None]) -> None:
+    module, callback = Classifier(), CKACallback()
+    follow(module)
+    recorded = [value[0] for value in features(module, BLOCKS, [next(iter(DataLoader(loader().dataset, 44)))]).values()]
+    trainer(tmp_path, callback).fit(module.train(), train_loader(), loader())
+    after = [value[0] for value in features(module, BLOCKS, [next(iter(DataLoader(loader().dataset, 44)))]).values()]
+    by_hand = [oracles.linear_cka(X, Y, False) for X, Y in zip(recorded, after, strict=True)]
+    assert list(callback.scores.values()) == pytest.approx(by_hand, abs=1e-7)  # float32, in other batches
+    assert min(by_hand) < 0.99
 
 
 @pytest.mark.parametrize("follow", FOLLOWERS)

@@ -103,12 +103,25 @@ def test_the_scores_are_those_against_the_initial_weights(tmp_path: Path, build:
     assert max(callback.scores.values()) < 1 - 1e-4
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
+def test_adapters_that_change_the_base_are_refused(tmp_path: Path, start: str) -> None:
+    module = with_lora(init_lora_weights=start)
+    with pytest.raises(ValueError, match=rf"start by '{start}'.*reference=\"initial\""):
+        fit(tmp_path, module, CKACallback(reference="adapter-off"))
+    # Which is right for them.
+    callback = CKACallback(debiased=True)
+    fit(tmp_path, module, callback)
+    assert max(callback.scores.values()) < 1
+
+
 def test_no_second_model() -> None:
     from lit_cka.features.layers import select_layers
-    from lit_cka.reference.reference import make_reference
+    from lit_cka.reference.reference import LiveReference, make_reference
 
     module = with_lora()
-    assert make_reference(module, "adapter-off", select_layers(module, None), "mean").module is module
+    reference = make_reference(module, "adapter-off", select_layers(module, None), "mean")
+    assert isinstance(reference, LiveReference)
+    assert reference.weights is None
 
 
 @pytest.mark.parametrize("build", [with_lora, two_adapters, of_transformers])

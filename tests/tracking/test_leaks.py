@@ -48,7 +48,7 @@ def usage(module: pl.LightningModule) -> Usage:
         len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0,
         threading.active_count(),
         hooks_of(module),
-        len(_get_current_dispatch_mode_stack()) + _len_torch_function_stack() + len(FeatureExtractor._only),
+        len(_get_current_dispatch_mode_stack()) + _len_torch_function_stack() + len(FeatureExtractor._alone.holders),
     )
 
 

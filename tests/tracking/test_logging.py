@@ -71,8 +71,11 @@ def test_two_callbacks_with_their_own_prefixes(tmp_path: Path) -> None:
 
 
 def test_two_callbacks_with_one_prefix_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="more than one stateful callback of type `CKACallback`"):
-        trainer(tmp_path, CKACallback(), CKACallback(debiased=True))
+    run = trainer(tmp_path, CKACallback(), CKACallback(debiased=True))
+    message = r"each CKACallback .* to have a `prefix` of its own, .* 'cka': pass, say, CKACallback\(prefix='cka_2'\)"
+    with pytest.raises(ValueError, match=message):
+        run.fit(Classifier(), train_loader(), loader())
+    assert CKACallback().state_key != CKACallback(prefix="other").state_key
 
 
 # Loggers.
@@ -246,7 +249,7 @@ class Failing(Classifier):
         self.fails = True
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        assert hooks_of(self) > 0  # the callback is at work
+        assert hooks_of(self) > 0 or self.trainer.sanity_checking  # the callback is at work
         self.loss(batch)
         if self.fails and self.global_step > 4:
             raise self.error
@@ -262,9 +265,7 @@ def test_no_hook_survives_an_exception(tmp_path: Path, error: BaseException) -> 
     assert module.global_step == 8
     assert len(callback.history) == 1
     assert hooks_of(module) == 0
-    reference = callback._tracker.reference.module
-    assert hooks_of(reference) == 0
-    # And both can be used again.
+    # And it can be used again.
     module.train().fails = False
     trainer(tmp_path, callback, max_epochs=1).fit(module, train_loader(), loader())
     assert len(callback.history) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lit_cka import CKACallback
 from tests.tracking.helpers import (
     BLOCKS,
+    NUM_VAL,
     WIDTH,
     Block,
     Classifier,
@@ -203,7 +204,7 @@ def test_pooling_that_gives_no_features(tmp_path: Path) -> None:
     assert_refused(tmp_path, Classifier(), callback, r"Expected `pooling` to return .* 'net.blocks.0' .* but got \(\)")
 
 
-# Steps that leave no way to run the reference on raw inputs.
+# Steps that feed a part of the network with what they computed from another part.
 
 
 class EncoderDecoder(Classifier):
@@ -222,8 +223,11 @@ class Separate(EncoderDecoder):
 
 @pytest.mark.parametrize("layers", [None, "net.blocks.*"])
 def test_an_encoder_and_a_decoder_called_separately(tmp_path: Path, layers: str | None) -> None:
-    message = r"'net' on what it computed from the trained weight 'encoder\..*Give the module a `forward`"
-    assert_refused(tmp_path, Separate(), CKACallback(layers=layers), message)
+    module, callback = Separate(), CKACallback(layers=layers)
+    before, names = frozen(module), BLOCKS if layers else [*BLOCKS, *(f"encoder.blocks.{i}" for i in range(3))]
+    trainer(tmp_path, callback).fit(module, train_loader(), loader())
+    by_hand = hand_cka(before, module, names, loader(), run=lambda model, batch: model.net(model.encoder(batch[0])))
+    assert callback.scores == pytest.approx(by_hand, abs=1e-9)
 
 
 def test_an_encoder_and_a_decoder_called_together(tmp_path: Path) -> None:
@@ -252,7 +256,7 @@ def test_a_decoder_behind_a_frozen_encoder(tmp_path: Path) -> None:
 
 
 def test_a_network_fed_through_a_trained_parameter(tmp_path: Path) -> None:
-    """No module, but trained: with the live model's inputs the reference would see half of the training."""
+    """No module, but trained: the recording has both as they were."""
 
     class Prompted(Classifier):
         def __init__(self) -> None:
@@ -264,13 +268,9 @@ def test_a_network_fed_through_a_trained_parameter(tmp_path: Path) -> None:
 
     module, callback = Prompted(), CKACallback()
     before = frozen(module)
-    try:
-        trainer(tmp_path, callback).fit(module, train_loader(), loader())
-    except ValueError as error:
-        assert "raw inputs" in str(error)  # noqa: PT017  # either an error or the right number will do
-    else:
-        run = lambda model, batch: model.net(batch[0] @ model.mixing)  # noqa: E731
-        assert callback.scores == pytest.approx(hand_cka(before, module, BLOCKS, loader(), run=run), abs=1e-9)
+    trainer(tmp_path, callback).fit(module, train_loader(), loader())
+    run = lambda model, batch: model.net(batch[0] @ model.mixing)  # noqa: E731
+    assert callback.scores == pytest.approx(hand_cka(before, module, BLOCKS, loader(), run=run), abs=1e-9)
 
 
 def test_two_encoders_fed_with_what_the_step_computed_from_the_batch(tmp_path: Path) -> None:
@@ -285,12 +285,8 @@ def test_two_encoders_fed_with_what_the_step_computed_from_the_batch(tmp_path: P
     module, callback = Scaled(), CKACallback()
     before, names = frozen(module), [*BLOCKS, *(f"other.blocks.{i}" for i in range(3))]
     run = lambda model, batch: (model.net(batch[0] / 2), model.other(batch[0] / 3))  # noqa: E731
-    try:
-        trainer(tmp_path, callback).fit(module, train_loader(), loader())
-    except ValueError as error:
-        assert "'net' returned" not in str(error)  # noqa: PT017  # it is not true: say what is known
-    else:
-        assert callback.scores == pytest.approx(hand_cka(before, module, names, loader(), run=run), abs=1e-9)
+    trainer(tmp_path, callback).fit(module, train_loader(), loader())
+    assert callback.scores == pytest.approx(hand_cka(before, module, names, loader(), run=run), abs=1e-9)
 
 
 def test_layers_that_the_step_calls_one_by_one(tmp_path: Path) -> None:
@@ -300,10 +296,153 @@ def test_layers_that_the_step_calls_one_by_one(tmp_path: Path) -> None:
             for block in self.net.blocks:
                 x = block(x)
 
-    # The way out is in the message.
-    assert_refused(
-        tmp_path, OneByOne(), CKACallback(), r"The reference did not run for layer 'net.blocks.0'.*`forward`"
-    )
+    module, callback = OneByOne(), CKACallback()
+    before = frozen(module)
+    trainer(tmp_path, callback).fit(module, train_loader(), loader())
+    assert callback.scores == pytest.approx(hand_cka(before, module, BLOCKS, loader()), abs=1e-9)
+    # A reference that runs beside the model is called as a whole; the way out is in the message.
+    callback = CKACallback(reference=Classifier(Net(num_classes=5)))
+    assert_refused(tmp_path, OneByOne(), callback, r"The reference did not run for layer 'net.blocks.0'.*`forward`")
+
+
+# Recordings of nothing, or of something else.
+
+
+class Returning(Classifier):
+    """Leaves its validation out while Lightning checks it."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if not self.trainer.sanity_checking:
+            super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("num_sanity_val_steps", [0, 2])
+def test_a_step_that_returns_early_in_a_sanity_check(tmp_path: Path, num_sanity_val_steps: int) -> None:
+    message = r"'net.blocks.0' has not run.* in which `trainer.sanity_checking` is true: does the step return early"
+    assert_refused(tmp_path, Returning(), CKACallback(), message, num_sanity_val_steps=num_sanity_val_steps)
+
+
+class Changing(Net):
+    """Has a layer that runs in training only, or also in evaluation later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra, self.is_on = nn.Linear(WIDTH, WIDTH), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_on or self.training:
+            self.is_on = self.is_on or self.training
+            self.extra(x)
+        return super().forward(x)
+
+
+def test_a_layer_that_runs_later_alone(tmp_path: Path) -> None:
+    callback = CKACallback(layers=[*BLOCKS, "net.extra"])
+    assert_refused(tmp_path, Classifier(Changing()), callback, "Layer 'net.extra' has not run")
+
+
+def own_warnings(folder: Path, module: pl.LightningModule, callback: CKACallback, data: Any, **how: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trainer(folder, callback, **how).fit(module, train_loader(), data)
+    return [str(each.message) for each in seen if "lit_cka" in each.filename or "CKA" in str(each.message)]
+
+
+class Nothing(IterableDataset):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+def test_a_dataloader_that_gives_nothing(tmp_path: Path) -> None:
+    callback = CKACallback()
+    (message,) = own_warnings(tmp_path, Classifier(), callback, DataLoader(Nothing(), 4))
+    assert message == "The validate dataloader 0 is empty: it gave no batch, so there is no CKA (NaN)."
+    assert [record["n"] for record in callback.history] == [0, 0]
+    assert all(np.isnan(score) for score in callback.scores.values())
+
+
+@pytest.mark.filterwarnings("ignore:Total length of")
+@pytest.mark.parametrize("data", [[], DataLoader(TensorDataset(torch.zeros(0, WIDTH), torch.zeros(0)))], ids=["", "0"])
+def test_dataloaders_that_are_known_to_be_empty(tmp_path: Path, data: Any) -> None:
+    callback = CKACallback()
+    message = own_warnings(tmp_path, Classifier(), callback, data)[-1]
+    assert message.startswith("CKACallback has tracked nothing: its validation dataloaders are empty.")
+    assert callback.history == []
+
+
+@pytest.mark.filterwarnings("ignore:Total length of")
+def test_one_of_two_dataloaders_is_empty(tmp_path: Path) -> None:
+    class Seeing(Classifier):
+        num_steps = 0
+
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            super().validation_step(batch, batch_idx)
+            type(self).num_steps += 1
+
+    callback, module = CKACallback(), Seeing()
+    before = frozen(module)
+    (message,) = own_warnings(tmp_path, module, callback, [loader(), DataLoader(Nothing(), 4)], num_sanity_val_steps=0)
+    assert message.startswith("The validate dataloader 1 is empty")
+    assert [record["n"] for record in callback.history] == [44, 0] * 2
+    assert callback.scores == pytest.approx(hand_cka(before, module, BLOCKS, loader()), abs=1e-9)
+    assert Seeing.num_steps == 3 + 1 + 2 * 3  # the recording is made once
+    known = [loader(), DataLoader(TensorDataset(torch.zeros(0, WIDTH), torch.zeros(0)))]
+    assert_refused(tmp_path, Seeing(), CKACallback(), "but the dataset of validate dataloader 1 is empty", data=known)
+
+
+class Window(IterableDataset):
+    """Other samples in every pass, of which some have been there before."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.num_passes = step, -1
+
+    def __iter__(self) -> Iterator[Any]:
+        self.num_passes += 1
+        start = max(self.num_passes - 2, 0) * self.step  # the first three are the same: two checks, and the recording
+        return (dataset(300, 1)[index] for index in range(start, start + 40))
+
+
+@pytest.mark.parametrize(("step", "expected"), [(10, [40, 40, 30]), (14, [40, 40, 26])])
+def test_samples_that_do_not_come_again(tmp_path: Path, step: int, expected: list[int]) -> None:
+    module, callback = Classifier(), CKACallback(debiased=True)
+    before, data = frozen(module), DataLoader(Window(step), batch_size=16)
+    (message,) = own_warnings(tmp_path, module, callback, data, max_epochs=3)
+    assert message.startswith(f"{step} samples of validate dataloader 0 were not among those")
+    assert "n says how many were compared" in message
+    assert [record["n"] for record in callback.history] == expected
+    batches = [dataset(300, 1)[step:40]]
+    by_hand = hand_cka(before, module, BLOCKS, batches, debiased=True)
+    assert callback.scores == pytest.approx(by_hand, abs=1e-7, nan_ok=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_dtype": "bfloat16"}, {"estimator": "minibatch"}], ids=str)
+def test_nan_in_the_recording_alone(tmp_path: Path, options: dict[str, Any]) -> None:
+    module, callback = SpoiledModule("nan"), CKACallback(**options)
+    module.on_train_start = lambda: setattr(module.net.blocks[2], "how", "sound")
+    seen = own_warnings(tmp_path, module, callback, loader(400, batch_size=50))
+    (message,) = [text for text in seen if "undefined" in text]
+    assert message.startswith("CKA of layer 'net.blocks.2' is undefined (NaN): the reference's features, as they were")
+    assert np.isnan(callback.scores[BLOCKS[2]])
+    assert all(np.isfinite(callback.scores[name]) for name in BLOCKS[:2])
+
+
+def test_a_recording_that_was_not_finished_is_made_again(tmp_path: Path) -> None:
+    class Failing(Classifier):
+        fails = True
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            if self.fails and batch_idx == 1:
+                raise ArithmeticError("The step has failed.")
+
+    module, callback = Failing(), CKACallback()
+    with pytest.raises(ArithmeticError):
+        trainer(tmp_path, callback, num_sanity_val_steps=0).fit(module, train_loader(), loader())
+    module.fails = False
+    before = frozen(module.train())
+    assert own_warnings(tmp_path, module.train(), callback, loader()) == []
+    assert callback.history[-1]["n"] == NUM_VAL
+    assert callback.scores == pytest.approx(hand_cka(before, module, BLOCKS, loader()), abs=1e-9)
 
 
 # Features without a CKA.
@@ -492,11 +631,13 @@ def test_few_samples_for_the_width_are_hinted_at_once(tmp_path: Path) -> None:
 
 
 def test_a_fit_without_validation_says_so(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="has tracked nothing: no validation ran"):
+    with pytest.warns(UserWarning, match="will track nothing: this `fit` has no validation loop"):
         trainer(tmp_path, CKACallback(), limit_val_batches=0).fit(Classifier(), train_loader(), loader())
 
 
-def test_features_too_wide_for_exact_statistics(tmp_path: Path) -> None:
+def test_features_of_any_width(tmp_path: Path) -> None:
+    """Whose moments would take 14 GB."""
+
     class Wide(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.repeat(1, 4000)
@@ -509,13 +650,10 @@ def test_features_too_wide_for_exact_statistics(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(self.wide(x)[:, :WIDTH])
 
-    callback = CKACallback(layers="net.wide")
-    message = "Layer 'net.wide' can't be used: it has 24000 features .* 14 GB.*estimator=\"minibatch\""
-    assert_refused(tmp_path, Classifier(WideNet()), callback, message)
-    # And the way out works.
-    callback = CKACallback(layers="net.wide", estimator="minibatch")
-    trainer(tmp_path, callback, max_epochs=1).fit(Classifier(WideNet()), train_loader(), loader())
-    assert callback.scores == pytest.approx({"net.wide": 1.0})
+    for estimator in ("exact", "minibatch"):
+        callback = CKACallback(layers="net.wide", debiased=True, estimator=estimator)
+        trainer(tmp_path, callback, max_epochs=1).fit(Classifier(WideNet()), train_loader(), loader())
+        assert callback.scores == pytest.approx({"net.wide": 1.0})
 
 
 # Models that can't be copied.
@@ -524,10 +662,24 @@ def test_features_too_wide_for_exact_statistics(tmp_path: Path) -> None:
 def test_a_model_that_can_not_be_copied(tmp_path: Path) -> None:
     module = Classifier()
     module.lock = threading.Lock()
-    message = r"Classifier could not be copied .*cannot pickle '_thread.lock'.* Pass `reference=`"
-    assert_refused(tmp_path, module, CKACallback(), message)
-    callback = CKACallback(reference=Classifier())
+    before, callback = Classifier(), CKACallback()
+    before.load_state_dict(module.state_dict())
     trainer(tmp_path, callback, max_epochs=1).fit(module, train_loader(), loader())
+    assert callback.scores == pytest.approx(hand_cka(before, module, BLOCKS, loader()), abs=1e-9)
+    # Only where it has to run beside the model, since the data differ at every pass, is that an error.
+
+    class Augmented(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            x, y = super().__getitem__(index)
+            return x + torch.randn(WIDTH), y
+
+    augmented = DataLoader(Augmented(*loader().dataset.tensors), batch_size=16)
+    message = r"Classifier could not be copied .*cannot pickle '_thread.lock'.* Pass `reference=`"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, CKACallback(), max_epochs=1).fit(module.train(), train_loader(), augmented)
+    callback = CKACallback(reference=Classifier(Net(num_classes=5)))
+    with pytest.warns(UserWarning, match="The data differ at every pass"):
+        trainer(tmp_path, callback, max_epochs=1).fit(module.train(), train_loader(), augmented)
     assert len(callback.history) == 1
 
 

@@ -59,8 +59,6 @@ def test_a_validation_has_the_scores_of_one_process_twice(folder: Path, case: Ca
     else:
         batches = [dataset(n, 1)[:]]
     expected = by_hand(batches, **OPTIONS.get(case.kind, {}))
-    per_rank = n // world_size if case.kind == "dropping" else math.ceil(n / world_size)
-    num_batches = 1 if case.kind == "limited" else math.ceil(per_rank / case.batch_size)
     ranks = [seen[CASES.index(case)] for seen in seen_by_ranks(folder, "validated", world_size)]
     for seen in ranks:
         for record in seen["history"]:
@@ -68,7 +66,7 @@ def test_a_validation_has_the_scores_of_one_process_twice(folder: Path, case: Ca
             assert record["scores"] == expected
         assert len(seen["history"]) == 2
         assert seen["history"][0]["scores"] == seen["history"][1]["scores"]
-        assert seen["num_calls"] == num_batches  # in the first validation alone
+        assert seen["num_calls"] == 0  # its weights are exchanged into the live model, which runs
         assert seen["history"] == ranks[0]["history"]  # no rank differs by a bit
         assert seen["means"] == ranks[0]["means"]
 
@@ -84,19 +82,12 @@ def test_data_that_change_on_one_rank_alone(folder: Path, world_size: int) -> No
     before, after = dataset(NUM_UNEVEN, 1)[:], dataset(NUM_UNEVEN, 1)[:]
     after[0][-1] += 3
     ranks = seen_by_ranks(folder, "changed", world_size)
-    for rank, seen in enumerate(ranks):
+    for seen in ranks:
         for record, batch in zip(seen["history"], (before, after, after), strict=True):
             assert record["n"] == NUM_UNEVEN
             assert record["scores"] == by_hand([batch])
         assert seen["history"] == ranks[0]["history"]
-        # Repeated samples are the first ones, so that no other rank has the last one.
-        num_batches = math.ceil(NUM_UNEVEN / world_size / 4)
-        has_it = rank == (NUM_UNEVEN - 1) % world_size
-        assert seen["num_calls"] == [
-            num_batches,
-            num_batches + has_it,
-            num_batches + has_it * (1 + num_batches),
-        ]
+        assert seen["num_calls"] == [0, 0, 0]  # its weights are exchanged into the live model
 
 
 @WORLD_SIZES
@@ -138,9 +129,7 @@ def test_a_fit_has_the_same_history_on_every_rank(folder: Path, world_size: int)
         expected = {f"cka/{name}": score for name, score in scores.items()}
         expected["cka/mean"] = sum(scores.values()) / len(scores)
         assert {key: seen["logged"][key] for key in expected} == pytest.approx(expected, abs=1e-6)
-        # The sanity check's, and the first validation's.
-        num_batches = math.ceil(NUM_UNEVEN / world_size / 16)
-        assert seen["num_calls"] == min(2, num_batches) + num_batches
+        assert seen["num_calls"] == 0  # its weights are exchanged into the live model
 
 
 @pytest.mark.parametrize("strategy", ["ddp_fork", pytest.param("ddp_spawn", marks=pytest.mark.slow), "ddp"])

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import save_file
 from torch import nn
 
 import lit_cka
@@ -42,6 +43,10 @@ def checkpoint(folder: Path, epoch: int) -> str:
 
 def stored(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("cka_reference_*"))
+
+
+def recorded(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("cka_recording_*"))
 
 
 pytestmark = [
@@ -78,12 +83,12 @@ def test_the_reference_is_the_first_training_s(tmp_path: Path) -> None:
 def test_it_is_stored_once_and_not_in_the_checkpoints(tmp_path: Path) -> None:
     fit(tmp_path, 3)
     fit(tmp_path, 5, checkpoint(tmp_path, 2))
-    assert len(stored(tmp_path)) == 1
+    assert len(stored(tmp_path)) == len(recorded(tmp_path)) == 1
     content = torch.load(checkpoint(tmp_path, 2), weights_only=True)
     (state,) = [state for key, state in content["callbacks"].items() if key.startswith("CKACallback")]
     assert not any(isinstance(value, torch.Tensor) for value in state.values())
-    assert set(state["reference"]) == {"path", "sha256"}
-    assert not list(tmp_path.rglob("*.partial"))
+    assert set(state["start"]) == {"id", "world_size", "has_recording", "num_weight_files"}
+    assert not list(tmp_path.rglob("*partial*"))
     torch.manual_seed(0)
     weights = load_state_dict(stored(tmp_path)[0])  # a plain state dict, of use to others too
     assert all(torch.equal(weights[name], value) for name, value in Classifier().named_parameters())
@@ -130,17 +135,64 @@ def test_a_training_that_was_moved(tmp_path: Path) -> None:
     shutil.move(tmp_path / "old", tmp_path / "new")
     _, callback = fit(tmp_path / "new", 4, checkpoint(tmp_path / "new", 1), seed=3)
     assert callback.history == whole.history
-    # And from then on the checkpoints know the new place.
-    content = torch.load(checkpoint(tmp_path / "new", 3), weights_only=True)
-    (state,) = [state for key, state in content["callbacks"].items() if key.startswith("CKACallback")]
-    assert state["reference"]["path"] == str(stored(tmp_path / "new")[0])
 
 
-def test_a_missing_file_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+def test_a_training_that_goes_on_elsewhere(tmp_path: Path) -> None:
+    _, whole = fit(tmp_path / "whole", 4)
+    fit(tmp_path / "old", 2)
+    fit(tmp_path / "new", 3, checkpoint(tmp_path / "old", 1), seed=3)
+    shutil.rmtree(tmp_path / "old")
+    _, callback = fit(tmp_path / "new", 4, checkpoint(tmp_path / "new", 2), seed=4)
+    assert callback.history == whole.history
+
+
+def test_missing_files_are_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     fit(tmp_path, 2)
-    stored(tmp_path)[0].unlink()
-    with pytest.raises(FileNotFoundError, match=r"no such file, nor one next to the checkpoint.*pass the original we"):
+    for file in (*stored(tmp_path), *recorded(tmp_path)):
+        file.unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"beside it there is no sound file 'cka_ref.*pass the original weights"
+    ):
         fit(tmp_path, 3, checkpoint(tmp_path, 1))
+
+
+@pytest.mark.parametrize("kept", [stored, recorded])
+def test_one_of_the_two_files_is_enough(tmp_path: Path, kept: Any) -> None:
+    _, whole = fit(tmp_path / "whole", 4)
+    fit(tmp_path, 2)
+    for file in {*stored(tmp_path), *recorded(tmp_path)} - {*kept(tmp_path)}:
+        file.write_bytes(file.read_bytes()[:-1])
+    _, callback = fit(tmp_path, 4, checkpoint(tmp_path, 1), seed=7)
+    assert callback.history == whole.history
+
+
+def test_a_sound_copy_above_the_checkpoint_is_taken(tmp_path: Path) -> None:
+    _, whole = fit(tmp_path / "whole", 4)
+    fit(tmp_path, 2)
+    for file in (*stored(tmp_path), *recorded(tmp_path)):
+        shutil.copy(file, tmp_path)
+        file.write_bytes(b"damaged")
+    _, callback = fit(tmp_path, 4, checkpoint(tmp_path, 1), seed=7)
+    assert callback.history == whole.history
+
+
+@pytest.mark.parametrize("name", ["http://127.0.0.1:9/x", "../../x", "/etc/passwd", "s3://bucket/x", ""])
+def test_an_address_in_a_checkpoint_is_never_opened(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(tmp_path, 2)
+    content = torch.load(checkpoint(tmp_path, 1), weights_only=True)
+    (state,) = [state for key, state in content["callbacks"].items() if key.startswith("CKACallback")]
+    state["start"]["id"] = name
+    torch.save(content, tmp_path / "checkpoints" / "evil.ckpt")
+    opened: list[str] = []
+
+    def watched(event: str, args: Any) -> None:
+        if event in ("open", "socket.connect"):
+            opened.append(str(args[0]) + str(args[1:]))
+
+    sys.addaudithook(watched)
+    with pytest.raises(FileNotFoundError, match="no sound file"):
+        fit(tmp_path, 3, str(tmp_path / "checkpoints" / "evil.ckpt"))
+    assert not [each for each in opened if "127.0.0.1" in each or "passwd" in each or "bucket" in each]
 
 
 def test_with_the_reference_given_no_file_is_needed(tmp_path: Path) -> None:
@@ -148,33 +200,31 @@ def test_with_the_reference_given_no_file_is_needed(tmp_path: Path) -> None:
     before = Classifier()
     _, whole = fit(tmp_path / "whole", 3)
     fit(tmp_path, 2)
-    stored(tmp_path)[0].unlink()
+    for file in (*stored(tmp_path), *recorded(tmp_path)):
+        file.unlink()
     callback = CKACallback(reference=before, log_figures=False)
     fit(tmp_path, 3, checkpoint(tmp_path, 1), callback)
-    assert callback.scores == whole.scores
-    assert not stored(tmp_path)
+    assert callback.scores == pytest.approx(whole.scores, abs=1e-12)
+    assert not stored(tmp_path)  # it is with whoever has given it
 
 
 @pytest.mark.parametrize("damage", ["other weights", "cut off", "empty", "something else", "one bit"])
-def test_an_altered_file_is_an_error_that_says_what_to_do(tmp_path: Path, damage: str) -> None:
+def test_altered_files_are_an_error_that_says_what_to_do(tmp_path: Path, damage: str) -> None:
     fit(tmp_path, 2)
-    (file,) = stored(tmp_path)
-    content = file.read_bytes()
-    if damage == "other weights":
-        torch.save(dict(Classifier().named_parameters()), file)
-    elif damage == "something else":
-        torch.save([1, 2], file)
-    elif damage == "one bit":
-        weights = torch.load(file, weights_only=True)
-        next(iter(weights.values())).view(-1)[0] += 1e-6
-        torch.save(weights, file)
-    else:
-        file.write_bytes(content[: len(content) // 2] if damage == "cut off" else b"")
-    with pytest.raises(ValueError, match=r"was changed or damaged.*Put the original file there, or pass"):
+    for file in (*stored(tmp_path), *recorded(tmp_path)):
+        content = file.read_bytes()
+        if damage == "other weights":
+            save_file({name: value.detach() for name, value in Classifier().named_parameters()}, file)
+        elif damage == "something else":
+            torch.save([1, 2], file)
+        elif damage == "one bit":
+            file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        else:
+            file.write_bytes(content[: len(content) // 2] if damage == "cut off" else b"")
+    with pytest.raises(FileNotFoundError, match=r"missing, damaged, or of other data.*Put the original file there, or"):
         fit(tmp_path, 3, checkpoint(tmp_path, 1))
-    # A new training repairs it: it is what its own reference is stored as.
-    fit(tmp_path, 2)
-    assert torch.load(stored(tmp_path)[0], weights_only=True).keys() == dict(Classifier().state_dict()).keys()
+    _, again = fit(tmp_path, 2)  # a new training has files of its own
+    assert len(again.history) == 2
 
 
 def test_another_architecture_is_an_error(tmp_path: Path) -> None:
@@ -194,10 +244,10 @@ def test_another_architecture_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_full_does_not_end_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any) -> None:
+    def full(*args: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lit_cka.reference.storage._write", full)
+    monkeypatch.setattr("lit_cka.reference.storage.write_tensors", full)
     with pytest.warns(UserWarning, match="could not store its reference.*No space left"):
         _, callback = fit(tmp_path, 2)
     assert len(callback.history) == 2
@@ -205,7 +255,7 @@ def test_a_disk_that_is_full_does_not_end_the_training(tmp_path: Path, monkeypat
 
 def test_no_checkpoints_no_file(tmp_path: Path) -> None:
     trainer(tmp_path, CKACallback(log_figures=False)).fit(Classifier(), loader(32), loader())
-    assert not list(tmp_path.rglob("cka_reference*"))
+    assert not list(tmp_path.rglob("cka_re*"))
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])

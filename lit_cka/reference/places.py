@@ -1,0 +1,75 @@
+"""Where a module's parameters and buffers are, by plain names: as a whole, or this process's shards: `Place`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lit_cka.features.sharded_modules import FlatPart, flat_parts, free_gathered_weights, plain_name
+
+
+@dataclass(frozen=True)
+class Place:
+    """A parameter or buffer of a module.
+
+    Attributes:
+        tensor: the module's own object, a `DTensor` if FSDP2 or tensor parallelism has sharded it.
+        part: what is here of a parameter that FSDP has flattened; None of any other.
+    """
+
+    tensor: Tensor
+    part: FlatPart | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole, on all processes together."""
+        return self.tensor.shape if self.part is None else self.part.shape
+
+    @property
+    def local(self) -> Tensor:
+        """What is here; to write into it is to write into the module."""
+        return self.tensor.to_local() if isinstance(self.tensor, DTensor) else self.tensor.detach()
+
+    def shard_of(self, value: Tensor) -> Tensor:
+        """Return this process's part of a whole tensor; what is a part already, as it is."""
+        local = self.local
+        if value.shape != self.shape or (self.part is None and not isinstance(self.tensor, DTensor)):
+            return value
+        if self.part is not None:
+            return self.part.of(value).reshape(local.shape)
+        assert isinstance(self.tensor, DTensor)
+        mesh, placements = self.tensor.device_mesh, self.tensor.placements
+        return distribute_tensor(value.detach().to(local.device), mesh, placements, src_data_rank=None).to_local()
+
+
+def places_of(module: nn.Module) -> dict[str, Place]:
+    """Return the places of all parameters and buffers that hold data, by the names that they have without wrappers.
+
+    Whatever FSDP has gathered for a forward is freed before, so that every process has its shards.
+    """
+    free_gathered_weights(module)
+    parts = flat_parts(module)
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {
+        plain_name(name): Place(tensor, parts.get(id(tensor)))
+        for name, tensor in tensors.items()
+        if tensor.device.type != "meta" and (tensor.numel() or id(tensor) in parts)
+    }
+
+
+def state_of(module: nn.Module) -> dict[str, Place]:
+    """Return the places of all tensors of a state dict, in its order; those of tied weights under each name."""
+    free_gathered_weights(module)
+    parts = flat_parts(module)
+    if not parts:
+        return {plain_name(name): Place(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
+    # FSDP would gather all of it.
+    places = {}
+    for prefix, child in module.named_modules(remove_duplicate=False):
+        for name, tensor in {**child._parameters, **child._buffers}.items():
+            if tensor is not None and name not in child._non_persistent_buffers_set:
+                places[plain_name(f"{prefix}.{name}" if prefix else name)] = Place(tensor, parts.get(id(tensor)))
+    return places

@@ -1,0 +1,181 @@
+"""The live model's rows of one dataloader, paired with the reference's of the same samples: `PairedPass`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_cka.parallel.exchange import Group
+from lit_cka.parallel.rows_of_ranks import look_up_on_all_ranks
+from lit_cka.reference.recording import UNKNOWN, RecordedDataloader
+from lit_cka.samples.counting import DataRanks
+from lit_cka.samples.sample_keys import BatchSamples
+from lit_cka.statistics.layer import (
+    ExactStatistics,
+    MinibatchStatistics,
+    Score,
+    score_layers,
+    scores_of_first_rank,
+)
+
+
+class _Waiting(NamedTuple):
+    """Rows of a layer that can't be added yet."""
+
+    X: Tensor  # (m, d) of the live model
+    Y: Tensor | None  # (m, d) of the reference; None to be looked up
+    keys: Tensor  # (m, 2)
+    samples: BatchSamples | None  # whose rows these all are, if it is not known yet which of them count
+
+
+class PairedPass:
+    """Statistics of every layer over one pass through one dataloader.
+
+    Rows of the reference come from a recording, by what the samples are, or from a model that runs beside the live
+    one. A sample counts once on all ranks. What another rank has recorded is asked for at the end of the pass.
+
+    Args:
+        statistics: empty ones, by layer.
+        recorded: what was recorded of the dataloader; None where the reference runs.
+    """
+
+    def __init__(
+        self, statistics: Mapping[str, ExactStatistics | MinibatchStatistics], recorded: RecordedDataloader | None
+    ) -> None:
+        self.statistics = dict(statistics)
+        self.widths: dict[str, int] = {}
+        self.num_batches = 0
+        self.num_unmatched = 0
+        self.has_small_batches = False  # too small for the minibatch estimator
+        self.num_changed = 0  # samples that are not what they were when they were recorded
+        self._recorded = recorded
+        self._waiting: dict[str, list[_Waiting]] = {name: [] for name in statistics}
+
+    def add(self, samples: BatchSamples, live: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, str]:
+        """Add a batch's features (rows, d) by layer; return, by layer, why one can't be used.
+
+        Args:
+            samples: which they are.
+            live: of the live model.
+            reference: of a reference that runs; empty where it was recorded.
+        """
+        self.num_batches += 1
+        problems: dict[str, str] = {}
+        for name, X in live.items():
+            try:
+                self._add(name, samples, X, None if self._recorded is not None else reference[name])
+            except ValueError as error:
+                problems[name] = str(error)
+        return problems
+
+    def _add(self, name: str, samples: BatchSamples, X: Tensor, Y: Tensor | None) -> None:
+        if Y is not None and len(X) != len(Y):
+            raise ValueError(f"the live model gave features of {len(X)} samples, the reference of {len(Y)}.")
+        keys = samples.row_keys(len(X))
+        if keys is None:
+            if Y is None:
+                raise ValueError("which samples the batch holds can't be told, and so not what was recorded of them.")
+            self._pair(name, X, Y)
+            return
+        kept = samples.row_counted(len(X))
+        if kept is None:
+            if isinstance(self.statistics[name], MinibatchStatistics):
+                raise ValueError(
+                    "which of the samples repeat those of other ranks is known at the end of the pass only, and "
+                    'estimator="minibatch" needs it in every batch.'
+                )
+            if samples.content is not None and len(X) == len(samples):
+                keys = torch.cat([keys, samples.content], dim=1)
+            self._waiting[name].append(_Waiting(X, Y, keys, samples))
+            return
+        if not bool(kept.all()):
+            there = kept.to(X.device)
+            X, Y, keys = X[there], None if Y is None else Y[there], keys[kept]
+        if Y is not None:
+            self._pair(name, X, Y)
+            return
+        assert self._recorded is not None
+        if samples.content is not None and len(X) == len(samples):
+            keys = torch.cat([keys, samples.content if bool(kept.all()) else samples.content[kept]], dim=1)
+        positions = self._recorded.find_keys(name, keys)
+        found = positions >= 0
+        if not bool(found.all()):
+            unknown = positions == UNKNOWN
+            self._waiting[name].append(_Waiting(X[unknown.to(X.device)], None, keys[unknown], None))
+            X, positions = X[found.to(X.device)], positions[found]
+        if len(positions):
+            self._pair(name, X, self._recorded.stores[name].rows(positions, X.device))
+
+    def _pair(self, name: str, X: Tensor, Y: Tensor) -> None:
+        if isinstance(self.statistics[name], MinibatchStatistics) and len(X) < 4:
+            self.has_small_batches = self.has_small_batches or len(X) > 0
+            return
+        self.statistics[name].add(X, Y)
+        self.widths[name] = max(X.shape[1], Y.shape[1])
+
+    def scores(self, ranks: DataRanks, *, debiased: bool) -> dict[str, Score]:
+        """Return the score of every layer, at the end of the pass; every process has to call it.
+
+        Args:
+            ranks: the processes that hold different samples.
+            debiased: as for `score_layers`.
+        """
+        self._finish(ranks.device, Group(ranks.rank, ranks.size, ranks.group))
+        scores = score_layers(self.statistics, ranks.device, debiased=debiased, group=ranks.group)
+        # Processes that hold the same samples may round in other ways.
+        return scores if ranks.replicas is None else scores_of_first_rank(scores, ranks.device)
+
+    def _finish(self, device: torch.device, group: Group) -> None:
+        """Add what has waited for the end of the pass, when all batches know which of their samples count."""
+        for name, waiting in self._waiting.items():
+            rows = [_counted_rows(each) for each in waiting]
+            self._waiting[name] = []
+            for X, Y, _ in rows:
+                if Y is not None and len(X):
+                    self._pair(name, X, Y)
+            if self._recorded is not None:
+                self._look_up(name, self._recorded, [(X, keys) for X, Y, keys in rows if Y is None], device, group)
+
+    def _look_up(
+        self,
+        name: str,
+        recorded: RecordedDataloader,
+        asked: list[tuple[Tensor, Tensor]],
+        device: torch.device,
+        group: Group,
+    ) -> None:
+        """Pair rows with what any rank has recorded of them, and count those that none has."""
+        store = recorded.stores[name]
+
+        def rows_of(keys: Tensor) -> tuple[Tensor, Tensor]:
+            positions = recorded.find_keys(name, keys)
+            return positions >= 0, store.rows(positions.clamp(min=0), device)
+
+        keys = torch.cat([_with_content(keys) for _, keys in asked]) if asked else torch.empty(0, 4, dtype=torch.int64)
+        if group.size > 1:
+            found, Y = look_up_on_all_ranks(keys, rows_of, store.width, device, group)
+        elif len(keys):
+            found, rows = rows_of(keys)
+            Y = rows[found.to(device)]
+        if len(keys):
+            X = torch.cat([X for X, _ in asked])
+            if len(Y):
+                self._pair(name, X[found.to(X.device)], Y.to(X.device))
+            self.num_unmatched = max(self.num_unmatched, int((~found).sum()))
+
+
+def _with_content(keys: Tensor) -> Tensor:
+    """Keys (n, 4); those of no content are found nowhere."""
+    return keys if keys.shape[1] == 4 else torch.cat([keys, torch.zeros_like(keys)], dim=1)
+
+
+def _counted_rows(waiting: _Waiting) -> tuple[Tensor, Tensor | None, Tensor]:
+    if waiting.samples is None:  # only those that count have waited
+        return waiting.X, waiting.Y, waiting.keys
+    kept = waiting.samples.row_counted(len(waiting.X))
+    assert kept is not None
+    there = kept.to(waiting.X.device)
+    return waiting.X[there], None if waiting.Y is None else waiting.Y[there], waiting.keys[kept]

@@ -1,0 +1,142 @@
+"""When the reference is recorded, and by which run of Lightning's loops: `Recorder`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lit_cka.reference.reference import INITIAL
+from lit_cka.reference.storage import TrainingStart
+from lit_cka.samples.drawing import unread
+from lit_cka.samples.sampler_indices import evaluated_loaders
+from lit_cka.samples.samples import EvaluationSamples
+from lit_cka.tracking.dataloaders import tracked_dataloaders
+from lit_cka.tracking.evaluation import TrackedEvaluation
+from lit_cka.tracking.evaluation_loops import batch_changers, call_before_runs, unnoticed
+from lit_cka.tracking.history import Stage
+from lit_cka.tracking.options import TrackingOptions
+from lit_cka.tracking.preserved_state import preserved_state
+from lit_cka.tracking.tracked_model import TrackedModel
+
+
+class Recorder:
+    """Has the reference recorded before it is compared with.
+
+    That is a run of the trainer's own loop, over the whole set, that nobody else notices: before the first step, or
+    before an evaluation of data that have not been there yet.
+
+    Attributes:
+        start: what the training began with.
+        model: the live model with its reference; None before `prepare`.
+        is_recording_due: whether the evaluation that starts next, or runs, is the reference's.
+
+    Args:
+        callback: for whom such a run is.
+        options: of the callback.
+        is_tracked: given the trainer and the stage, whether the evaluation that is about to run is tracked.
+    """
+
+    def __init__(
+        self, callback: pl.Callback, options: TrackingOptions, is_tracked: Callable[[pl.Trainer, Stage], bool]
+    ) -> None:
+        self.start = TrainingStart()
+        self.model: TrackedModel | None = None
+        self.is_recording_due = False
+        self._callback, self._options, self._is_tracked = callback, options, is_tracked
+        self._samples: EvaluationSamples
+        self._undo = ExitStack()  # what was done to Lightning's loops
+
+    def set_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Get ready for a fit, a validation or a test, before weights are loaded for it."""
+        if stage == "fit":
+            self.start.start_fit()
+        if self.model is not None and self.model.module is not pl_module:
+            if stage == "fit":  # a new training
+                self.model = None
+                self.start.forget()
+            else:  # say, the best checkpoint loaded into another module: compare it with what the training began from
+                self.model = self.model.of(pl_module)
+        is_built = not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model"))
+        if stage in self._options.stages and is_built and self._options.reference == INITIAL:
+            self.start.keep(pl_module)
+            self.start.are_live = False
+        if self._options.has_probe or stage not in ("fit", *self._options.stages):
+            return
+        self._samples = EvaluationSamples(trainer)
+        self._samples.watch()
+        self._undo.callback(self._samples.close)
+        self._undo.callback(call_before_runs(trainer, partial(self.before_run, trainer)))
+
+    def close(self) -> None:
+        """Leave Lightning's loops as they were."""
+        self.is_recording_due = False
+        self._undo.close()
+
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> TrackedModel:
+        """Find out what the module is compared with, once what is resumed has been loaded."""
+        if self.start.is_of_another_training():
+            self.model = None
+        if self.model is None:
+            self.model = TrackedModel(pl_module, self._options, trainer.default_root_dir)
+            is_initial = self._options.reference == INITIAL
+            self.start.find(trainer, pl_module, self.model.recording, is_initial=is_initial)
+            self.start.begin(trainer)
+            if is_initial:
+                self.start.keep(pl_module)
+        return self.model
+
+    def before_run(self, trainer: pl.Trainer, loop: Any) -> None:
+        """Record in a run of its own, if the evaluation that is about to run needs it."""
+        stage: Stage = "test" if trainer.testing else "validate"
+        is_in_search = self._callback not in trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        is_busy = trainer.sanity_checking or self.is_recording_due or is_in_search
+        if is_busy or not self._is_tracked(trainer, stage):
+            return
+        model, limit = self.prepare(trainer, trainer.lightning_module), self._options.max_batches
+        could_record = model.tracker.can_record
+        self.is_recording_due = self._needs_recording(trainer, loop, stage)
+        if could_record and not model.tracker.can_record:
+            # One batch, to know before the training what would go wrong beside it.
+            self.is_recording_due, limit = True, 1
+        try:
+            if self.is_recording_due:
+                datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by a connector
+                held = [trainer.lightning_module, datamodule, *batch_changers(trainer, self._callback)]
+                with (
+                    unread(evaluated_loaders(trainer)),
+                    preserved_state(held),
+                    unnoticed(trainer, self._callback, limit),
+                ):
+                    type(loop).run(loop)
+        finally:
+            self.is_recording_due = False
+
+    def _needs_recording(self, trainer: pl.Trainer, loop: Any, stage: Stage) -> bool:
+        assert self.model is not None
+        loop.setup_data()
+        if loop.skip:
+            return False
+        options = self._options
+        dataloaders, _ = tracked_dataloaders(trainer, stage, options.dataloaders, options.min_num_samples)
+        words = {number: self._samples.dataset_words(number) for number in dataloaders}
+        if self.model.is_recorded(stage, words):
+            return False
+        if options.reference == INITIAL:
+            self.start.require()
+        is_fixed = not self._samples.changing(dataloaders)
+        if not trainer.strategy.reduce_boolean_decision(is_fixed, all=True):
+            self.model.run_reference_beside(self.start.to_exchange)
+        return self.model.tracker.can_record
+
+    def evaluation(self, trainer: pl.Trainer, stage: Stage) -> TrackedEvaluation:
+        """Return what follows the evaluation that starts now."""
+        assert self.model is not None
+        recording_pass = self.model.recording_pass(self.start.to_exchange) if self.is_recording_due else None
+        return TrackedEvaluation(
+            trainer, self._callback, self.model, self._samples, stage, self._options, recording_pass
+        )

@@ -4,7 +4,7 @@ A package each for one idea, from `functional` (mathematics) up to `commands` (w
 docs/how_it_works.md.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lazy_loader
 
@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from lit_cka.metrics import LinearCKA, MinibatchCKA
     from lit_cka.tracking.callback import CKACallback
 
+__version__: str
 __all__ = ["CKACallback", "LinearCKA", "MinibatchCKA", "MonoSoupEditor"]
 
 # Imported when asked for: one name should not load what another needs.
-__getattr__, __dir__, _ = lazy_loader.attach(
+_public, __dir__, _ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "editing.editor": ["MonoSoupEditor"],
@@ -24,3 +25,11 @@ __getattr__, __dir__, _ = lazy_loader.attach(
         "tracking.callback": ["CKACallback"],
     },
 )
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("lit-cka")
+    return _public(name)

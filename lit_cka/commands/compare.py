@@ -1,11 +1,10 @@
-"""`analyze.py compare`: the layers x layers matrix of two models, or of one with itself."""
+"""`lit-cka compare`: the layers x layers matrix of two models, or of one with itself."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 
@@ -13,16 +12,24 @@ from lit_cka.analysis.comparison import Comparison, compare_features
 from lit_cka.analysis.features import Features
 from lit_cka.analysis.measures import Settings
 from lit_cka.analysis.page import Section, write_page
+from lit_cka.commands.messages import is_first_rank
+from lit_cka.commands.parsing import Parser
 from lit_cka.commands.results import Data, Model, all_features, as_json, label, print_table, save_comparison
-from lit_cka.commands.running import is_first_rank, run
+from lit_cka.commands.running import run
 from lit_cka.files import file_name, versions, write_json
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """The command's options."""
-    parser = ArgumentParser(prog="analyze.py compare", description="Compare models layer by layer.")
-    parser.add_argument("--config", action="config", help="YAML file with these options.")
-    parser.add_argument("--models", type=list[Model], default=[], help="One model, or two.")
+    parser = Parser(
+        prog="lit-cka compare",
+        description="Compare two models, or one with itself: every layer with every layer, on the same samples.",
+        example="lit-cka compare --config compare_digits",
+    )
+    parser.add_command_options()
+    parser.add_argument(
+        "--models", type=list[Model], default=[], help="One model, or two: TextModel or ImageModel of lit_cka.analysis."
+    )
     parser.add_argument(
         "--data", type=list[Data] | Data, default=[], help="What they are compared on: one set, or several."
     )

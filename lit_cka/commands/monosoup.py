@@ -1,21 +1,24 @@
-"""`analyze.py monosoup`: edit, evaluate, draw."""
+"""`lit-cka monosoup`: edit, evaluate, draw."""
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
+from torch import nn
 
-from lit_cka.commands.running import check_folder
+from lit_cka.commands.configs import find_config
+from lit_cka.commands.failures import failing_in_a_line
+from lit_cka.commands.hub import offline_if_unreachable
+from lit_cka.commands.parsing import Parser
+from lit_cka.commands.running import check_folder, plain_options
 from lit_cka.editing.artifacts import print_results, save_results
 from lit_cka.editing.editor import MonoSoupEditor
 
@@ -24,14 +27,19 @@ _TRAINER = (
 )  # fmt: skip
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """The command's options."""
-    parser = ArgumentParser(
-        prog="analyze.py monosoup", description="Edit a fine-tuned model and evaluate all variants."
+    parser = Parser(
+        prog="lit-cka monosoup",
+        description="Edit a fine-tuned model in memory, evaluate all variants on any number of test sets, and draw "
+        "what came of it.",
+        example="lit-cka monosoup --config monosoup_digits",
+        brief=lambda option: option not in ("trainer.num_nodes", "trainer.deterministic", "trainer.logger"),
     )
-    parser.add_argument("--config", action="config", help="YAML file with these options.")
+    parser.add_command_options()
     parser.add_class_arguments(MonoSoupEditor, "editor")
     parser.add_subclass_arguments(pl.LightningDataModule, "data")
+    parser.describe({"data": "A LightningDataModule with the test sets, by its class path."})
     skip = {name for name in pl.Trainer.__init__.__annotations__ if name not in _TRAINER}
     parser.add_class_arguments(pl.Trainer, "trainer", skip=skip)
     # Of its own: `typing` may hand out Union[float, int] for the Union[int, float] of the Trainer, whichever a process
@@ -42,7 +50,7 @@ def parser() -> ArgumentParser:
     parser.set_defaults({"trainer.logger": False})  # all results go to `output`
     parser.add_argument("--output", type=str, required=True, help="Folder for JSON, tables and pictures.")
     parser.add_argument("--export", type=dict[str, str], default={}, help="Variants to write: {monosoup: path}.")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="Of all random numbers.")
     parser.add_argument("--num_threads", type=PositiveInt | None, default=None, help="CPU threads for torch.")
     parser.add_argument(
         "--needs",
@@ -55,27 +63,27 @@ def parser() -> ArgumentParser:
 
 def main(args: list[str]) -> MonoSoupEditor:
     """Run the command; an error that a user can mend is one line and exit status 1."""
-    try:
-        return _main(args)
-    except (ValueError, OSError, MisconfigurationException) as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", style="red", markup=False)
-        sys.exit(1)
-
-
-def _main(args: list[str]) -> MonoSoupEditor:
     options = parser()
     config = options.parse_args(args)
+    plain = plain_options(options, config)
+    with failing_in_a_line(plain):
+        editor = _monosoup(options, config, plain)
+    return editor
+
+
+def _monosoup(options: Parser, config: Namespace, plain: dict[str, Any]) -> MonoSoupEditor:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    _train_what_is_needed(config.needs)
     for path in config.export.values():
         if Path(path).exists():
             raise ValueError(f"Expected paths to write to in `export`, but {path!r} exists already.")
     if len({os.path.abspath(path) for path in config.export.values()}) < len(config.export):
         raise ValueError("Expected another path for each variant in `export`, but two have the same.")
-    check_folder(config.output)
+    check_folder("output", config.output)
+    _train_what_is_needed(config.needs)
+    offline_if_unreachable(plain)
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    objects = options.instantiate_classes(config)
+    objects = _objects(options, config)
     trainer = objects.trainer
     editor: MonoSoupEditor = objects.editor
     unknown = sorted(set(config.export) - set(editor.variant_names))
@@ -84,17 +92,32 @@ def _main(args: list[str]) -> MonoSoupEditor:
     trainer.test(editor, datamodule=objects.data, verbose=False)
     if editor.results is None:
         raise ValueError("Expected samples to test on, but there were none; see `limit_test_batches`.")
-    _report(editor, objects, _plain(options, config))
+    _report(editor, objects, {**plain, "working_directory": os.getcwd()})
     return editor
+
+
+def _objects(options: Parser, config: Namespace) -> Any:
+    """The editor, the data and the trainer."""
+    try:
+        return options.instantiate_classes(config)
+    except ValueError:
+        # Where a module can't be made, jsonargparse passes on the specification instead, and the editor can't use that:
+        # this says what was wrong with the module.
+        for name in ("pretrained", "finetuned", "model"):
+            if isinstance(config.editor[name], Namespace):
+                parser = Parser()
+                parser.add_subclass_arguments(nn.Module, name)
+                parser.instantiate_classes(Namespace({name: config.editor[name]}))  # type: ignore[no-untyped-call]
+        raise
 
 
 def _train_what_is_needed(needs: dict[str, str]) -> None:
     for path, config in needs.items():
         if not Path(path).is_file():
-            import train
+            from lit_cka.commands import training
 
             Console(markup=False).rule(f"First: {config}")
-            train.main(["fit", "--config", config])
+            training.main(["fit", "--config", find_config(config)])
             if not Path(path).is_file():
                 raise FileNotFoundError(f"Expected {config!r} to write {path!r} (`save_weights`), but it did not.")
 
@@ -112,11 +135,3 @@ def _report(editor: MonoSoupEditor, objects: Namespace, config: dict[str, Any]) 
     console.print(
         f"Results: {objects.output} ({', '.join(path.name for path in written if path.suffix != '.pdf')})", markup=False
     )
-
-
-def _plain(options: ArgumentParser, config: Namespace) -> dict[str, Any]:
-    import yaml
-
-    plain: dict[str, Any] = yaml.safe_load(options.dump(config, skip_none=True))
-    plain["working_directory"] = os.getcwd()
-    return plain

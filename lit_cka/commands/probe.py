@@ -1,4 +1,4 @@
-"""`analyze.py probe`: where fine-tuning changed a model, and whether the change helped."""
+"""`lit-cka probe`: where fine-tuning changed a model, and whether the change helped."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 
@@ -14,18 +13,36 @@ from lit_cka import plots
 from lit_cka.analysis.comparison import compare_features
 from lit_cka.analysis.page import Section, write_page
 from lit_cka.analysis.probes import ProbeRow, advice, check_probe, probe_layers
-from lit_cka.commands.results import FORMATS, Data, Model, all_features, as_json, label, print_table, save_comparison
-from lit_cka.commands.running import is_first_rank, run
+from lit_cka.commands.messages import is_first_rank
+from lit_cka.commands.parsing import Parser
+from lit_cka.commands.results import (
+    FORMATS,
+    Data,
+    Model,
+    all_features,
+    as_json,
+    label,
+    print_table,
+    save_comparison,
+)
+from lit_cka.commands.running import run
 from lit_cka.files import versions, write_json
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """The command's options."""
-    parser = ArgumentParser(
-        prog="analyze.py probe", description="CKA and linear probes of a model before and after fine-tuning."
+    parser = Parser(
+        prog="lit-cka probe",
+        description="Where fine-tuning changed a model, by CKA, and whether linear probes gained from the change.",
+        example="lit-cka probe --config probe_digits",
     )
-    parser.add_argument("--config", action="config", help="YAML file with these options.")
-    parser.add_argument("--before", type=Model, required=True, help="The pretrained model.")
+    parser.add_command_options()
+    parser.add_argument(
+        "--before",
+        type=Model,
+        required=True,
+        help="The pretrained model: a TextModel or ImageModel of lit_cka.analysis.",
+    )
     parser.add_argument("--after", type=Model, required=True, help="The fine-tuned model.")
     parser.add_argument("--data", type=Data, required=True, help="Samples with labels.")
     parser.add_argument("--num_folds", type=int, default=5, help="Of the cross-validation.")

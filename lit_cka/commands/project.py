@@ -1,4 +1,4 @@
-"""`analyze.py project`: all layers of several models on several datasets in one interactive map."""
+"""`lit-cka project`: all layers of several models on several datasets in one interactive map."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from numpy.typing import NDArray
 from rich.console import Console
@@ -19,21 +18,27 @@ from lit_cka.analysis.features import Features
 from lit_cka.analysis.measures import Settings
 from lit_cka.analysis.page import Section, write_page
 from lit_cka.analysis.projection import Projection, project
+from lit_cka.commands.messages import is_first_rank
+from lit_cka.commands.parsing import Parser
 from lit_cka.commands.results import FORMATS, Data, Model, all_features, print_table
-from lit_cka.commands.running import is_first_rank, run
+from lit_cka.commands.running import run
 from lit_cka.files import file_name, versions, write_json
 from lit_cka.plots.map_page import MapPoint, write_map
 
 Matrix: TypeAlias = tuple[NDArray[np.float64], list[str], list[str]]  # values, names of the rows and of the columns
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """The command's options."""
-    parser = ArgumentParser(
-        prog="analyze.py project", description="A map of all layers of several models on several parallel datasets."
+    parser = Parser(
+        prog="lit-cka project",
+        description="One interactive map of all layers of several models, on several sets of the same samples.",
+        example="lit-cka project --config project_digits",
     )
-    parser.add_argument("--config", action="config", help="YAML file with these options.")
-    parser.add_argument("--models", type=list[Model], default=[], help="The models.")
+    parser.add_command_options()
+    parser.add_argument(
+        "--models", type=list[Model], default=[], help="The models: TextModel or ImageModel of lit_cka.analysis."
+    )
     parser.add_argument("--data", type=list[Data], default=[], help="The datasets: the same samples said differently.")
     parser.add_argument("--features", type=str, nargs="+", default=[], help="In place of both: files that were stored.")
     parser.add_argument("--standardize", type=bool, default=False, help="Give every feature unit variance first.")

@@ -17,8 +17,8 @@ from lit_cka.analysis.features import Features
 from lit_cka.analysis.image_model import Digits, ImageFiles, ImageModel
 from lit_cka.analysis.text_file import TextFile
 from lit_cka.analysis.text_model import TextModel
-from lit_cka.commands.running import is_first_rank, num_ranks
-from lit_cka.files import file_name
+from lit_cka.commands.messages import is_first_rank, num_ranks
+from lit_cka.files import file_name, written_whole
 
 Model = Union[TextModel, ImageModel]
 Data = Union[TextFile, ImageFiles, Digits]
@@ -52,9 +52,8 @@ def save_comparison(comparison: Comparison, folder: Path, name: str) -> dict[str
     """Write the matrices as safetensors, and the heatmap; returns descriptions of pictures by file name."""
     arrays = {"values": comparison.values, "low": comparison.low, "high": comparison.high, "p": comparison.p_values}
     held = {key: np.ascontiguousarray(value) for key, value in arrays.items() if value is not None}
-    partial = folder / f".{name}.safetensors.partial"
-    save_file(held, partial)
-    partial.replace(folder / f"{name}.safetensors")
+    with written_whole(folder / f"{name}.safetensors") as partial:
+        save_file(held, partial)
     figure, _ = matrix_figure(comparison)
     plots.save_figure(figure, folder / name, FORMATS)
     pictures = {f"{name}.png": f"{label(comparison)} of {comparison.model_a} and {comparison.model_b}, layer by layer"}

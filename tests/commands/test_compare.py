@@ -1,4 +1,4 @@
-"""`analyze.py compare`, `probe` and `project` from the command line to the files, on tiny networks and digits."""
+"""`lit-cka compare`, `probe` and `project` from the command line to the files, on tiny networks and digits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 import yaml
 from safetensors.numpy import load_file
 
-import analyze
+from lit_cka import __main__ as lit_cka_command
 from lit_cka.analysis.comparison import Comparison, compare_features
 from lit_cka.analysis.features import Features
 from lit_cka.analysis.probes import ProbeRow, advice, probe_layers
@@ -75,7 +75,7 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(command: str, *more: str, **options: Any) -> Any:
     Path("options.yaml").write_text(yaml.safe_dump(options))
-    return analyze.main([command, "--config=options.yaml", *more])
+    return lit_cka_command.run([command, "--config=options.yaml", *more])
 
 
 def read_json(path: str) -> Any:
@@ -145,7 +145,7 @@ def test_compare_two_models(checkpoints: Path, capsys: pytest.CaptureFixture[str
     assert again.settings.measure == "rsa"
     np.testing.assert_array_equal(again.values, compare_features(a, b, again.settings).values)
     assert names("again") == names() - {Path(path).name for path in paths}
-    (typed,) = analyze.main(["compare", "--features", *paths, "--settings.measure=rsa", "--output=typed"])
+    (typed,) = lit_cka_command.run(["compare", "--features", *paths, "--settings.measure=rsa", "--output=typed"])
     np.testing.assert_array_equal(typed.values, again.values)
     check_page("again")
 
@@ -232,7 +232,9 @@ def test_project(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (model, data) for model in ("before", "other") for data in ("digits", "noisy")
     }
     assert {"index.html", "map.html", "projection.json"} < names("again")
-    typed = analyze.main(["project", "--features", *(f"out/{name}" for name in sorted(stored)), "--output=typed"])
+    typed = lit_cka_command.run(
+        ["project", "--features", *(f"out/{name}" for name in sorted(stored)), "--output=typed"]
+    )
     assert len(typed.points) == len(again.points)
 
 
@@ -276,8 +278,8 @@ def test_names_are_neither_markup_nor_formulas_nor_too_long(capsys: pytest.Captu
     layers = {name: torch.randn(12, 3).double() for name in ("blocks.$0", "blocks.[/1]")}
     names_of = ["run [/x] $5", "$\\frac{$ " + "層" * 80]
     files = [stored(f"{number}.safetensors", name, "д" * 90, layers) for number, name in enumerate(names_of)]
-    analyze.main(["compare", "--features", *files, "--output=out [/b]"])
-    analyze.main(["project", "--features", *files, "--output=map"])
+    lit_cka_command.run(["compare", "--features", *files, "--output=out [/b]"])
+    lit_cka_command.run(["project", "--features", *files, "--output=map"])
     said = capsys.readouterr().out
     assert "run [/x] $5" in said
     assert "Report: out [/b]/index.html" in said
@@ -292,7 +294,7 @@ def test_a_map_with_undefined_layers() -> None:
         "2": torch.full((12, 3), torch.nan).double(),
     }
     files = [stored(f"{data}.safetensors", "model", data, layers) for data in ("one", "two")]
-    analyze.main(["project", "--features", *files, "--output=out"])
+    lit_cka_command.run(["project", "--features", *files, "--output=out"])
     assert "undefined" in check_page()
 
 

@@ -1,4 +1,4 @@
-"""The configs of `analyze.py monosoup` for models of the hubs, each on a small local model and local test sets."""
+"""The configs of `lit-cka monosoup` for models of the hubs, each on a small local model and local test sets."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_models
 import torch
 from PIL import Image
 from torch import nn
 
-import analyze
 from lit_cka import MonoSoupEditor
+from lit_cka import __main__ as lit_cka_command
 from lit_cka.models import CLIPImageClassifier, ImageClassifier
+from tests import small_models
 from tests.data.test_shifts import SYNSETS, colour, write_sets
 from tests.data.test_test_sets import write_image
 from tests.editing.test_evaluation import pair, write_rows
@@ -31,7 +31,7 @@ SETS = ["ImageNet", "ImageNetV2", "ImageNetSketch", "ImageNetR", "ObjectNet", "I
 def run(config: str, folder: Path, *options: str) -> dict[str, Any]:
     """What the command writes; its pictures are there, too."""
     options = (*options, f"--output={folder / 'out'}", "--trainer.accelerator=cpu", "--trainer.devices=1")
-    assert isinstance(analyze.main(["monosoup", "--config", str(CONFIGS / config), *options]), MonoSoupEditor)
+    assert isinstance(lit_cka_command.run(["monosoup", "--config", str(CONFIGS / config), *options]), MonoSoupEditor)
     assert {"lambdas.pdf", "lambdas.png", "summary.json"} <= {path.name for path in (folder / "out").iterdir()}
     found: dict[str, Any] = json.loads((folder / "out" / "monosoup.json").read_text())
     return found

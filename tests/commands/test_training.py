@@ -1,4 +1,4 @@
-"""`train.py` and every config, for a few steps on small data in real formats; the demo as it stands."""
+"""`lit-cka fit` and every config, for a few steps on small data in real formats; the demo as it stands."""
 
 import json
 import os
@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import small_models
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import train
+from lit_cka.commands import training
+from tests import small_models
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -21,14 +21,14 @@ CONFIGS = ROOT / "configs"
 def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Relative paths in configs (`runs/...`) belong to the current folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
+
     (tmp_path / "configs").symlink_to(CONFIGS)
 
 
-def run(subcommand: str, config: str, *overrides: str) -> train.TrainCLI:
+def run(subcommand: str, config: str, *overrides: str) -> training.TrainCLI:
     few = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.precision=32-true"]
     few += ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=2", "--trainer.limit_test_batches=2"]
-    return train.main([subcommand, "--config", f"configs/{config}", *few, *overrides])
+    return training.main([subcommand, "--config", f"configs/{config}", *few, *overrides])
 
 
 def logged_tags(folder: str) -> list[str]:
@@ -115,14 +115,43 @@ def test_a_wrong_key_in_the_callback_is_one_clear_error(tmp_path: Path, capsys: 
     assert "layer: blocks.0" in config
     (tmp_path / "wrong.yaml").write_text(config)
     with pytest.raises(SystemExit):
-        train.main(["fit", "--config", "wrong.yaml"])
+        training.main(["fit", "--config", "wrong.yaml"])
     assert "layer" in capsys.readouterr().err
 
 
-def test_pretraining_needs_a_place_for_its_weights(tmp_path: Path) -> None:
+def test_pretraining_needs_a_place_for_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "p.yaml").write_text("seed_everything: 0\n")
-    with pytest.raises(ValueError, match=r"'p\.yaml' to have `save_weights`"):
+    with pytest.raises(SystemExit) as ended:
         run("fit", "digits.yaml", "--pretrain=p.yaml")
+    assert ended.value.code == 1
+    assert "'p.yaml' to have `save_weights`" in capsys.readouterr().err
+
+
+def test_a_saved_config_trains_the_same_again(tmp_path: Path) -> None:
+    """Also with a list of layers, which jsonargparse may take for a callable."""
+    few = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--pretrain=null", "--save_weights=null"]
+    few += ["--model.checkpoint=null", "--trainer.callbacks.layers=[model.blocks.0, '*.blocks.1']"]
+    first = training.main(["fit", "--config", "digits", *few])
+    saved = Path(first.trainer.log_dir) / "config.yaml"
+    again = training.main(["fit", "--config", str(saved)])
+    scores = [cli.trainer.callbacks[0].history[-1]["scores"] for cli in (first, again)]
+    assert list(scores[0]) == ["model.blocks.0", "model.blocks.1"]
+    assert scores[0] == scores[1]
+
+
+def test_on_several_ranks_the_end_is_said_once(tmp_path: Path) -> None:
+    """By any name of a config, from any folder; Lightning starts the other processes as this one was started."""
+    command = [sys.executable, "-m", "lit_cka", "fit", "--config", "digits"]
+    command += ["--pretrain=null", "--model.checkpoint=null"]
+    command += ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=1"]
+    command += ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=2"]
+    env = {**os.environ, "COLUMNS": "120", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    (tmp_path / "configs").unlink()
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=280, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Look at it with: tensorboard --logdir runs/digits") == 1
+    assert (tmp_path / "runs/digits/tensorboard/version_0/cka/cka_history.json").is_file()
+    assert (tmp_path / "runs/digits/finetuned.ckpt").is_file()
 
 
 def test_demo(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Two or more models and a dataset in, named arrays out, with intervals: comparisons, probes, projections.
 
-Drawing them is `lit_cka.plots`; one model against its own past is `lit_cka.tracking`.
+Drawing them is `lit_cka.plots`; one model against its past is `lit_cka.tracking`.
 """
 
 from typing import TYPE_CHECKING

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +20,6 @@ from lit_cka.features.layers import Layers
 from lit_cka.features.pooling import Pooling
 from lit_cka.tracking.history import verdict
 
-Array: TypeAlias = "NDArray[np.float64]"
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -36,7 +34,7 @@ class Comparison:
         layers_b: layer names of model b.
     """
 
-    values: Array
+    values: NDArray[np.float64]
     layers_a: list[str]
     layers_b: list[str]
     model_a: str
@@ -44,9 +42,9 @@ class Comparison:
     data: str
     num_samples: int
     settings: Settings
-    low: Array | None = None
-    high: Array | None = None
-    p_values: Array | None = None
+    low: NDArray[np.float64] | None = None
+    high: NDArray[np.float64] | None = None
+    p_values: NDArray[np.float64] | None = None
 
     @property
     def has_counterparts(self) -> bool:
@@ -59,11 +57,11 @@ class Comparison:
         same = self.model_a == self.model_b and self.has_counterparts
         if not same or not np.allclose(self.values, self.values.T, equal_nan=True):
             return False
-        own = self.values.diagonal()[~np.isnan(self.values.diagonal())]
-        return np.allclose(own, 0.0 if self.settings.measure == "procrustes" else 1.0)
+        defined = self.values.diagonal()[~np.isnan(self.values.diagonal())]
+        return np.allclose(defined, 0.0 if self.settings.measure == "procrustes" else 1.0)
 
     def diagonal(self) -> list[dict[str, Any]]:
-        """A row for each layer and its counterpart: layer, value, low, high, p, verdict."""
+        """Returns a row for each layer and its counterpart: layer, value, low, high, p, verdict."""
         if not self.has_counterparts:
             raise ValueError(f"Expected models with the same layers, but {self.model_a} and {self.model_b} differ.")
         rows: list[dict[str, Any]] = []
@@ -73,7 +71,7 @@ class Comparison:
                 if held is not None:
                     row[key] = float(held[index, index])
             if self.settings.measure.endswith("cka"):
-                row["verdict"] = verdict(row["value"], (0.99, 0.9))
+                row["verdict"] = verdict(row["value"])
             rows.append(row)
         return rows
 
@@ -94,7 +92,7 @@ def compare(
     progress: bool = True,
     distributed: bool = False,
 ) -> Comparison:
-    """Similarity of every layer of one model with every layer of another, of any widths, depths and architectures.
+    """Returns the similarity of every layer of one model with every layer of another, whatever they are.
 
     Each model is run once over its loader, and the features of all samples are kept in memory (n times the widths of
     all layers, float64).
@@ -148,7 +146,7 @@ def _shuffles_anew(loader: Any) -> bool:
 
 
 def compare_features(a: Features, b: Features, settings: Settings | None = None) -> Comparison:
-    """`compare`, from features; the same object twice compares a model with itself.
+    """Returns what `compare` does, from features; the same object twice compares a model with itself.
 
     Raises:
         ValueError: if samples differ in number, id or order, or there are too few.

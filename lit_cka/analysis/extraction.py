@@ -8,8 +8,6 @@ from itertools import islice, zip_longest
 from typing import Any, NamedTuple
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
-from lightning.fabric.utilities.data import sized_len
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
@@ -21,7 +19,7 @@ from lit_cka.features.pooling import Pooling
 from lit_cka.parallel.devices import usable_device
 from lit_cka.parallel.ranks import Ranks
 from lit_cka.progress import progress_bar
-from lit_cka.reference.isolation import preserved_rng
+from lit_cka.samples.random_states import preserved_rng
 
 
 def extract(
@@ -71,11 +69,13 @@ def extract(
             )  # fmt: skip
         finally:
             model.to(home)
+    from lightning.fabric.utilities import move_data_to_device
+
     extractor = FeatureExtractor(model, layers, pooling)
     run = _Halving(model, extractor)
 
-    def batches(rank: int, num_ranks: int) -> list[_Batch]:
-        own, num_batches = _share(loader, rank, num_ranks)
+    def batches(rank: int, num_ranks: int) -> list[_BatchFeatures]:
+        batches_here, num_batches = _share(loader, rank, num_ranks)
         taken = []
         with (
             torch.no_grad(),
@@ -85,9 +85,9 @@ def extract(
             extractor.alone(),
             progress_bar(f"{name} on {data}", num_batches, enabled=progress and rank == 0) as advance,
         ):
-            for batch in own:
+            for batch in batches_here:
                 features = run(move_data_to_device(batch, place))
-                taken.append(_Batch(features, len(next(iter(features.values()))), _ids(batch), _labels(batch)))
+                taken.append(_BatchFeatures(features, len(next(iter(features.values()))), _ids(batch), _labels(batch)))
                 advance(1)
         return taken
 
@@ -114,8 +114,8 @@ def extract(
     return Features(joined, ids, name, data, shown, labels if len(labels) == len(ids) else None)
 
 
-class _Batch(NamedTuple):
-    """What a batch gave."""
+class _BatchFeatures(NamedTuple):
+    """The features of a batch, with the ids and labels that it has."""
 
     features: dict[str, Tensor]
     num_samples: int
@@ -124,7 +124,9 @@ class _Batch(NamedTuple):
 
 
 def _share(loader: Iterable[Any], rank: int, num_ranks: int) -> tuple[Iterable[Any], int]:
-    """Every so many-th batch, and how many there are, 0 if that isn't known."""
+    """Returns this rank's batches, dealt out in turn, and how many they are, 0 if that isn't known."""
+    from lightning.fabric.utilities.data import sized_len
+
     num_batches = sized_len(loader) or 0  # a DataLoader has `__len__` even where its dataset has none
     if num_ranks == 1:
         return loader, num_batches
@@ -132,15 +134,15 @@ def _share(loader: Iterable[Any], rank: int, num_ranks: int) -> tuple[Iterable[A
     if isinstance(sampler, RandomSampler):
         raise ValueError("Expected a `loader` that does not shuffle: on several ranks, each would have its own order.")
     if isinstance(loader, DataLoader) and type(loader.batch_sampler) is BatchSampler:
-        own = list(loader.batch_sampler)[rank::num_ranks]  # the others need not even be loaded
+        indices = list(loader.batch_sampler)[rank::num_ranks]  # the others need not even be loaded
         part = DataLoader(
             loader.dataset,
-            batch_sampler=own,
+            batch_sampler=indices,
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
             pin_memory=loader.pin_memory,
         )
-        return part, len(own)
+        return part, len(indices)
     return islice(loader, rank, None, num_ranks), len(range(rank, num_batches, num_ranks))
 
 
@@ -196,7 +198,7 @@ class _Halving:
 
 
 def _part(value: Any, num_samples: int, start: int, stop: int) -> Any:
-    """The samples from `start` to `stop` of everything in a batch that has one entry a sample."""
+    """Returns the samples from `start` to `stop` of everything in a batch that has one entry a sample."""
     if isinstance(value, Tensor):
         return value[start:stop] if value.ndim and len(value) == num_samples else value
     if isinstance(value, Mapping):

@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lit_cka.files import written_whole
+
 _FORMAT = "lit_cka features 1"
 
 
@@ -50,25 +52,19 @@ class Features:
 
     @property
     def num_samples(self) -> int:
-        """n."""
+        """The number of samples, n."""
         return len(self.ids)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a safetensors file, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         described = {
             "format": _FORMAT, "model": self.model, "data": self.data, "pooling": self.pooling,
             "layer_names": json.dumps(list(self.layers)), "ids": json.dumps(self.ids),
             "labels": json.dumps(self.labels),
         }  # fmt: skip
-        partial = path.with_name(f".{path.name}.partial")
-        try:
+        with written_whole(path) as partial:
             save_file({name: value.contiguous() for name, value in self.layers.items()}, partial, described)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        return path
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Features:

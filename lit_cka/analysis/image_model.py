@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from lit_cka.analysis.extraction import extract
 from lit_cka.analysis.features import Features
 from lit_cka.analysis.texts import Samples
+from lit_cka.data.from_model import transform_of
 from lit_cka.features.layers import Layers
 from lit_cka.features.pooling import Pooling
 
@@ -49,17 +50,14 @@ class ImageModel:
         self.device = device
 
     def features(self, samples: Samples, *, progress: bool = True, distributed: bool = False) -> Features:
-        """Features of all images, which are tensors, or paths of files; on several ranks if `distributed`.
+        """Returns the features of all images, which are tensors, or paths of files; on several ranks if `distributed`.
 
         Raises:
             ValueError: if there are files to read, and the model has no `eval_transform`.
         """
-        transform = getattr(self.model, "eval_transform", None)
-        if transform is None and not all(isinstance(item, Tensor) for item in samples.items):
-            raise ValueError(
-                f"Expected {self.name!r} to have an `eval_transform`, the preprocessing that its weights were trained "
-                "with, but it has none. The models of lit_cka.models do; set it on your own."
-            )
+        transform = None
+        if not all(isinstance(item, Tensor) for item in samples.items):
+            transform = transform_of(self.model, "eval_transform", whose=repr(self.name))
         loader: DataLoader[Any] = DataLoader(
             _Images(samples, transform),  # type: ignore[arg-type]  # with a length and items it is a dataset
             self.batch_size,
@@ -113,7 +111,7 @@ class ImageFiles:
         self.name = name or self.root.resolve().name
 
     def read(self) -> Samples:
-        """Find the files.
+        """Returns the files as samples.
 
         Raises:
             FileNotFoundError: if there is no such folder, or there are no images in it.
@@ -147,7 +145,7 @@ class Digits:
         self.name = name or shift
 
     def read(self) -> Samples:
-        """The test part.
+        """Returns the test part.
 
         Raises:
             ValueError: if there is no such shift.

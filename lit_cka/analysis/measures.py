@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from lit_cka.analysis.rsa import pairwise_rsa
-from lit_cka.functional.cka import cka_from_gram
+from lit_cka.analysis.rsa import Correlation, pairwise_rsa
+from lit_cka.functional.cka import cka_from_gram, min_num_samples
 from lit_cka.functional.kernels import linear_gram, rbf_gram
 from lit_cka.functional.matrix import cka_matrix
 from lit_cka.functional.procrustes import procrustes_distance
-from lit_cka.functional.rsa import rdm
-from lit_cka.metrics import MinibatchCKA
+from lit_cka.functional.rsa import Distance, rdm
 
 Measure: TypeAlias = Literal["cka", "minibatch_cka", "rbf_cka", "rsa", "procrustes"]
-_CHOICES = {
-    "measure": get_args(Measure),
-    "distance": ("cosine", "correlation", "euclidean"),
-    "comparison": ("spearman", "pearson", "kendall"),
-}
+_CHOICES = {"measure": get_args(Measure), "distance": get_args(Distance), "comparison": get_args(Correlation)}
 
 
 @dataclass(frozen=True)
@@ -49,8 +45,8 @@ class Settings:
     measure: Measure = "cka"
     debiased: bool = True
     batch_size: int = 64
-    distance: Literal["cosine", "correlation", "euclidean"] = "correlation"
-    comparison: Literal["spearman", "pearson", "kendall"] = "spearman"
+    distance: Distance = "correlation"
+    comparison: Correlation = "spearman"
     bandwidth: float = 1.0
     num_resamples: int = 0
     num_permutations: int = 0
@@ -63,7 +59,11 @@ class Settings:
                 raise ValueError(
                     f"Expected `{name}` to be one of {', '.join(choices)}, but got {getattr(self, name)!r}."
                 )
-        for name, least in (("batch_size", 4), ("num_resamples", 0), ("num_permutations", 0)):
+        for name, least in (
+            ("batch_size", min_num_samples(debiased=True)),
+            ("num_resamples", 0),
+            ("num_permutations", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"Expected `{name}` to be at least {least}, but got {getattr(self, name)}.")
         if self.bandwidth <= 0:
@@ -75,12 +75,12 @@ class Settings:
 
 
 def similarity(Xs: Sequence[Tensor], Ys: Sequence[Tensor], settings: Settings) -> Tensor:
-    """Every layer of `Xs` with every layer of `Ys` (k, l), float64; the same object twice to compare with itself."""
+    """Returns the measure of every layer of `Xs` with every layer of `Ys`: (k, l), float64; `Ys` may be `Xs` itself."""
     return _MEASURES[settings.measure](Xs, Ys, settings)
 
 
 def gram_matrices(layers: Sequence[Tensor], settings: Settings) -> Tensor:
-    """The samples' Gram matrices (layers, n, n) by the measure's kernel, float64."""
+    """Returns the samples' Gram matrices (layers, n, n) by the measure's kernel, float64."""
     if settings.measure == "rbf_cka":
         return torch.stack([rbf_gram(X, bandwidth=settings.bandwidth) for X in layers])
     return torch.stack([linear_gram(X) for X in layers])
@@ -91,12 +91,14 @@ def _cka(Xs: Sequence[Tensor], Ys: Sequence[Tensor], settings: Settings) -> Tens
 
 
 def _minibatch_cka(Xs: Sequence[Tensor], Ys: Sequence[Tensor], settings: Settings) -> Tensor:
-    metric = MinibatchCKA()
-    if len(Xs[0]) < 4:
-        raise ValueError(f"Expected at least 4 samples for a batch, but got {len(Xs[0])}.")
+    from lit_cka.metrics import MinibatchCKA
+
+    metric, needed = MinibatchCKA(), min_num_samples(debiased=True)
+    if len(Xs[0]) < needed:
+        raise ValueError(f"Expected at least {needed} samples for a batch, but got {len(Xs[0])}.")
     for start in range(0, len(Xs[0]), settings.batch_size):
         part = slice(start, start + settings.batch_size)
-        if len(Xs[0][part]) >= 4:
+        if len(Xs[0][part]) >= needed:
             metric.update([X[part] for X in Xs], [Y[part] for Y in Ys])
     return metric.compute()
 
@@ -104,7 +106,7 @@ def _minibatch_cka(Xs: Sequence[Tensor], Ys: Sequence[Tensor], settings: Setting
 def _rbf_cka(Xs: Sequence[Tensor], Ys: Sequence[Tensor], settings: Settings) -> Tensor:
     Ks = gram_matrices(Xs, settings)
     Ls = Ks if Xs is Ys else gram_matrices(Ys, settings)
-    return torch.stack([torch.stack([cka_from_gram(K, L, debiased=settings.debiased) for L in Ls]) for K in Ks])
+    return _every_pair(partial(cka_from_gram, debiased=settings.debiased), Ks, Ls)
 
 
 def _rsa(Xs: Sequence[Tensor], Ys: Sequence[Tensor], settings: Settings) -> Tensor:
@@ -114,7 +116,12 @@ def _rsa(Xs: Sequence[Tensor], Ys: Sequence[Tensor], settings: Settings) -> Tens
 
 
 def _procrustes(Xs: Sequence[Tensor], Ys: Sequence[Tensor], settings: Settings) -> Tensor:
-    return torch.stack([torch.stack([procrustes_distance(X, Y) for Y in Ys]) for X in Xs])
+    return _every_pair(procrustes_distance, Xs, Ys)
+
+
+def _every_pair(measure: Callable[[Tensor, Tensor], Tensor], Xs: Iterable[Tensor], Ys: Iterable[Tensor]) -> Tensor:
+    """Returns a scalar measure of every one of `Xs` with every one of `Ys`, as a matrix."""
+    return torch.stack([torch.stack([measure(X, Y) for Y in Ys]) for X in Xs])
 
 
 _MEASURES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,8 @@ import numpy as np
 from lit_cka.analysis.features import Features, check_matched
 from lit_cka.functional.matrix import cka_matrix
 from lit_cka.progress import progress_bar
-from lit_cka.tracking.history import verdict
+from lit_cka.tracking.history import THRESHOLDS, verdict
 
-THRESHOLDS = (0.99, 0.9)
 _NOTHING_GAINED = 0.02  # accuracy
 
 
@@ -32,7 +32,7 @@ class ProbeRow:
 
     @property
     def difference(self) -> float:
-        """Accuracy gained."""
+        """The accuracy gained."""
         return self.accuracy_after - self.accuracy_before
 
 
@@ -48,7 +48,7 @@ def probe_layers(
     seed: int = 0,
     progress: bool = True,
 ) -> list[ProbeRow]:
-    """Per layer, linear CKA of two models, and the accuracy of a linear probe on the features of each.
+    """Returns per layer the linear CKA of two models, and the accuracy of a linear probe on the features of each.
 
     The probe is scikit-learn's logistic regression on standardised features, by stratified cross-validation over the
     same folds for both models, so that the accuracy is of samples it has not seen.
@@ -86,7 +86,7 @@ def probe_layers(
             cka = cka_matrix([before.layers[name]], [after.layers[name]], debiased=debiased).item()
             means = [float(scores.mean()) for scores in found]
             errors = [float(scores.std(ddof=1) / np.sqrt(len(scores))) for scores in found]
-            rows.append(ProbeRow(name, cka, means[0], means[1], errors[0], errors[1], verdict(cka, THRESHOLDS)))
+            rows.append(ProbeRow(name, cka, means[0], means[1], errors[0], errors[1], verdict(cka)))
     return rows
 
 
@@ -137,14 +137,16 @@ def _accuracies(
     return scores
 
 
+def _could_be_frozen(row: ProbeRow) -> bool:
+    """Returns whether a layer is similar to before, and no easier to read the labels from; NaN is not similar."""
+    _, refined = THRESHOLDS
+    return row.cka >= refined and row.difference <= max(_NOTHING_GAINED, 2 * row.error_after)
+
+
 def advice(rows: Sequence[ProbeRow]) -> str:
-    """What the table says about which layers fine-tuning could have left alone, and which it was for."""
-    frozen = []
-    for row in rows:
-        # From the first layer on: to freeze a layer above a trained one saves nothing.
-        if row.cka != row.cka or row.cka < THRESHOLDS[1] or row.difference > max(_NOTHING_GAINED, 2 * row.error_after):
-            break
-        frozen.append(row.layer)
+    """Returns what the table says about which layers fine-tuning could have left alone, and which it was for."""
+    # From the first layer on: to freeze a layer above a trained one saves nothing.
+    frozen = [row.layer for row in takewhile(_could_be_frozen, rows)]
     useful = [row.layer for row in rows if row.verdict == "rewritten" and row.difference > 2 * row.error_after]
     idle = [row.layer for row in rows if row.verdict == "rewritten" and row.layer not in useful]
     best = max(rows, key=lambda row: row.accuracy_after)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,14 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_cka.analysis.features import Features, check_matched
+from lit_cka.functional.centring import about_mean
 from lit_cka.functional.procrustes import orthogonal_alignment
 from lit_cka.functional.signatures import component_label_correlation, kernel_pca, signature_gram
 
-Array: TypeAlias = "NDArray[np.float64]"
-
 
 @dataclass(frozen=True)
-class Point:
+class LayerPoint:
     """A layer of a model on a dataset, and its place."""
 
     model: str
@@ -53,7 +51,7 @@ class Pairing:
 
 @dataclass(frozen=True)
 class Projection:
-    """The map.
+    """Layers as points of one map, and what it tells of models and datasets.
 
     Attributes:
         points: in the order of the rows of `cka`.
@@ -65,8 +63,8 @@ class Projection:
         pairings: of every model and pair of datasets, by the layers that both have.
     """
 
-    points: list[Point]
-    cka: Array
+    points: list[LayerPoint]
+    cka: NDArray[np.float64]
     explained: list[float]
     correlation: dict[str, list[float]]
     correlation_by_model: dict[str, list[float]]
@@ -74,7 +72,7 @@ class Projection:
 
 
 def project(features: Sequence[Features], *, standardize: bool = False) -> Projection:
-    """Joint kernel PCA of the signatures of all layers; see `lit_cka.functional.signatures`.
+    """Returns the joint kernel PCA of the signatures of all layers; see `lit_cka.functional.signatures`.
 
     Args:
         features: one for each model and dataset. Their samples say the same in the same order, such as one text in two
@@ -96,12 +94,12 @@ def project(features: Sequence[Features], *, standardize: bool = False) -> Proje
     gram = signature_gram(layers)
     coordinates, explained = kernel_pca(gram)
     points = [
-        Point(each.model, each.data, layer, depth, (0.0, 0.0, 0.0))
+        LayerPoint(each.model, each.data, layer, depth, (0.0, 0.0, 0.0))
         for each in features
         for depth, layer in enumerate(each.layers)
     ]
     points = [
-        Point(point.model, point.dataset, point.layer, point.depth, (place[0], place[1], place[2]))
+        LayerPoint(point.model, point.dataset, point.layer, point.depth, (place[0], place[1], place[2]))
         for point, place in zip(points, coordinates.tolist(), strict=True)
     ]
     models = list(dict.fromkeys(point.model for point in points))
@@ -124,21 +122,20 @@ def project(features: Sequence[Features], *, standardize: bool = False) -> Proje
 
 
 def _correlation(coordinates: Tensor, labels: Sequence[str]) -> list[float]:
-    known = ~coordinates.isnan().any(dim=1)
-    if len({label for label, keep in zip(labels, known.tolist(), strict=True) if keep}) < 2:
+    defined = ~coordinates.isnan().any(dim=1)
+    if len({label for label, keep in zip(labels, defined.tolist(), strict=True) if keep}) < 2:
         return [float("nan")] * coordinates.shape[1]  # one model, or one dataset: nothing to tell apart
     return component_label_correlation(coordinates, labels).tolist()
 
 
 def _standardized(X: Tensor) -> Tensor:
-    centred = X - X[:1]  # so that constant features become exact zeros
-    centred = centred - centred.mean(dim=0)
-    deviation = centred.std(dim=0, unbiased=False)
-    return centred / torch.where(deviation > 0, deviation, 1.0)
+    Xc = about_mean(X)
+    deviation = Xc.std(dim=0, unbiased=False)
+    return Xc / torch.where(deviation > 0, deviation, 1.0)
 
 
 def _pairings(
-    features: Sequence[Features], points: Sequence[Point], coordinates: Tensor, gram: Tensor
+    features: Sequence[Features], points: Sequence[LayerPoint], coordinates: Tensor, gram: Tensor
 ) -> list[Pairing]:
     pairings = []
     place = {(point.model, point.dataset, point.layer): index for index, point in enumerate(points)}

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_cka.functional.cka import _double_centred
+from lit_cka.functional.centring import double_centred
+from lit_cka.functional.cka import is_hsic_rounding
 
 
-class Centred(NamedTuple):
+class UCentredGram(NamedTuple):
     """A U-centred Gram matrix, and what the plain estimator has besides: `Kc_ij = A_ij - alpha_i - alpha_j`."""
 
     A: Tensor  # (n, n)
@@ -22,8 +23,10 @@ class Centred(NamedTuple):
     diagonal: Tensor  # (n,) of Kc
     debiased: bool
 
-    def own(self, other: Centred) -> Tensor | None:
-        """What each sample adds (n,) to `sum Kc Lc` over `sum A B`, since the rows of A sum to 0."""
+    def diagonal_terms(self, other: UCentredGram) -> Tensor | None:
+        """Returns what each sample adds (n,) to `sum Kc Lc` over `sum A B`, since the rows of A sum to 0; None for the
+        debiased estimator, which is `sum A B`.
+        """
         if self.debiased:
             return None
         n, alpha, beta = len(self.alpha), self.alpha, other.alpha
@@ -42,10 +45,10 @@ class Resamples:
         self.quadruples = n**4 - 6 * n**2 * self.p2 + 3 * self.p2**2 + 8 * n * p3 - 6 * p4
 
 
-class Drawn:
+class ResampledGram:
     """One U-centred Gram matrix in resamples of its samples."""
 
-    def __init__(self, gram: Centred, resamples: Resamples) -> None:
+    def __init__(self, gram: UCentredGram, resamples: Resamples) -> None:
         self.gram, self.resamples = gram, resamples
         self.sums = gram.A @ resamples.W
         self.drawn_sums = resamples.W * self.sums
@@ -53,8 +56,8 @@ class Drawn:
         self.square, part = self.inner(self)
         self.share = part / self.square
 
-    def inner(self, other: Drawn) -> tuple[Tensor, Tensor]:
-        """Inner product (c,) with another matrix over a resample, and each sample's part in it (n, c).
+    def inner(self, other: ResampledGram) -> tuple[Tensor, Tensor]:
+        """Returns the inner product (c,) with another matrix over a resample, and each sample's part in it (n, c).
 
         n (n - 3) times the mean of `A_ij B_ij - 2 A_ij B_iq + A_ij B_qr` over the different samples i, j, q, r of the
         resample: the U-statistic of Song et al. 2012. It takes one matrix product; the sums over tuples that hold a
@@ -70,23 +73,22 @@ class Drawn:
         third = self.total * other.total - 4 * ((W * shared).sum(0) - twice) - 2 * twice
         mean = first / drawings.pairs - 2 * second / drawings.triples + third / drawings.quadruples
         total, part = n * (n - 3) * mean, part * ((n - 3) / (n - 1))
-        own = self.gram.own(other.gram)
-        return (total, part) if own is None else (total + own @ W, part + own[:, None] / 2)
+        terms = self.gram.diagonal_terms(other.gram)
+        return (total, part) if terms is None else (total + terms @ W, part + terms[:, None] / 2)
 
 
-def u_centred(gram: Tensor, debiased: bool) -> Centred:
-    """U-centring of one Gram matrix (n, n); zeros where nothing but rounding is left."""
-    centred = _double_centred(gram.detach().to(torch.float64))
+def u_centred(gram: Tensor, debiased: bool) -> UCentredGram:
+    """Returns the U-centring of one Gram matrix (n, n); zeros where nothing but rounding is left."""
+    centred = double_centred(gram)
     n, diagonal = len(centred), centred.diagonal()
     alpha = (diagonal - diagonal.sum() / (2 * (n - 1))) / (n - 2)
     A = centred + alpha[:, None] + alpha
     A = A - torch.diag(A.diagonal())
-    # As `hsic`.
-    rounding = A.square().sum() <= (1e-13 + 1e-15 * n) * (centred.square().sum() + diagonal.square().sum())
-    return Centred(A.masked_fill(rounding, 0.0), alpha, diagonal, debiased)
+    rounding = is_hsic_rounding(A.square().sum(), centred.square().sum() + diagonal.square().sum(), n)
+    return UCentredGram(A.masked_fill(rounding, 0.0), alpha, diagonal, debiased)
 
 
 def draw_counts(n: int, num_resamples: int, seed: int) -> Tensor:
-    """How often each of `n` samples is in each resample: (n, num_resamples)."""
+    """Returns how often each of `n` samples is in each resample: (n, num_resamples)."""
     drawn = torch.randint(n, (n, num_resamples), generator=torch.Generator().manual_seed(seed))
     return torch.zeros(n, num_resamples).scatter_add_(0, drawn, torch.ones(n, num_resamples))

@@ -10,20 +10,19 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from scipy.stats import kendalltau, rankdata
 from torch import Tensor
 
 from lit_cka.functional.moments import check_features
 from lit_cka.functional.rsa import Distance, rdm
 
-Comparison = Literal["spearman", "pearson", "kendall"]
+Correlation = Literal["spearman", "pearson", "kendall"]
 
 # Distances that differ by less than this share of the largest are ties: they are equal but for rounding.
 _TIE = 1e-12
 
 
-def rsa(X: Tensor, Y: Tensor, distance: Distance = "correlation", comparison: Comparison = "spearman") -> Tensor:
-    """RSA of two sets of features of the same samples: the correlation of their RDMs over all pairs of samples.
+def rsa(X: Tensor, Y: Tensor, distance: Distance = "correlation", comparison: Correlation = "spearman") -> Tensor:
+    """Returns the RSA of two sets of features: the correlation of their RDMs over all pairs of samples.
 
     Args:
         X: features (n, d_x), any floating dtype; computed in float64.
@@ -46,8 +45,8 @@ def rsa(X: Tensor, Y: Tensor, distance: Distance = "correlation", comparison: Co
     return compare_rdms(rdm(X, distance), rdm(Y, distance), comparison)
 
 
-def compare_rdms(R: Tensor, S: Tensor, comparison: Comparison = "spearman") -> Tensor:
-    """Correlation of two RDMs (n, n) over the n (n - 1) / 2 pairs of samples: a float64 scalar in [-1, 1].
+def compare_rdms(R: Tensor, S: Tensor, comparison: Correlation = "spearman") -> Tensor:
+    """Returns the correlation of two RDMs (n, n) over the n (n - 1) / 2 pairs of samples: a float64 scalar in [-1, 1].
 
         spearman  Pearson's correlation of the ranks, ties at their average rank
         pearson   of the distances
@@ -61,10 +60,10 @@ def compare_rdms(R: Tensor, S: Tensor, comparison: Comparison = "spearman") -> T
     return pairwise_rsa(R[None], S[None], comparison)[0, 0]
 
 
-def pairwise_rsa(Rs: Tensor, Ss: Tensor, comparison: Comparison = "spearman") -> Tensor:
-    """`compare_rdms` of every RDM in `Rs` (a, n, n) with every one in `Ss` (b, n, n): (a, b), each ranked once."""
-    if comparison not in get_args(Comparison):
-        raise ValueError(f"Expected `comparison` to be one of {get_args(Comparison)}, but got {comparison!r}.")
+def pairwise_rsa(Rs: Tensor, Ss: Tensor, comparison: Correlation = "spearman") -> Tensor:
+    """Returns `compare_rdms` of every RDM in `Rs` (a, n, n) with every one in `Ss` (b, n, n): (a, b)."""
+    if comparison not in get_args(Correlation):
+        raise ValueError(f"Expected `comparison` to be one of {get_args(Correlation)}, but got {comparison!r}.")
     if Rs.ndim != 3 or Ss.ndim != 3 or not Rs.shape[1] == Rs.shape[2] == Ss.shape[1] == Ss.shape[2]:
         raise ValueError(
             "Expected the dissimilarity matrices to be square and of the same size (samples, samples), "
@@ -77,12 +76,12 @@ def pairwise_rsa(Rs: Tensor, Ss: Tensor, comparison: Comparison = "spearman") ->
         # The p-value, which nobody reads, is what the exact method would spend its time on.
         values = np.array([[_tau(x, y) for y in s] for x in r])
     else:
-        values = _standardised(r, comparison) @ _standardised(s, comparison).T
+        values = _standardized(r, comparison) @ _standardized(s, comparison).T
     return torch.from_numpy(np.clip(values, -1, 1))
 
 
 def _pairs(rdms: Tensor) -> np.ndarray:
-    """Each RDM's upper triangle, in units of its tie distance; NaN where the RDM has no two different distances."""
+    """Returns each RDM's upper triangle in units of its tie distance; NaN for an RDM of one distance throughout."""
     n = rdms.shape[-1]
     rows, columns = torch.triu_indices(n, n, offset=1, device=rdms.device)
     pairs = rdms.detach().to(torch.float64)[:, rows, columns].cpu().numpy()
@@ -93,14 +92,18 @@ def _pairs(rdms: Tensor) -> np.ndarray:
     return pairs
 
 
-def _standardised(pairs: np.ndarray, comparison: Comparison) -> np.ndarray:
+def _standardized(pairs: np.ndarray, comparison: Correlation) -> np.ndarray:
+    from scipy.stats import rankdata
+
     values = rankdata(pairs, axis=1) if comparison == "spearman" else pairs
     values = values - values.mean(axis=1, keepdims=True)
-    standardised: np.ndarray = values / np.linalg.norm(values, axis=1, keepdims=True)
-    return standardised
+    standardized: np.ndarray = values / np.linalg.norm(values, axis=1, keepdims=True)
+    return standardized
 
 
 def _tau(x: np.ndarray, y: np.ndarray) -> float:
     if np.isnan(x).any() or np.isnan(y).any():
         return np.nan
+    from scipy.stats import kendalltau
+
     return float(kendalltau(x, y, method="asymptotic").statistic)

@@ -37,7 +37,7 @@ class TextFile:
         self.name = name
 
     def read(self) -> Samples:
-        """Read the file; raises as `read_texts`."""
+        """Returns the texts; raises as `read_texts`."""
         return read_texts(
             self.path,
             text_column=self.text_column,

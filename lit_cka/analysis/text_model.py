@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lit_cka.analysis.extraction import extract
 from lit_cka.analysis.features import Features
+from lit_cka.analysis.text_network import TextNetwork
 from lit_cka.analysis.texts import Samples, collate, tokenize
+from lit_cka.data.from_model import padding_token
 from lit_cka.data.tokenizer import load_tokenizer
-from lit_cka.features.extractor import tensors_in
-from lit_cka.features.layers import Layers, named_layers
+from lit_cka.features.layers import Layers
 
 TokenPooling = Literal["mean", "last", "cls"]
 
@@ -86,7 +85,7 @@ class TextModel:
         self._num_embeddings = body.get_input_embeddings().weight.shape[0]
 
     def features(self, samples: Samples, progress: bool = True, distributed: bool = False) -> Features:
-        """The features of texts, from one run over them; on several ranks if `distributed`, see `extract`.
+        """Returns the features of texts, from one run over them; on several ranks if `distributed`, see `extract`.
 
         Raises:
             ValueError: if a text has no tokens, or tokens that the model does not know.
@@ -104,7 +103,7 @@ class TextModel:
         return dataclasses.replace(features, pooling=self.pooling)
 
     def loader(self, samples: Samples) -> DataLoader[Any]:
-        """Batches for `network`: `input_ids`, `attention_mask` (n, tokens), `id`, and `labels` if any; may raise."""
+        """Returns batches for `network`: `input_ids`, `attention_mask` (n, tokens), `id`, and `labels` if any."""
         tokens = tokenize(self.tokenizer, samples, self.max_length)
         for sample, ids in zip(samples.ids, tokens, strict=True):
             if not ids:
@@ -115,109 +114,13 @@ class TextModel:
                     f"gives {max(ids)} in sample {sample!r}. Is it another model's?"
                 )
         labels = [None] * len(samples) if samples.labels is None else samples.labels
-        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        padding = next((id for id in candidates if id is not None and id < self._num_embeddings), 0)
+        padding = padding_token(self.tokenizer, self._num_embeddings)
         rows: Any = list(zip(samples.ids, tokens, labels, strict=True))  # a list is a map-style dataset
         return DataLoader(rows, self.batch_size, collate_fn=partial(collate, padding=padding))
 
 
-class TextNetwork(nn.Module):
-    """A body of transformers whose hidden states pass by as the outputs of modules with plain names: for hooks.
-
-    Args:
-        body: a model without a head, in eval mode.
-
-    Raises:
-        ValueError: if its blocks cannot be found, or do not return hidden states (n, tokens, d).
-    """
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        blocks = _find_blocks(body)
-        final_norm = _find_final_norm(body, blocks)
-        self.embeddings = nn.Identity()
-        self.layers = nn.ModuleList(nn.Identity() for _ in blocks)
-        if final_norm is not None:
-            self.final_norm = nn.Identity()
-        self.hidden_states = [name for name in named_layers(self) if name != "layers"]
-        self.model = body
-        # In a tuple, so that they have no second name here.
-        self._first = (blocks[0],)
-        self._watched = tuple(zip(blocks, self.layers, strict=True))
-        if final_norm is not None:
-            self._watched += ((final_norm, self.final_norm),)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        """What the body returns."""
-
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self.embeddings(_block_input(args, kwargs))
-
-        with ExitStack() as hooks:
-            hooks.callback(self._first[0].register_forward_pre_hook(enter, with_kwargs=True).remove)
-            for module, stand_in in self._watched:
-                hooks.callback(module.register_forward_hook(partial(_show, stand_in)).remove)
-            return self.model(input_ids=input_ids, attention_mask=attention_mask)
-
-
-def _show(stand_in: nn.Module, module: nn.Module, args: Any, output: Any) -> None:
-    stand_in(output)
-
-
-def _block_input(args: Any, kwargs: Any) -> Tensor:
-    return next(tensor for tensor in tensors_in((kwargs.get("hidden_states"), args)) if tensor.is_floating_point())
-
-
-def _find_blocks(body: Any) -> list[nn.Module]:
-    """What the only list of as many blocks as the configuration says holds."""
-    num = body.config.get_text_config().num_hidden_layers
-    found = {
-        name: list(module)
-        for name, module in body.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == num
-        and all(any(True for _ in block.children()) for block in module)
-    }
-    outer = [blocks for name, blocks in found.items() if not any(name.startswith(f"{around}.") for around in found)]
-    if len(outer) != 1:
-        raise ValueError(
-            f"Expected {type(body).__name__} to hold its {num} blocks in one list, but there are {len(outer)} such "
-            "lists. Use `lit_cka.analysis.extraction.extract` with `layers` that you name."
-        )
-    return outer[0]
-
-
-def _find_final_norm(body: Any, blocks: list[nn.Module]) -> nn.Module | None:
-    """The normalisation that runs behind the last block; from a run on two tokens."""
-    shapes: list[torch.Size] = []
-    behind: list[nn.Module] = []
-
-    def after_block(module: nn.Module, args: Any, output: Any) -> None:
-        shapes.extend(tensor.shape[:-1] for tensor in list(tensors_in(output))[:1])
-
-    def after_norm(module: nn.Module, args: Any, output: Any) -> None:
-        if len(shapes) == len(blocks):
-            behind.append(module)
-
-    inside = {id(module) for block in blocks for module in block.modules()}
-    tokens = torch.arange(2, device=body.device)[None]
-    with ExitStack() as hooks, torch.no_grad():
-        for block in blocks:
-            hooks.callback(block.register_forward_hook(after_block).remove)
-        for module in body.modules():
-            if "norm" in type(module).__name__.lower() and id(module) not in inside:
-                hooks.callback(module.register_forward_hook(after_norm).remove)
-        body(input_ids=tokens, attention_mask=torch.ones_like(tokens))
-    if shapes != [tokens.shape] * len(blocks):
-        raise ValueError(
-            f"Expected every block of {type(body).__name__} to run once and to return hidden states (1, 2, d) for two "
-            f"tokens, but got {[(*shape, 'd') for shape in shapes]}."
-        )
-    return behind[0] if behind else None
-
-
 def _context(body: Any) -> int:
-    """The most tokens by the model's configuration and table of positions."""
+    """Returns the most tokens by the model's configuration and table of positions."""
     positions = getattr(body.config.get_text_config(), "max_position_embeddings", None) or 0
     for name, module in body.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import random
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from lit_cka.data.rows import read_rows
 
 _SUFFIXES = (".txt", ".csv", ".json", ".jsonl", ".parquet")
 
@@ -66,7 +65,7 @@ def read_texts(
     seed: int = 0,
     name: str | None = None,
 ) -> Samples:
-    """Texts of a file: .txt (a text in each line), .csv (with a header), .json (a list, or lines), .jsonl, .parquet.
+    """Returns the texts of a file: .txt, .csv, .json, .jsonl or .parquet, see `lit_cka.data.rows.read_rows`.
 
     Args:
         path: of the file.
@@ -93,19 +92,16 @@ def read_texts(
         raise FileNotFoundError(f"Expected a file of texts at {str(path)!r}, but there is none.")
     columns = [column for column in (text_column, label_column, id_column) if column is not None]
     rows = []
-    try:
-        for where, row in _rows(path):
-            missing = [column for column in columns if column not in row]
-            if missing:
-                raise ValueError(f"Expected a column {missing[0]!r}, but {where} has {[*row]}.")
-            if not isinstance(row[text_column], str) or not row[text_column].strip():
-                raise ValueError(f"Expected a text that is not empty, but {where} has {row[text_column]!r}.")
-            for column in columns[1:]:
-                if not isinstance(row[column], (str, int, float)) or row[column] == "":
-                    raise ValueError(f"Expected {column!r} to be a word or a number, but {where} has {row[column]!r}.")
-            rows.append(row)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"Expected {str(path)!r} to be {path.suffix} in UTF-8, but it isn't: {error}.") from error
+    for where, row in read_rows(path):
+        missing = [column for column in columns if column not in row]
+        if missing:
+            raise ValueError(f"Expected a column {missing[0]!r}, but {where} has {[*row]}.")
+        if not isinstance(row[text_column], str) or not row[text_column].strip():
+            raise ValueError(f"Expected a text that is not empty, but {where} has {row[text_column]!r}.")
+        for column in columns[1:]:
+            if not isinstance(row[column], (str, int, float)) or row[column] == "":
+                raise ValueError(f"Expected {column!r} to be a word or a number, but {where} has {row[column]!r}.")
+        rows.append(row)
     if not rows:
         raise ValueError(f"Expected {str(path)!r} to hold texts, but it has none.")
     chosen = range(len(rows))
@@ -119,59 +115,8 @@ def read_texts(
     )
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows by column, each with its place in the file, for messages."""
-    if path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-    elif path.suffix == ".txt":
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                yield f"line {number} of {str(path)!r}", {"text": line.removesuffix("\n")}
-    elif path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, row in enumerate(csv.DictReader(file), start=1):
-                yield f"row {number} of {str(path)!r}", row
-    else:
-        yield from _json_rows(path)
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError("Reading parquet takes pyarrow: pip install 'lit-cka[hub]'.") from error
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"Expected {str(path)!r} to be a parquet file, but it isn't: {error}") from error
-    for number, row in enumerate(table.to_pylist(), start=1):
-        yield f"row {number} of {str(path)!r}", row
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    content = path.read_text(encoding="utf-8-sig")
-    whole = content.lstrip().startswith("[")
-    # Not `splitlines`: a text may hold line separators of Unicode.
-    sources = [content] if whole else content.split("\n")
-    for number, source in enumerate(sources, start=1):
-        if not source.strip():
-            continue
-        where = repr(str(path)) if whole else f"line {number} of {str(path)!r}"
-        try:
-            value = json.loads(source)
-        except ValueError as error:
-            raise ValueError(f"Expected JSON, but {where} is none: {error}.") from error
-        rows = value if whole else [value]
-        for index, row in enumerate(rows, start=1):
-            place = f"row {index} of {where}" if whole else where
-            if not isinstance(row, dict):
-                raise ValueError(f"Expected JSON objects with columns, but {place} is {row!s:.80}.")
-            yield place, row
-
-
 def _draw(labels: list[Any], num_samples: int, seed: int) -> list[int]:
-    """Indices in ascending order, from every label in turn until there are enough."""
+    """Returns indices in ascending order, from every label in turn until there are enough."""
     if not 0 < num_samples <= len(labels):
         raise ValueError(
             f"Expected `num_samples` to be 1 to {len(labels)}, the number of texts, but got {num_samples}."
@@ -189,7 +134,7 @@ def _draw(labels: list[Any], num_samples: int, seed: int) -> list[int]:
 
 
 def tokenize(tokenizer: Any, samples: Samples, max_length: int) -> list[list[int]]:
-    """Tokens of each text, with the special ones that the tokenizer adds; texts are cut with one warning."""
+    """Returns the tokens of each text, with those that the tokenizer adds; texts are cut with one warning."""
     # The tokens alone: tokenizers may add inputs, such as types, that change the features of models without them.
     tokens: list[list[int]] = list(tokenizer(list(samples.items), verbose=False)["input_ids"])
     long = [index for index, ids in enumerate(tokens) if len(ids) > max_length]
@@ -205,7 +150,7 @@ def tokenize(tokenizer: Any, samples: Samples, max_length: int) -> list[list[int
 
 
 def collate(rows: list[tuple[str, list[int], Any]], padding: int) -> dict[str, Any]:
-    """A batch of rows (id, tokens, label), padded on the right with the token `padding`, which is masked."""
+    """Returns a batch of rows (id, tokens, label), padded on the right with the token `padding`, which is masked."""
     ids, tokens, labels = zip(*rows, strict=True)
     lengths = torch.tensor([len(row) for row in tokens])
     positions = torch.arange(int(lengths.max()))

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_cka.analysis.resampling import Drawn, Resamples, draw_counts, u_centred
-from lit_cka.functional.cka import _double_centred, hsic
+from lit_cka.analysis.resampling import ResampledGram, Resamples, draw_counts, u_centred
+from lit_cka.functional.centring import double_centred
+from lit_cka.functional.cka import hsic, min_num_samples
 
 _CHUNK = 256  # resamples whose sums over the samples are held at once
 _LARGEST = 1 - 1e-15  # that Fisher's transformation can take
@@ -34,7 +35,7 @@ def bootstrap_cka(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Bootstrap confidence intervals, over the samples, of the CKA of every `Ks` with every `Ls`.
+    """Returns bootstrap confidence intervals, over the samples, of the CKA of every `Ks` with every `Ls`.
 
     The studentised bootstrap on Fisher's scale (DiCiccio & Efron 1996, "Bootstrap Confidence Intervals", section 4;
     Tibshirani 1988 for the transformation). Samples are drawn with replacement, the same ones for all pairs, and
@@ -81,20 +82,20 @@ def bootstrap_cka(
     A, B = ([u_centred(gram, debiased) for gram in grams] for grams in (Ks, Ls))
     counts = draw_counts(Ks.shape[-1], num_resamples, seed).to(A[0].A)
     once = Resamples(torch.ones_like(counts[:, :1]))
-    whole = [Drawn(L, once) for L in B]
-    origins = [[_origin(K, L) for L in whole] for K in (Drawn(K, once) for K in A)]
+    whole = [ResampledGram(L, once) for L in B]
+    estimates = [[_estimate(K, L) for L in whole] for K in (ResampledGram(K, once) for K in A)]
     t = counts.new_empty(len(A), len(B), num_resamples)
     for start in range(0, num_resamples, _CHUNK):
         part = slice(start, start + _CHUNK)
         resamples = Resamples(counts[:, part])
-        drawn = [Drawn(L, resamples) for L in B]
-        for i, K in enumerate(Drawn(K, resamples) for K in A):
+        drawn = [ResampledGram(L, resamples) for L in B]
+        for i, K in enumerate(ResampledGram(K, resamples) for K in A):
             for j, L in enumerate(drawn):
                 # Half the work for a model with itself.
                 mirrored = Ls is Ks and j < i
-                t[i, j, part] = t[j, i, part] if mirrored else _studentised(K, L, origins[i][j])
-    centre = torch.stack([torch.stack([origin.value for origin in row]) for row in origins])
-    error = torch.stack([torch.stack([origin.error for origin in row]) for row in origins])
+                t[i, j, part] = t[j, i, part] if mirrored else _studentised(K, L, estimates[i][j])
+    centre = torch.stack([torch.stack([estimate.value for estimate in row]) for row in estimates])
+    error = torch.stack([torch.stack([estimate.error for estimate in row]) for row in estimates])
     tails = t.new_tensor([(1 + level) / 2, (1 - level) / 2])
     upper, lower = torch.stack([row.nanquantile(tails, dim=-1) for row in t], dim=1)
     scale = error / (1 - centre.square())
@@ -106,7 +107,7 @@ def bootstrap_cka(
 def permutation_test(
     Ks: Tensor, Ls: Tensor, *, debiased: bool = True, num_permutations: int = 999, seed: int = 0
 ) -> Tensor:
-    """p-values for the hypothesis that the features of `Ks` and those of `Ls` are independent, for every pair.
+    """Returns p-values for the hypothesis that the features of `Ks` and those of `Ls` are independent, for every pair.
 
         p = (1 + #{permutations with CKA* >= CKA}) / (1 + num_permutations)
 
@@ -149,7 +150,7 @@ def permutation_test(
     return p_values.masked_fill(~(sizes > 0), torch.nan)
 
 
-class _Origin(NamedTuple):
+class _Estimate(NamedTuple):
     """The CKA of two Gram matrices with every sample once."""
 
     value: Tensor  # ()      T
@@ -157,43 +158,43 @@ class _Origin(NamedTuple):
     excess: Tensor  # (n, 1) what the estimated influence of each sample owes to noise
 
 
-def _cka_and_influence(K: Drawn, L: Drawn) -> tuple[Tensor, Tensor]:
-    """T (c,) and the samples' first-order influence on it (n, c)."""
+def _cka_and_influence(K: ResampledGram, L: ResampledGram) -> tuple[Tensor, Tensor]:
+    """Returns T (c,) and the samples' first-order influence on it (n, c)."""
     cross, part = K.inner(L)
     n, size = len(part), K.square.sqrt() * L.square.sqrt()
     value = cross / size
     return value, part * (2 * n / size) - (K.share + L.share) * (n * value)
 
 
-def _origin(K: Drawn, L: Drawn) -> _Origin:
+def _estimate(K: ResampledGram, L: ResampledGram) -> _Estimate:
     value, influence = _cka_and_influence(K, L)
     influence = influence - influence.mean()
     n, A, B = len(influence), K.gram.A, L.gram.A
     variance = influence.square().mean() / n
     # The pairs' contributions to T, and the part of them that is neither of one sample nor of the other.
-    own = A.square() / K.square + B.square() / L.square
-    Q = n * (n - 3) * (A * B / (K.square * L.square).sqrt() - value / 2 * own)
+    self_terms = A.square() / K.square + B.square() / L.square
+    Q = n * (n - 3) * (A * B / (K.square * L.square).sqrt() - value / 2 * self_terms)
     tau2 = hsic(Q, Q, unbiased=True)
     left = (1 - 4 * tau2 / (n * n * variance)).clamp(min=0).sqrt()
-    return _Origin(value[0].clamp(-_LARGEST, _LARGEST), variance.sqrt(), (1 - left) * influence)
+    return _Estimate(value[0].clamp(-_LARGEST, _LARGEST), variance.sqrt(), (1 - left) * influence)
 
 
-def _studentised(K: Drawn, L: Drawn, origin: _Origin) -> Tensor:
-    """t* (c,) of the resamples, on Fisher's scale; NaN where T* is not inside (-1, 1)."""
+def _studentised(K: ResampledGram, L: ResampledGram, estimate: _Estimate) -> Tensor:
+    """Returns t* (c,) of the resamples, on Fisher's scale; NaN where T* is not inside (-1, 1)."""
     value, influence = _cka_and_influence(K, L)
     W, n = K.resamples.W, len(influence)
-    influence -= origin.excess
+    influence -= estimate.excess
     drawn = W * influence
     variance = (drawn * influence).sum(0) / n - (drawn.sum(0) / n).square()
-    error = (variance.clamp(min=0) / n).sqrt().clamp(min=1e-6 * origin.error)
-    excess = (origin.excess.T @ W)[0] / n / (1 - origin.value.square())
-    t: Tensor = (value.atanh() - origin.value.atanh() - excess) * (1 - value.square()) / error
+    error = (variance.clamp(min=0) / n).sqrt().clamp(min=1e-6 * estimate.error)
+    excess = (estimate.excess.T @ W)[0] / n / (1 - estimate.value.square())
+    t: Tensor = (value.atanh() - estimate.value.atanh() - excess) * (1 - value.square()) / error
     return t.masked_fill(value.abs() >= 1, torch.nan)
 
 
 def _matrix(gram: Tensor, debiased: bool) -> Tensor:
-    """The matrix whose cosine with another is CKA."""
-    return u_centred(gram, debiased).A if debiased else _double_centred(gram.detach().to(torch.float64))
+    """Returns the matrix whose cosine with another is CKA."""
+    return u_centred(gram, debiased).A if debiased else double_centred(gram)
 
 
 def _check(Ks: Tensor, Ls: Tensor, **counts: int) -> None:
@@ -204,8 +205,9 @@ def _check(Ks: Tensor, Ls: Tensor, **counts: int) -> None:
         )
     if not (Ks.is_floating_point() and Ls.is_floating_point()):
         raise ValueError(f"Expected `Ks` and `Ls` to be floating point, but got {Ks.dtype} and {Ls.dtype}.")
-    if Ks.shape[-1] < 4:
-        raise ValueError(f"Expected at least 4 samples, but got {Ks.shape[-1]}.")
+    needed = min_num_samples(debiased=True)
+    if Ks.shape[-1] < needed:
+        raise ValueError(f"Expected at least {needed} samples, but got {Ks.shape[-1]}.")
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"Expected `{name}` to be at least 1, but got {count}.")

@@ -21,7 +21,7 @@ BLUR = 0.8  # standard deviation in pixels
 class DigitShiftsDataModule(TestSetsDataModule):
     """The test part of `DigitsDataModule` as "digits", and three shifts of it: "rotated", "noisy" and "blurred".
 
-    Images (1, 8, 8) stay in [-1, 1], and are the same every time. Each image is rotated by an angle of its own
+    Images (1, 8, 8) stay in [-1, 1], and are the same every time. Each image is rotated by another angle
     between -30 and 30 degrees; the noise is normal with a standard deviation of 0.4, the blur Gaussian with 0.8 pixels.
 
     Args:

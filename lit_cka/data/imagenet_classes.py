@@ -1,4 +1,4 @@
-"""Which of ImageNet's 1000 classes a folder of images means: by synset, by index, or by ObjectNet's own mapping."""
+"""Which of ImageNet's 1000 classes a folder of images means: by synset, by index, or by ObjectNet's mapping."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class MaxOverClasses:
 
 
 def imagenet_synsets() -> list[str]:
-    """The 1000 synsets ("n01440764"), sorted, which is the order of every ImageNet classifier's logits."""
+    """Returns the 1000 synsets ("n01440764"), sorted, which is the order of every ImageNet classifier's logits."""
     from timm.data import ImageNetInfo
 
     synsets: list[str] = ImageNetInfo("imagenet-1k").label_names()
@@ -45,10 +45,10 @@ def imagenet_synsets() -> list[str]:
 
 
 def subset_synsets(name: str, folders: Sequence[str]) -> list[str]:
-    """The 200 synsets of ImageNet-A or ImageNet-R, sorted.
+    """Returns the 200 synsets of ImageNet-A or ImageNet-R, sorted.
 
-    timm ships the lists, but as files that its code does not read and that may go. Without them the complete set's own
-    200 folders are the list.
+    timm ships the lists, but as files that its code does not read and that may go. Without them the 200
+    folders of the complete set are the list.
 
     Raises:
         FileNotFoundError: if timm has no list and the folders are not 200.
@@ -65,7 +65,7 @@ def subset_synsets(name: str, folders: Sequence[str]) -> list[str]:
 
 
 def labels_by_synset(source: str, folders: Iterable[str], synsets: Sequence[str]) -> dict[str, int]:
-    """The label of each folder: its place among `synsets`.
+    """Returns the label of each folder: its place among `synsets`.
 
     Raises:
         ValueError: if a folder is none of them.
@@ -81,7 +81,7 @@ def labels_by_synset(source: str, folders: Iterable[str], synsets: Sequence[str]
 
 
 def labels_by_index(source: str, folders: Iterable[str]) -> dict[str, int]:
-    """The label of each folder: the number that it is named by. "10" is class 10, though it sorts before "2".
+    """Returns the label of each folder: the number that it is named by. "10" is class 10, though it sorts before "2".
 
     Raises:
         ValueError: if a folder is no number from 0 to 999.
@@ -93,7 +93,7 @@ def labels_by_index(source: str, folders: Iterable[str]) -> dict[str, int]:
 
 
 def guessed_labels(source: str, folders: Sequence[str], synsets: Sequence[str]) -> dict[str, int]:
-    """The label of each folder: by synset or by index, if any is named so; else, of 1000 folders, the place of each.
+    """Returns the label of each folder by synset or by index, if any is named so; else, of 1000, its place.
 
     Raises:
         ValueError: if none of it fits.
@@ -111,11 +111,11 @@ def guessed_labels(source: str, folders: Sequence[str], synsets: Sequence[str]) 
 
 
 def objectnet_classes(mappings: Path) -> dict[str, tuple[int, ...]]:
-    """The ImageNet classes that each of ObjectNet's folders means, sorted by folder; those that mean none are left out.
+    """Returns the ImageNet classes that each of ObjectNet's folders means, sorted by folder; only those that mean some.
 
     `mappings` is a folder of ObjectNet's download. `objectnet_to_imagenet_1k.json` maps a label ("Alarm clock") to the
     names of classes ("analog clock; digital clock"), `folder_to_objectnet_label.json` a folder ("alarm_clock") to its
-    label. A name's line in `imagenet_to_label_2012_v2`, counted from 0, is its id in an order of its own, and
+    label. A name's line in `imagenet_to_label_2012_v2`, counted from 0, is its id in another order, and
     `pytorch_to_imagenet_2012_id.json` maps the index of a classifier's logit to that id.
 
     Barbu et al. 2019, ObjectNet.

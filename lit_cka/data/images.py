@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from typing_extensions import override
 
+from lit_cka.data.from_model import attached_model, transform_of
 from lit_cka.data.parts import NEEDED, PartsDataModule
 
 
@@ -60,14 +60,7 @@ class ImageFolderDataModule(PartsDataModule):
             raise ValueError(f"Expected {folders} to have the same classes, but only one of them has {sorted(lone)}.")
 
     def _read(self, part: str) -> ImageFolder:
-        name = "train_transform" if part == "train" else "eval_transform"
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        transform: Callable[[Any], Any] | None = getattr(module, name, None)
-        if transform is None:
-            raise ValueError(
-                f"Expected the LightningModule to have a `{name}`, the preprocessing that its weights were trained "
-                "with, but it has none. The models of lit_cka.models do; set it on your own."
-            )
+        transform = transform_of(attached_model(self), "train_transform" if part == "train" else "eval_transform")
         return ImageFolder(str(self.root / self.folders[part]), transform)
 
     @override

@@ -13,13 +13,13 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
+from lit_cka.data.from_model import padding_token, tokenizer_for
 from lit_cka.data.test_sets import TestSet, TestSetsDataModule
-from lit_cka.data.tokenizer import load_tokenizer
 
 Kind = Literal["perplexity", "multiple_choice", "exact_match"]
 
 
-class Row(NamedTuple):
+class TokenRow(NamedTuple):
     """Tokens of which the last `num_scored` are scored; the `length` of a choice in characters."""
 
     tokens: list[int]
@@ -30,12 +30,12 @@ class Row(NamedTuple):
 class Sample(NamedTuple):
     """A row, or one for each choice of which `answer` is the right one."""
 
-    rows: list[Row]
+    rows: list[TokenRow]
     answer: int = 0
 
 
 def read_language_rows(path: str | Path) -> tuple[Kind, list[tuple[str, dict[str, Any]]]]:
-    """What the rows of a json lines file are for, and each as `(where, row)`, where `where` is for messages.
+    """Returns what the rows of a json lines file are for, and each as `(where, row)`, where `where` is for messages.
 
     Raises:
         ValueError: if a line is no JSON object, lacks keys, or is of another kind than the first, or there is no line.
@@ -93,7 +93,7 @@ class Encoder:
     """From rows of a file to tokens, after what the tokenizer puts before every text (BOS), if anything; without EOS.
 
     Prompt and continuation are tokenized as one string, joined as they are. What comes after as many tokens as the
-    prompt has on its own (without trailing whitespace, which then belongs to the continuation) is the continuation,
+    prompt has alone (without trailing whitespace, which then belongs to the continuation) is the continuation,
     as in lm-evaluation-harness: many tokenizers make one token of a space and the word after it.
 
     Args:
@@ -118,15 +118,15 @@ class Encoder:
         # A text that was rendered for this tokenizer, say by a chat template, has its own BOS.
         return tokens[num:] if tokens[:num] == self.beginning else tokens
 
-    def text(self, text: str, where: str) -> list[Row]:
+    def text(self, text: str, where: str) -> list[TokenRow]:
         tokens = self.beginning + self._content(text)
         if not tokens:
             raise ValueError(f"Expected the text to have tokens, but that in {where} has none.")
         self.num_cut += len(tokens) > self.max_length
         tokens = tokens[: self.max_length]
-        return [Row(tokens, max(0, len(tokens) - max(1, len(self.beginning))))]
+        return [TokenRow(tokens, max(0, len(tokens) - max(1, len(self.beginning))))]
 
-    def continuations(self, prompt: str, continuations: Sequence[str], where: str) -> list[Row]:
+    def continuations(self, prompt: str, continuations: Sequence[str], where: str) -> list[TokenRow]:
         start = len(self._content(prompt.rstrip()))
         contents = [self._content(prompt + continuation) for continuation in continuations]
         num_scored = [len(content) - start for content in contents]
@@ -138,12 +138,12 @@ class Encoder:
             raise ValueError(f"Expected answers of at most {room} tokens by `max_length`, but {where} has {most}.")
         self.num_cut += excess > 0
         return [
-            Row(self.beginning + content[max(0, excess) :], num, len(continuation))
+            TokenRow(self.beginning + content[max(0, excess) :], num, len(continuation))
             for content, num, continuation in zip(contents, num_scored, continuations, strict=True)
         ]
 
     def sample(self, kind: Kind, row: Mapping[str, Any], where: str) -> Sample:
-        """The sample in a row of a file; a ValueError if a text is empty or too long, or there is no such choice."""
+        """Returns the sample in a row; raises a ValueError if a text is empty or too long, or a choice is missing."""
         if kind == "perplexity":
             return Sample(self.text(_text(row["text"], "text", where), where))
         key = "prompt" if "prompt" in row else "question"
@@ -155,7 +155,7 @@ class Encoder:
 
 
 def collate(samples: Sequence[Sample], kind: Kind, padding: int) -> dict[str, Any]:
-    """A batch for `CausalLanguageModel.evaluate`, padded on the right with the token `padding`, which is masked."""
+    """Returns a batch for `CausalLanguageModel.evaluate`, padded on the right with a token that is masked."""
     rows = [row for sample in samples for row in sample.rows]
     tokens = [torch.tensor(row.tokens) for row in rows]
     targets = [ids.clone() for ids in tokens]
@@ -175,7 +175,7 @@ def collate(samples: Sequence[Sample], kind: Kind, padding: int) -> dict[str, An
 
 
 class LanguageTestsDataModule(TestSetsDataModule):
-    """Files of json lines to test a causal language model on, with the model's own tokenizer.
+    """Files of json lines to test a causal language model on, with the model's tokenizer.
 
     All rows of a file have the same keys, which tell what they are for:
 
@@ -188,9 +188,9 @@ class LanguageTestsDataModule(TestSetsDataModule):
 
     Args:
         files: path of each test set by its name; the first is in-distribution, the others are shifted.
-        tokenizer: name or folder for `AutoTokenizer`; None for the model's own (`CausalLanguageModel.tokenizer_name`).
+        tokenizer: name or folder for `AutoTokenizer`; None for the model's (`CausalLanguageModel.tokenizer_name`).
         max_length: the most tokens; texts are cut at the end, prompts at the beginning, with a warning.
-        batch_size: samples per batch; every choice of a sample is a row of its own.
+        batch_size: samples per batch; every choice of a sample is a row.
         num_workers: processes that load.
 
     Raises:
@@ -219,8 +219,8 @@ class LanguageTestsDataModule(TestSetsDataModule):
         if missing:
             raise FileNotFoundError(f"Expected files of json lines, but there is no {', no '.join(missing)}.")
         read = {name: read_language_rows(path) for name, path in self.files.items()}
-        tokenizer = self._load_tokenizer()
-        padding = next((id for id in (tokenizer.pad_token_id, tokenizer.eos_token_id) if id is not None), 0)
+        tokenizer = tokenizer_for(self, self.tokenizer)
+        padding = padding_token(tokenizer)
         test_sets = []
         for name, (kind, rows) in read.items():
             encoder = Encoder(tokenizer, self.max_length)
@@ -230,10 +230,3 @@ class LanguageTestsDataModule(TestSetsDataModule):
                 rank_zero_warn(f"{encoder.num_cut} of {len(samples)} {what} in {self.files[name]}, see `max_length`.")
             test_sets.append(TestSet(name, samples, collate=partial(collate, kind=kind, padding=padding)))
         return test_sets
-
-    def _load_tokenizer(self) -> Any:
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        name = self.tokenizer or getattr(module, "tokenizer_name", None)
-        if name is None:
-            raise ValueError("Expected `tokenizer` to name a tokenizer, since the LightningModule has none.")
-        return load_tokenizer(name)

@@ -17,7 +17,7 @@ class PartsDataModule(pl.LightningDataModule):
 
     @abstractmethod
     def loader(self, part: str) -> DataLoader[Any]:
-        """The DataLoader of a part, shuffled if it is "train"."""
+        """Returns the DataLoader of a part, shuffled if it is "train"."""
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:

@@ -46,7 +46,7 @@ class ImageNetShiftsDataModule(TestSetsDataModule):
     | ImageNetV2 | `imagenetv2-matched-frequency-format-val` | class indices | 1000 |
     | ImageNetSketch | `sketch`, `sketch/val` or `imagenet-sketch` | synsets | 1000 |
     | ImageNetR, ImageNetA | `imagenet-r`, `imagenet-a` | synsets | their 200 |
-    | ObjectNet | `objectnet-1.0/images` | its own | the 113 that both have |
+    | ObjectNet | `objectnet-1.0/images` | objects | the 113 that both have |
 
     ObjectNet also takes the folder `objectnet-1.0/mappings` of its download. Its other classes are left out, and so is
     the border of 2 pixels around each image; a class's logit is the largest among the ImageNet classes that it means.
@@ -93,7 +93,7 @@ class ImageNetShiftsDataModule(TestSetsDataModule):
         return test_sets
 
     def _find(self) -> list[Path]:
-        """The folder of each of `sets`, or an error with all that is missing."""
+        """Returns the folder of each of `sets`; raises a FileNotFoundError that names all that is missing."""
         candidates = [(name, [self.root / folder for folder in FOLDERS[name]]) for name in self.sets]
         candidates += [(name, [folder]) for name, folder in self.extra.items()]
         found = [next((folder for folder in places if class_folders(folder)), None) for _, places in candidates]

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from lit_cka.data.from_model import attached_model, transform_of
+
 
 @dataclass(frozen=True)
 class TestSet:
@@ -56,7 +58,7 @@ class TestSetsDataModule(pl.LightningDataModule):
 
     @abstractmethod
     def read_test_sets(self) -> list[TestSet]:
-        """The test sets, the one in-distribution first."""
+        """Returns the test sets, the one in-distribution first."""
 
     @property
     def test_names(self) -> list[str]:
@@ -80,7 +82,7 @@ class TestSetsDataModule(pl.LightningDataModule):
 
     @override
     def test_dataloader(self) -> list[DataLoader[Any]]:
-        """A DataLoader for each test set, in order; none is shuffled."""
+        """Returns a DataLoader for each test set, in order; none is shuffled."""
         return [
             DataLoader(
                 test_set.dataset,
@@ -93,17 +95,12 @@ class TestSetsDataModule(pl.LightningDataModule):
         ]
 
     def _eval_transform(self, num_classes: int) -> Callable[[Any], Any]:
-        """The LightningModule's preprocessing. A head of other than `num_classes` classes is an error: it would be
-        scored by labels that mean other classes.
+        """Returns the LightningModule's preprocessing. A head of other than `num_classes` classes is an error: it would
+        be scored by labels that mean other classes.
         """
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        transform: Callable[[Any], Any] | None = getattr(module, "eval_transform", None)
-        if transform is None:
-            raise ValueError(
-                "Expected the LightningModule to have an `eval_transform`, the preprocessing that its weights were "
-                "trained with, but it has none. The models of lit_cka.models do; set it on your own."
-            )
-        classes = getattr(module, "num_classes", num_classes)
+        model = attached_model(self)
+        transform = transform_of(model, "eval_transform")
+        classes = getattr(model, "num_classes", num_classes)
         if classes != num_classes:
             raise ValueError(f"Expected a model of the test sets' {num_classes} classes, but it has {classes}.")
         return transform
@@ -148,7 +145,7 @@ class LabelledImages(Dataset[tuple[Any, int]]):
 
 
 def class_folders(folder: Path) -> list[str]:
-    """The sorted names of the subfolders, without hidden ones; none if there is no such folder."""
+    """Returns the sorted names of the subfolders, without hidden ones; none if there is no such folder."""
     if not folder.is_dir():
         return []
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))

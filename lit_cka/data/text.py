@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lit_cka.data.from_model import tokenizer_for
 from lit_cka.data.parts import NEEDED, PartsDataModule
+from lit_cka.data.rows import read_rows
 
 _SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
 
 
 def read_labelled_text(path: str | Path, text_column: str, label_column: str) -> list[tuple[str, int]]:
-    """Rows `(text, label)` of a csv (with a header), json lines or parquet file.
+    """Returns the rows `(text, label)` of a csv (with a header), json lines or parquet file.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -30,20 +31,7 @@ def read_labelled_text(path: str | Path, text_column: str, label_column: str) ->
         raise ValueError(f"Expected a file of type {', '.join(_SUFFIXES)}, but got {str(path)!r}.")
     if not path.is_file():
         raise FileNotFoundError(f"Expected a file of labelled text at {str(path)!r}, but there is none.")
-    if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError as error:
-            raise ImportError("Reading parquet takes pyarrow: pip install 'lit-cka[hub]'.") from error
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    else:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = (
-                list(csv.DictReader(file))
-                if path.suffix == ".csv"
-                else [json.loads(row) for row in file if row.strip()]
-            )
-    return _labelled(rows, str(path), text_column, label_column)
+    return _labelled([row for _, row in read_rows(path)], str(path), text_column, label_column)
 
 
 def _labelled(rows: Sequence[Any], source: str, text_column: str, label_column: str) -> list[tuple[str, int]]:
@@ -64,8 +52,28 @@ def _labelled(rows: Sequence[Any], source: str, text_column: str, label_column: 
     return labelled
 
 
+@dataclass(frozen=True)
+class LabelledTextCollator:
+    """Makes a batch of texts and labels: the tokenizer's output, padded to the longest text, and `labels`.
+
+    Args:
+        tokenizer: of transformers.
+        max_length: tokens after which a text is cut.
+    """
+
+    tokenizer: Any
+    max_length: int
+
+    def __call__(self, samples: Sequence[tuple[str, int]]) -> dict[str, Tensor]:
+        texts, labels = zip(*samples, strict=True)
+        tokens = self.tokenizer(
+            list(texts), truncation=True, max_length=self.max_length, padding=True, return_tensors="pt"
+        )
+        return {**tokens, "labels": torch.tensor(labels)}
+
+
 class TextDataModule(PartsDataModule):
-    """Labelled text, tokenized by the model's own tokenizer and padded to the longest of each batch.
+    """Labelled text, tokenized by the model's tokenizer and padded to the longest of each batch.
 
     Name either files or a dataset that `datasets.load_dataset` knows (extra `hub`): a name on the hub, or a folder.
 
@@ -78,7 +86,7 @@ class TextDataModule(PartsDataModule):
         test: file or split to test and predict on.
         text_column: where the text is.
         label_column: where the label is, a whole number from 0 on.
-        tokenizer: name or folder for `AutoTokenizer`; None for the model's own (`TextClassifier.tokenizer_name`).
+        tokenizer: name or folder for `AutoTokenizer`; None for the model's (`TextClassifier.tokenizer_name`).
         max_length: tokens after which a text is cut.
         batch_size: texts per batch.
         num_workers: processes that tokenize.
@@ -115,8 +123,6 @@ class TextDataModule(PartsDataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        from transformers import AutoTokenizer
-
         needed = NEEDED[stage]
         missing = [part for part in needed if self.parts[part] is None]
         if missing:
@@ -126,11 +132,7 @@ class TextDataModule(PartsDataModule):
         if "val" in needed and self.val_samples is not None:
             order = torch.randperm(len(self._sets["val"]), generator=torch.Generator().manual_seed(0))
             self._sets["val"] = [self._sets["val"][index] for index in order[: self.val_samples].tolist()]
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        name = self.tokenizer or getattr(module, "tokenizer_name", None)
-        if name is None:
-            raise ValueError("Expected `tokenizer` to name a tokenizer, since the LightningModule has none.")
-        self._tokenize = AutoTokenizer.from_pretrained(name)
+        self._collate = LabelledTextCollator(tokenizer_for(self, self.tokenizer), self.max_length)
 
     def _read(self, part: str) -> list[tuple[str, int]]:
         source = self.parts[part]
@@ -143,13 +145,6 @@ class TextDataModule(PartsDataModule):
             raise ImportError("Loading a dataset by name takes datasets: pip install 'lit-cka[hub]'.") from error
         rows = load_dataset(self.dataset, split=source)
         return _labelled(rows, f"{self.dataset} {source}", self.text_column, self.label_column)
-
-    def _collate(self, samples: list[tuple[str, int]]) -> dict[str, Tensor]:
-        texts, labels = zip(*samples, strict=True)
-        tokens = self._tokenize(
-            list(texts), truncation=True, max_length=self.max_length, padding=True, return_tensors="pt"
-        )
-        return {**tokens, "labels": torch.tensor(labels)}
 
     @override
     def loader(self, part: str) -> DataLoader[Any]:

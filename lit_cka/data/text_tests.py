@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
 from typing_extensions import override
 
+from lit_cka.data.from_model import tokenizer_for
 from lit_cka.data.test_sets import TestSet, TestSetsDataModule
-from lit_cka.data.text import read_labelled_text
-from lit_cka.data.tokenizer import load_tokenizer
+from lit_cka.data.text import LabelledTextCollator, read_labelled_text
 
 
 class TextTestsDataModule(TestSetsDataModule):
@@ -21,7 +18,7 @@ class TextTestsDataModule(TestSetsDataModule):
         files: paths by name; the first is in-distribution.
         text_column: where the text is.
         label_column: where the label is, a whole number from 0 on.
-        tokenizer: name or folder for `AutoTokenizer`; None for the model's own (`tokenizer_name`).
+        tokenizer: name or folder for `AutoTokenizer`; None for the model's (`tokenizer_name`).
         max_length: tokens after which a text is cut.
         batch_size: texts per batch.
         num_workers: processes that tokenize.
@@ -53,23 +50,12 @@ class TextTestsDataModule(TestSetsDataModule):
         missing = [f"{name}: {path}" for name, path in self.files.items() if not Path(path).is_file()]
         if missing:
             raise FileNotFoundError(f"Expected files of labelled text, but these are missing: {', '.join(missing)}.")
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        name = self.tokenizer or getattr(module, "tokenizer_name", None)
-        if name is None:
-            raise ValueError("Expected `tokenizer` to name a tokenizer, since the LightningModule has none.")
-        self._tokenize = load_tokenizer(name)
+        collate = LabelledTextCollator(tokenizer_for(self, self.tokenizer), self.max_length)
         return [
             TestSet(
                 name,
                 read_labelled_text(path, self.text_column, self.label_column),  # type: ignore[arg-type]  # a list will do
-                collate=self._collate,
+                collate=collate,
             )
             for name, path in self.files.items()
         ]
-
-    def _collate(self, samples: list[tuple[str, int]]) -> dict[str, Any]:
-        texts, labels = zip(*samples, strict=True)
-        tokens: dict[str, Tensor] = self._tokenize(
-            list(texts), truncation=True, max_length=self.max_length, padding=True, return_tensors="pt"
-        )
-        return {**tokens, "labels": torch.tensor(labels)}

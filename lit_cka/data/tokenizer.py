@@ -7,7 +7,7 @@ from typing import Any
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
-    """The tokenizer in a folder or on the hub.
+    """Returns the tokenizer in a folder or on the hub.
 
     Raises:
         ValueError: if there is none.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -14,9 +14,11 @@ from rich.table import Table
 
 from lit_cka import plots
 from lit_cka.editing.parameter import ParameterRecord
-from lit_cka.editing.results import EvaluationResults
 from lit_cka.files import file_name, versions, write_json
 from lit_cka.tracking.history import mean_score
+
+if TYPE_CHECKING:
+    from lit_cka.editing.results import EvaluationResults
 
 _FORMATS = (".png", ".pdf")
 
@@ -70,7 +72,7 @@ def _save_pictures(folder: Path, results: EvaluationResults, records: Sequence[P
 
 
 def cka_heatmap(results: EvaluationResults, test_set: str) -> tuple[Any, Any]:
-    """Rows are variants, columns blocks: CKA with the pretrained model on one test set."""
+    """Draws the CKA with the pretrained model on one test set: rows are variants, columns blocks."""
     scores = {"pretrained": dict.fromkeys(next(iter(results.cka[test_set].values())), 1.0), **results.cka[test_set]}
     layer_names = list(scores["pretrained"])
     values = np.array([[row[name] for name in layer_names] for row in scores.values()])
@@ -80,7 +82,7 @@ def cka_heatmap(results: EvaluationResults, test_set: str) -> tuple[Any, Any]:
 
 
 def accuracy_figure(results: EvaluationResults) -> Any | None:
-    """The accuracy plane; None where there is no shifted set, or no metric that all sets have."""
+    """Returns the accuracy plane; None where there is no shifted set, or no metric that all sets have."""
     metric = results.main_metric(results.test_names[0])
     if metric is None or any(metric not in averages for averages in results.shifted_average.values()):
         return None
@@ -106,7 +108,7 @@ def accuracy_figure(results: EvaluationResults) -> Any | None:
 
 
 def print_results(results: EvaluationResults, records: Sequence[ParameterRecord], console: Console) -> None:
-    """A table of variants by test set, and what was edited."""
+    """Print a table of variants by test set, and what was edited."""
     metrics = {name: results.main_metric(name) for name in results.test_names}
     table = Table(title="Variants by test set")
     table.add_column("variant")
@@ -132,7 +134,7 @@ def print_results(results: EvaluationResults, records: Sequence[ParameterRecord]
 
 
 def describe_edit(records: Sequence[ParameterRecord], variant: str = "monosoup") -> str:
-    """One sentence on how many weights were edited, and one on why others were left alone.
+    """Returns one sentence on how many weights were edited, and one on why others were left alone.
 
     The two parts of an update are weighted in "monosoup" alone; of other variants, the number k of leading singular
     values in the high part is told.
@@ -178,5 +180,5 @@ def _number(value: float | None) -> str:
 
 
 def _caption(name: str) -> str:
-    """A name in a picture, not too long."""
+    """Returns a name for a picture, cut where it is too long."""
     return name if len(name) <= 40 else f"{name[:39]}…"

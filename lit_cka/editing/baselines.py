@@ -3,13 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+Baseline: TypeAlias = Callable[[], dict[str, Tensor]]
+
+
+def baselines(
+    W0: Mapping[str, Tensor], W1: Mapping[str, Tensor], layer_names: Sequence[str], *,
+    lines_scales: tuple[float, float] | None, soup: Sequence[Mapping[str, Tensor]], alphas: Sequence[float],
+) -> dict[str, Baseline]:  # fmt: skip
+    """Returns the baselines asked for, by name: functions that make their weights.
+
+    Args:
+        W0: pretrained weights by name.
+        W1: fine-tuned weights by name.
+        layer_names: the blocks, for LiNeS.
+        lines_scales: `(alpha, beta)` for "lines"; None for none.
+        soup: what "uniform_soup" takes the mean of with `W1`; empty for none.
+        alphas: one "wise_ft_<alpha>" for each.
+    """
+    makers: dict[str, Baseline] = {}
+    if lines_scales is not None:
+        alpha, beta = lines_scales
+        makers["lines"] = partial(lines, W0, W1, layer_names, alpha=alpha, beta=beta)
+    if soup:
+        makers["uniform_soup"] = partial(uniform_soup, [W1, *soup])
+    for alpha in alphas:
+        makers[f"wise_ft_{alpha:g}"] = partial(interpolate, W0, W1, alpha)
+    return makers
+
 
 def interpolate(W0: Mapping[str, Tensor], W1: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """WiSE-FT: `(1 - alpha) W0 + alpha W1` for every parameter (Wortsman et al. 2022, arXiv 2109.01903).
+    """Returns WiSE-FT's weights, `(1 - alpha) W0 + alpha W1` (Wortsman et al. 2022, arXiv 2109.01903).
 
     Args:
         W0: pretrained weights by name.
@@ -24,7 +53,7 @@ def interpolate(W0: Mapping[str, Tensor], W1: Mapping[str, Tensor], alpha: float
 
 
 def uniform_soup(checkpoints: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of the weights of several fine-tuned models (Wortsman et al. 2022, arXiv 2203.05482).
+    """Returns the mean of the weights of several fine-tuned models (Wortsman et al. 2022, arXiv 2203.05482).
 
     Args:
         checkpoints: weights by name, of the same names and shapes.
@@ -53,7 +82,7 @@ def uniform_soup(checkpoints: Sequence[Mapping[str, Tensor]]) -> dict[str, Tenso
 def lines(
     W0: Mapping[str, Tensor], W1: Mapping[str, Tensor], layer_names: Sequence[str], *, alpha: float, beta: float
 ) -> dict[str, Tensor]:
-    """LiNeS: `W0 + (alpha + beta l / (L - 1)) (W1 - W0)` in block `l` of `L` (Wang et al. 2024, arXiv 2410.17146).
+    """Returns LiNeS' weights, `W0 + (alpha + beta l / (L - 1)) (W1 - W0)` in block `l` of `L` (arXiv 2410.17146).
 
     Shallow blocks, which hold general features, keep less of the update than deep ones. Parameters outside the blocks
     are scaled by `alpha`, as in the authors' code.

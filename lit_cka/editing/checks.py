@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from lit_cka.checkpoints.pickles import Weights
@@ -12,14 +13,13 @@ _SHOWN = 10  # differing tensors
 
 
 def check_models(W0: Weights, W1: Weights, *, allow_differences: bool) -> int:
-    """The number of tensors in which two models differ.
+    """Returns the number of tensors in which two models differ.
 
     Raises:
         ValueError: with a table of them, if there are any and they aren't allowed, or if no tensor is in both models.
     """
     rows = _differences(W0, W1)
-    lines = _table([("tensor", "pretrained", "fine-tuned"), *rows[:_SHOWN]])
-    table = "\n".join([*lines, *([f"... and {len(rows) - _SHOWN} more"] if len(rows) > _SHOWN else [])])
+    table = difference_table(("tensor", "pretrained", "fine-tuned"), rows)
     if not any(name in W0.tensors and W0.tensors[name].shape == info.shape for name, info in W1.tensors.items()):
         raise ValueError(
             f"Expected two models of one architecture, but no tensor has the same name and shape.\n{table}"
@@ -33,7 +33,7 @@ def check_models(W0: Weights, W1: Weights, *, allow_differences: bool) -> int:
 
 
 def _differences(W0: Weights, W1: Weights) -> list[tuple[str, str, str]]:
-    """Names, with both shapes. Of tied tensors, a file may have any number of names."""
+    """Returns names and both shapes of tensors that differ. A file may hold a tied tensor under any of its names."""
     rows = []
     for name in {**W1.tensors, **W0.tensors}:
         before, after = W0.tensors.get(name), W1.tensors.get(name)
@@ -48,13 +48,19 @@ def _shape(info: TensorInfo | None) -> str:
     return "missing" if info is None else str(info.shape)
 
 
-def _has_tied(own: Weights, name: str, other: Weights) -> bool:
-    return any(first == own.tied[name] and tied in other.tensors for tied, first in own.tied.items())
+def _has_tied(weights: Weights, name: str, other: Weights) -> bool:
+    """Returns whether the other model has a tensor that is tied to this one, under another of its names."""
+    return any(first == weights.tied[name] and tied in other.tensors for tied, first in weights.tied.items())
 
 
-def _table(rows: list[tuple[str, str, str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+def difference_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Returns the first ten rows in aligned columns below the header, and how many more there are."""
+    shown = [header, *rows[:_SHOWN]]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in shown]
+    if len(rows) > _SHOWN:
+        lines.append(f"... and {len(rows) - _SHOWN} more")
+    return "\n".join(f"  {line}" for line in lines)
 
 
 def check_output(output: Path, W0: Weights, W1: Weights) -> None:

@@ -1,31 +1,27 @@
-"""The variants of a model on one test set: metrics of each, and its CKA with the first; `Comparison`."""
+"""The variants of a model on one test set: metrics of each, and its CKA with the first; `VariantComparison`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lit_cka.editing.evaluation import MetricSums
-from lit_cka.reference.cache import Batch
-from lit_cka.tracking.statistics import ExactStatistics, ReferenceSums
-
-# Tells statistics that the reference's own sums come from elsewhere.
-_LATER = ReferenceSums((), torch.empty(0), torch.empty(0), torch.empty(0))
+from lit_cka.parallel.ranks import run_on_all_ranks
+from lit_cka.statistics.layer import ExactStatistics
 
 
 class SetResults(NamedTuple):
-    """Of one test set."""
+    """The results of one test set."""
 
     metrics: dict[str, dict[str, float]]  # by variant and metric
     cka: dict[str, dict[str, float]]  # by variant and layer, with the pretrained model
     num_cka_samples: int
 
 
-class Comparison:
+class VariantComparison:
     """Collects, batch by batch, what the variants give on one test set.
 
     Args:
@@ -41,11 +37,7 @@ class Comparison:
         self.layer_names = list(layer_names)
         self.debiased = debiased
         self._sums = {variant: MetricSums() for variant in variants}
-        # The pretrained model's own sums are needed once: the first statistics of a layer add them up for all.
-        self._statistics = {
-            variant: {name: ExactStatistics(None if first else _LATER) for name in layer_names}
-            for variant, first in zip(compared, [True] + [False] * len(compared), strict=False)
-        }
+        self._statistics = {variant: {name: ExactStatistics() for name in layer_names} for variant in compared}
         self._reference: dict[str, Tensor] = {}
         self._first = next(iter(variants))
 
@@ -71,34 +63,21 @@ class Comparison:
         elif variant in self._statistics:
             for name, value in features.items():
                 statistics = self._statistics[variant][name]
-                statistics.add(Batch("test", 0, batch_idx), value[:num_rows], self._reference[name])
+                statistics.add(value[:num_rows], self._reference[name])
 
     def finish(self, device: torch.device) -> SetResults:
-        """The results over all ranks; every rank has to call it."""
-        names = sorted({name for sums in self._sums.values() for name in sums.names})
-        if dist.is_available() and dist.is_initialized():
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, names)
-            names = sorted({name for some in gathered for name in some})
+        """Returns the results over all ranks; every rank has to call it."""
+        names_here = {name for sums in self._sums.values() for name in sums.names}
+        names = sorted(set().union(*run_on_all_ranks(lambda: names_here)))
         metrics = {variant: sums.metrics(names, device) for variant, sums in self._sums.items()} if names else {}
         cka: dict[str, dict[str, float]] = {}
         num_samples = 0
-        known: dict[str, ReferenceSums] = {}
         for variant, by_layer in self._statistics.items():
             cka[variant] = {}
             for name, statistics in by_layer.items():
-                if name in known:
-                    statistics.take_known(known[name])
-                score = statistics.score(_no_recall, device, debiased=self.debiased)
-                own = statistics.reference_sums()
-                if name not in known and own is not None:
-                    known[name] = own
+                score = statistics.score(device, debiased=self.debiased)
                 cka[variant][name] = score.cka
                 num_samples = score.n
         if num_samples == 0:
             cka = {}
         return SetResults(metrics, cka, num_samples)
-
-
-def _no_recall(batch: Batch, num_samples: int) -> Tensor:
-    raise AssertionError("all variants see the same batches")

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,23 +14,25 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from lit_cka.checkpoints.state_dicts import load_into
-from lit_cka.editing.baselines import interpolate, lines, uniform_soup
-from lit_cka.editing.comparison import Comparison
+from lit_cka.editing.baselines import Baseline, baselines
+from lit_cka.editing.comparison import VariantComparison
 from lit_cka.editing.evaluation import sample_values
+from lit_cka.editing.exporting import write_weights
+from lit_cka.editing.loaded_sets import loaded_sets
 from lit_cka.editing.parameter import VARIANTS, EditSettings
 from lit_cka.editing.placement import FileBacked, Placement
 from lit_cka.editing.results import EvaluationResults
-from lit_cka.editing.sources import Source, load_folder, own_weights, weights_for, write_weights
+from lit_cka.editing.sources import Source, copied, host_model, module_weights, weights_for
 from lit_cka.editing.weights import EditedModel, edit_state_dicts
 from lit_cka.features.extractor import FeatureExtractor
 from lit_cka.features.layers import Layers, select_layers
+from lit_cka.features.lightning_private import attached_trainer
 from lit_cka.features.pooling import Pooling, parse_pooling
 from lit_cka.functional.spectral import RankRule
-from lit_cka.reference.snapshot import snapshot
 from lit_cka.tracking.dataloaders import num_first_samples
 
 
@@ -93,7 +95,7 @@ class MonoSoupEditor(pl.LightningModule):
         parse_pooling(pooling)  # an error rather now than in the first batch
         if max_cka_batches is not None and max_cka_batches < 0:
             raise ValueError(f"Expected `max_cka_batches` to be at least 0, or None, but got {max_cka_batches}.")
-        self.model = _carrier(finetuned, model)
+        self.model = host_model(finetuned, model)
         self.layer_names = select_layers(self.model, layers)
         self.wise_ft = tuple(wise_ft)
         if len({f"{alpha:g}" for alpha in wise_ft}) < len(self.wise_ft):
@@ -104,14 +106,14 @@ class MonoSoupEditor(pl.LightningModule):
         self.max_cka_batches = max_cka_batches
         self.sequential = sequential
         self.results: EvaluationResults | None = None
-        # A module in an attribute would be the editor's own: moved, converted and put into DDP with it.
+        # A module in an attribute would be a part of the editor: moved, converted and put into DDP with it.
         self._file = None if isinstance(finetuned, nn.Module) else finetuned
         shared = (shared,) if isinstance(shared, str) else tuple(shared)
         # From a folder again, since its model has random numbers where the folder has none.
-        self._w1 = _of_its_own(weights_for(self.model, self._file or self.model, "fine-tuned"))
+        self._w1 = copied(weights_for(self.model, self._file or self.model, "fine-tuned"))
         if model is not None:
             load_into(self.model, self._w1)
-        self._w0 = {**self._w1, **_of_its_own(weights_for(self.model, pretrained, "pretrained", shared))}
+        self._w0 = {**self._w1, **copied(weights_for(self.model, pretrained, "pretrained", shared))}
         self._soup = [weights_for(self.model, source, "soup's") for source in soup]
         self._edited: EditedModel | None = None
         self._extractor: FeatureExtractor | None = None
@@ -124,7 +126,7 @@ class MonoSoupEditor(pl.LightningModule):
         return super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output, with the fine-tuned weights outside of `trainer.test`."""
+        """Returns the model's output, with the fine-tuned weights outside of `trainer.test`."""
         return self.model(*args, **kwargs)
 
     @property
@@ -148,13 +150,13 @@ class MonoSoupEditor(pl.LightningModule):
             self._w0, self._w1 = (
                 {name: files.place(value) for name, value in weights.items()} for weights in (self._w0, self._w1)
             )
-        trainer = self._trainer
+        trainer = attached_trainer(self)
         device = None if trainer is None else trainer.strategy.root_device
         edited = edit_state_dicts(
             self._w0,
             self._w1,
             self.settings,
-            parameters=own_weights(self.model, buffers=False),
+            parameters=module_weights(self.model, buffers=False),
             device=device if device is not None and device.type == "cuda" else None,
             progress=trainer is None or trainer.is_global_zero,
             place=None if files is None else files.place,
@@ -164,17 +166,10 @@ class MonoSoupEditor(pl.LightningModule):
             edited.variants[name] = made if files is None else {key: files.place(value) for key, value in made.items()}
         return edited
 
-    def _baselines(self) -> dict[str, Callable[[], dict[str, Tensor]]]:
-        w0, w1 = self._w0, self._w1
-        made: dict[str, Callable[[], dict[str, Tensor]]] = {}
-        if self.lines is not None:
-            alpha, beta = self.lines
-            made["lines"] = partial(lines, w0, w1, self.layer_names, alpha=alpha, beta=beta)
-        if self._soup:
-            made["uniform_soup"] = partial(uniform_soup, [w1, *self._soup])
-        for alpha in self.wise_ft:
-            made[f"wise_ft_{alpha:g}"] = partial(interpolate, w0, w1, alpha)
-        return made
+    def _baselines(self) -> dict[str, Baseline]:
+        return baselines(
+            self._w0, self._w1, self.layer_names, lines_scales=self.lines, soup=self._soup, alphas=self.wise_ft
+        )
 
     def export(self, variant: str, path: str | os.PathLike[str]) -> None:
         """Write a variant's weights in the format that the fine-tuned model came in, under the names used there.
@@ -200,24 +195,11 @@ class MonoSoupEditor(pl.LightningModule):
 
     @override
     def on_test_start(self) -> None:
-        from lit_cka.data.test_sets import TestSet
-
-        loaders = self.trainer.test_dataloaders
-        listed = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
-        listed = listed if isinstance(listed, (list, tuple)) else [listed]
-        num_sets = len(listed)
-        datamodule = getattr(self.trainer, "datamodule", None)
-        test_sets = [test_set for test_set in getattr(datamodule, "test_sets", []) if isinstance(test_set, TestSet)]
-        self._names = list(loaders) if isinstance(loaders, Mapping) else [f"test_{i}" for i in range(num_sets)]
-        self._to_classes: list[Callable[[Tensor], Tensor] | None] = [None] * num_sets
-        # A trainer keeps the data module of an earlier run: its test sets count only if they are what is loaded.
-        if [getattr(loader, "dataset", None) for loader in listed] == [test_set.dataset for test_set in test_sets]:
-            self._names = [test_set.name for test_set in test_sets]
-            self._to_classes = [test_set.to_classes for test_set in test_sets]
+        self._sets = loaded_sets(self.trainer)
         variants = list(self.edited.variants)
         compared = [name for name in variants[1:] if not name.startswith("wise_ft")]
         self._comparisons = [
-            Comparison(variants, compared, self.layer_names, debiased=self.debiased) for _ in range(num_sets)
+            VariantComparison(variants, compared, self.layer_names, debiased=self.debiased) for _ in self._sets
         ]
         self._done: list[Any] = []
         self._placement = Placement(self.model, self.edited.variants, copy=self.sequential)
@@ -238,12 +220,12 @@ class MonoSoupEditor(pl.LightningModule):
         with self._extractor, self._placement.all_in_turn() as variants:
             for variant in variants:
                 self._extractor.enabled = with_cka and not variant.startswith("wise_ft")
-                values = sample_values(self.model, batch, self._to_classes[dataloader_idx])
+                values = sample_values(self.model, batch, self._sets[dataloader_idx].to_classes)
                 features = self._extractor.collect() if self._extractor.enabled else {}
                 comparison.add(variant, batch_idx, values, features, num_first, num_rows)
 
     def _finish_before(self, dataloader_idx: int) -> None:
-        """Results of the test sets before this one, whose statistics then need no memory any more."""
+        """Compute the results of the test sets before this one, whose statistics then need no memory any more."""
         while len(self._done) < dataloader_idx:
             number = len(self._done)
             self._done.append(self._comparisons[number].finish(self.device))
@@ -252,10 +234,11 @@ class MonoSoupEditor(pl.LightningModule):
     @override
     def on_test_epoch_end(self) -> None:
         self._finish_before(len(self._comparisons))
-        empty = [name for name, results in zip(self._names, self._done, strict=True) if not results.metrics]
+        by_name = dict(zip((test_set.name for test_set in self._sets), self._done, strict=True))
+        empty = [name for name, results in by_name.items() if not results.metrics]
         if empty:
             raise ValueError(f"Expected all test sets to have samples, but {', '.join(map(repr, empty))} had none.")
-        self.results = EvaluationResults.of(dict(zip(self._names, self._done, strict=True)))
+        self.results = EvaluationResults.of(by_name)
         values = self.results.flat().items()
         # All ranks have the same values already; without `sync_dist`, Lightning warns of each.
         self.log_dict(
@@ -270,22 +253,3 @@ class MonoSoupEditor(pl.LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return None
-
-
-def _carrier(finetuned: Source, model: nn.Module | None) -> nn.Module:
-    """The module that all variants run in."""
-    if model is not None:
-        return snapshot(model)
-    if isinstance(finetuned, nn.Module):
-        return snapshot(finetuned)
-    if os.path.isdir(finetuned):
-        return load_folder(finetuned).requires_grad_(False).eval()
-    raise ValueError(f"Expected `model=`, a module that takes the weights in {str(finetuned)!r}.")
-
-
-def _of_its_own(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies, of tied weights one, so that nobody's later training changes them."""
-    copies: dict[tuple[Any, ...], Tensor] = {}
-    for value in weights.values():
-        copies.setdefault((value.data_ptr(), value.shape, value.stride()), value.detach().clone())
-    return {name: copies[value.data_ptr(), value.shape, value.stride()] for name, value in weights.items()}

@@ -11,13 +11,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from lit_cka.parallel.devices import widest_float
+from lit_cka.parallel.ranks import is_distributed
+
 NUM_BINS = 15
 # The metric that a variant is judged by, the first that there is; all but perplexity are shares of right answers.
 MAIN_METRICS = ("top1", "choice_accuracy", "exact_match", "perplexity")
 
 
 def sample_values(model: nn.Module, batch: Any, to_classes: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
-    """Run the model on a batch: values (n,) of each sample, in float64, by what they are.
+    """Returns what the model gives for a batch: values (n,) of each sample, in float64, by what they are.
 
     A model with a method `evaluate(batch)` says itself. Others are classifiers: the batch is `(inputs, labels)`, or
     what the model's `split(batch)` makes of it, or a mapping with "labels"; the model returns logits, or an object
@@ -28,7 +31,7 @@ def sample_values(model: nn.Module, batch: Any, to_classes: Callable[[Tensor], T
         values: dict[str, Tensor] = evaluate(batch)
         return values
     logits, labels = _classify(model, batch)
-    logits = logits.to(torch.float64 if logits.device.type != "mps" else torch.float32)
+    logits = logits.to(widest_float(logits.device))
     if to_classes is not None:
         logits = to_classes(logits)
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
@@ -89,7 +92,7 @@ class MetricSums:
         """Add the first so many samples of a batch; None for all."""
         values = {name: value[:num_first].detach() for name, value in values.items()}
         first = next(iter(values.values()))
-        dtype = torch.float64 if first.device.type != "mps" else torch.float32
+        dtype = widest_float(first.device)
         added = {name: value.to(dtype).sum()[None] for name, value in values.items()}
         added["n"] = torch.tensor([float(len(first))], dtype=dtype, device=first.device)
         if "confidence" in values:
@@ -102,13 +105,13 @@ class MetricSums:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def metrics(self, names: list[str], device: torch.device) -> dict[str, float]:
-        """Of the samples of all ranks; every rank has to call it, with the `names` of any rank that has some."""
+        """Returns the metrics over all ranks; each has to call it, with the `names` of any rank that has some."""
         sizes = {"bins": 2 * NUM_BINS}
-        dtype = torch.float64 if device.type != "mps" else torch.float32
+        dtype = widest_float(device)
         flat = torch.cat(
             [self._sums.get(name, torch.zeros(sizes.get(name, 1), dtype=dtype, device=device)) for name in names]
         )
-        if dist.is_available() and dist.is_initialized():
+        if is_distributed():
             dist.all_reduce(flat)
         sums = dict(zip(names, flat.cpu().split([sizes.get(name, 1) for name in names]), strict=True))
         n = sums["n"].item()
@@ -127,5 +130,5 @@ class MetricSums:
 
     @property
     def names(self) -> list[str]:
-        """Of the sums, sorted."""
+        """The names of the sums, sorted."""
         return sorted(self._sums)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 import shutil
@@ -18,10 +17,10 @@ import torch
 from torch import Tensor
 
 from lit_cka.checkpoints.pickles import Weights, open_weights
-from lit_cka.checkpoints.shards import sync
 from lit_cka.editing.checks import check_models, check_output, check_report
-from lit_cka.editing.parameter import EDITED, EditSettings, ParameterRecord, edit_cost, edit_parameter
+from lit_cka.editing.parameter import EDITED, EditSettings, ParameterRecord, edit_cost, edit_parameter, in_order
 from lit_cka.editing.partial import PartialOutput
+from lit_cka.files import write_json, written_whole
 from lit_cka.parallel.devices import usable_device
 from lit_cka.parallel.ranks import Ranks
 from lit_cka.parallel.sharing import one_thread_each, share_out
@@ -81,17 +80,17 @@ def edit_files(
         job = ranks.agree(lambda: _Job(*paths, settings or EditSettings(), variant, device, report, trusted))
         ranks.agree(lambda: job.check(allow_differences, warn=ranks.rank == 0))
         (records, finished), *_ = ranks.gather(lambda: job.prepare() if ranks.rank == 0 else ({}, False))
-        own = job.share(set(records), ranks)
+        names = job.share(set(records), ranks)
         try:
-            for others in ranks.gather(lambda: job.edit(own, ranks.rank, progress and ranks.rank == 0)):
-                records.update(others)
+            for records_there in ranks.gather(lambda: job.edit(names, ranks.rank, progress and ranks.rank == 0)):
+                records.update(records_there)
         except ValueError:
             if ranks.rank == 0:
                 job.partial.discard()  # it would fail again
             raise
-        in_order = job.in_order(records)
-        ranks.agree(lambda: job.finish(in_order, finished) if ranks.rank == 0 else None)
-    return in_order
+        all_records = in_order(job.W1.tied, records)
+        ranks.agree(lambda: job.finish(all_records, finished) if ranks.rank == 0 else None)
+    return all_records
 
 
 class _Job:
@@ -142,14 +141,16 @@ class _Job:
         return (done if goes_on else {}), False
 
     def share(self, done: set[str], ranks: Ranks) -> list[str]:
-        """The tensors that are this rank's, the ones that take longest first."""
+        """Returns the names of the tensors that this rank edits, those that take longest first."""
         costs = {name: self._cost(name) for name in self._names() if name not in done}
         owners = share_out(list(costs.values()), ranks.size)
-        own = [name for name, owner in zip(costs, owners, strict=True) if owner == ranks.rank]
-        return sorted(own, key=lambda name: -costs[name])
+        names_here = [name for name, owner in zip(costs, owners, strict=True) if owner == ranks.rank]
+        return sorted(names_here, key=lambda name: -costs[name])
 
     def edit(self, names: Sequence[str], rank: int, progress: bool) -> dict[str, ParameterRecord]:
-        """Several at once on a CPU, with one thread for each, so that the result doesn't depend on their number."""
+        """Edit and write tensors; returns their records. On a CPU several are edited at once, with one thread for each,
+        so that the result doesn't depend on their number.
+        """
         memory = _Memory(max([_LEAST_MEMORY, *map(self._memory, self._names())]))
 
         def edit(name: str) -> ParameterRecord:
@@ -182,13 +183,6 @@ class _Job:
         self.W1.write(self.partial.staged, name, edited)
         return record
 
-    def in_order(self, records: dict[str, ParameterRecord]) -> list[ParameterRecord]:
-        tied = self.W1.tied
-        return [
-            records[name] if first == name else {**records[first], "name": name, "reason": f"tied to {first}"}
-            for name, first in tied.items()
-        ]
-
     def finish(self, records: list[ParameterRecord], finished: bool) -> None:
         if finished:
             self.partial.discard()
@@ -208,7 +202,7 @@ class _Job:
         return info.nbytes + (0.0 if info.dtype is None else edit_cost(info.shape))
 
     def _memory(self, name: str) -> int:
-        """The two weights, in one of which the edited one is made, and what the eigenvectors take, in bytes."""
+        """Returns the bytes that an edit takes: the weights, the result in place of one, and the eigenvectors."""
         info = self.W1.tensors[name]
         if info.dtype is None:
             return 0
@@ -236,7 +230,7 @@ class _Memory:
 
 
 def _stamps(weights: Weights) -> list[list[str | int]]:
-    """What tells a file from one that was changed."""
+    """Returns what tells the files from others, or from what they were before a change."""
     return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in weights.files]
 
 
@@ -245,19 +239,10 @@ def _existing(folder: Path) -> Path:
 
 
 def _write_report(path: Path, records: list[ParameterRecord], settings: EditSettings, variant: str) -> None:
-    new = path.with_name(f"{path.name}.partial")
     if path.suffix == ".csv":
-        with new.open("w", newline="") as file:
+        with written_whole(path, durable=True) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(ParameterRecord.__annotations__))
             writer.writeheader()
             writer.writerows({**record, "shape": "x".join(map(str, record["shape"]))} for record in records)
-    else:
-        # JSON has no infinity, the relative change of weights that were 0.
-        finite = [
-            {key: None if isinstance(value, float) and math.isinf(value) else value for key, value in record.items()}
-            for record in records
-        ]
-        content = {"variant": variant, **asdict(settings), "parameters": finite}
-        new.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    sync(new)
-    os.replace(new, path)
+    else:  # which has no infinity, the relative change of weights that were 0: null there
+        write_json(path, {"variant": variant, **asdict(settings), "parameters": records}, durable=True)

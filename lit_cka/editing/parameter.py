@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, TypedDict
 
@@ -66,7 +66,7 @@ def edit_parameter(
     *,
     overwrite: bool = False,
 ) -> tuple[dict[str, Tensor], ParameterRecord]:
-    """The edited values of one parameter, and what was done.
+    """Returns the edited values of one parameter, and what was done.
 
     Args:
         name: of the parameter.
@@ -117,11 +117,19 @@ def edit_parameter(
 
 
 def untouched(name: str, W1: Tensor) -> ParameterRecord:
-    """A record without numbers."""
+    """Returns a record without numbers."""
     return ParameterRecord(
         name=name, shape=list(W1.shape), reason=None, k=None, rank=None, energy=None, rho=None, lambda_high=None,
         lambda_low=None, relative_change=None,
     )  # fmt: skip
+
+
+def in_order(tied: Mapping[str, str], records: Mapping[str, ParameterRecord]) -> list[ParameterRecord]:
+    """Returns a record for every name of `tied`, in that order: for a tied tensor that of its first name."""
+    return [
+        records[name] if first == name else {**records[first], "name": name, "reason": f"tied to {first}"}
+        for name, first in tied.items()
+    ]
 
 
 def _check_finite(name: str, W0: Tensor | None, W1: Tensor) -> None:
@@ -131,7 +139,7 @@ def _check_finite(name: str, W0: Tensor | None, W1: Tensor) -> None:
 
 
 def _is_finite(W: Tensor) -> bool:
-    """In parts: of a tensor that fills the memory, even a mask is large."""
+    """Returns whether all elements are finite, by parts: of a tensor that fills the memory, a mask is large."""
     parts = W.detach().reshape(-1).split(_CHUNK) if W.is_contiguous() else (W,)
     return all(bool(torch.isfinite(part).all()) for part in parts)
 
@@ -151,7 +159,7 @@ def _why_left_alone(W0: Tensor | None, W1: Tensor) -> str | None:
 
 
 def edit_cost(shape: Sequence[int]) -> float:
-    """About how long the edit of a weight takes, in arbitrary units: to share weights out evenly."""
+    """Returns about how long the edit of a weight takes, in arbitrary units: to share weights out evenly."""
     if len(shape) < 2 or 0 in shape:
         return 0.0
     rest = 1

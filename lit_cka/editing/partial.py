@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any, cast
 
-from lit_cka.checkpoints.shards import sync
 from lit_cka.editing.parameter import ParameterRecord
+from lit_cka.files import is_partial, sync, written_whole
 
 
 class PartialOutput:
@@ -42,17 +42,14 @@ class PartialOutput:
         Raises:
             ValueError: if there is a folder of this name that is no unfinished output.
         """
-        if self.exists() and {path.name for path in self.folder.iterdir()} - {"job.json", "job.json.new"}:
+        if self.exists() and any(path.name != "job.json" and not is_partial(path) for path in self.folder.iterdir()):
             if not (self.folder / "job.json").is_file():
                 raise ValueError(
                     f"Expected no folder {str(self.folder)!r}, where the output is made, but there is one."
                 )
             self.discard()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        new = self.folder / "job.json.new"
-        new.write_text(self._job)
-        sync(new)
-        os.replace(new, self.folder / "job.json")
+        with written_whole(self.folder / "job.json", durable=True) as partial:
+            partial.write_text(self._job)
 
     def add(self, record: ParameterRecord, rank: int) -> None:
         """Note that a tensor is in its place."""
@@ -66,7 +63,7 @@ class PartialOutput:
             os.fsync(file.fileno())
 
     def records(self) -> dict[str, ParameterRecord]:
-        """Of the tensors that are in their place."""
+        """Returns the records of the tensors that are in their place."""
         records: dict[str, ParameterRecord] = {}
         for journal in self.folder.glob("journal-*.jsonl"):
             for line in journal.read_bytes().splitlines():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lit_cka.editing.sources import own_weights
+from lit_cka.editing.sources import module_weights
 
 
 class FileBacked:
@@ -28,7 +28,7 @@ class FileBacked:
         self._placed: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()  # keeps no original in memory
 
     def place(self, value: Tensor) -> Tensor:
-        """A copy of the tensor in a file; of the same tensor always the same copy."""
+        """Returns a copy of the tensor in a file; of the same tensor always the same copy."""
         if value not in self._placed:
             copy = value
             if value.numel():
@@ -40,13 +40,13 @@ class FileBacked:
 
 
 class Placement:
-    """Puts sets of weights into a module, one at a time, and in the end its own ones back.
+    """Puts sets of weights into a module, one at a time, and in the end the ones that it had.
 
     Args:
         module: the module.
-        sets: weights by name, as `own_weights` names them; what a set lacks is the module's own.
-        copy: copy the weights into the module's own tensors each time, rather than hold all sets on its device and
-            point at them.
+        sets: weights by name, as `module_weights` names them; what a set lacks is as the module has it.
+        copy: copy the weights into the module's tensors each time, rather than hold all sets on its device and have
+            the tensors point at them.
     """
 
     def __init__(self, module: nn.Module, sets: Mapping[str, Mapping[str, Tensor]], *, copy: bool = False) -> None:
@@ -55,33 +55,35 @@ class Placement:
         # Sets share most of their tensors: on the device, too.
         moved: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
-        def like(value: Tensor, own: Tensor) -> Tensor:
+        def like(value: Tensor, target: Tensor) -> Tensor:
             if copy:
                 return value
-            dtype = own.dtype if value.is_floating_point() else value.dtype
-            return moved.setdefault((id(value), own.device, dtype), value.to(own.device, dtype))
+            dtype = target.dtype if value.is_floating_point() else value.dtype
+            return moved.setdefault((id(value), target.device, dtype), value.to(target.device, dtype))
 
         self._sets = {
             key: {name: like(value, self._tensors[name]) for name, value in weights.items() if name in self._tensors}
             for key, weights in sets.items()
         }
         self._keep = sets  # so that no identity is used twice
-        self._own = {  # copies not on a GPU, which has to hold one model alone
+        self._originals = {  # copies not on a GPU, which has to hold one model alone
             name: tensor.detach().to("cpu", copy=True) if copy else tensor.detach()
             for name, tensor in self._tensors.items()
         }
 
     @contextmanager
     def all_in_turn(self) -> Iterator[Iterator[str]]:
-        """Yields an iterator over the keys: while one is current, the module has its weights; in the end its own."""
+        """Yields an iterator over the keys: while one is current, the module has its weights, and in the end the
+        original ones.
+        """
         try:
             yield self._each()
         finally:
-            self._put(self._own)
+            self._put(self._originals)
 
     def _each(self) -> Iterator[str]:
         for key, weights in self._sets.items():
-            self._put({**self._own, **weights})
+            self._put({**self._originals, **weights})
             yield key
 
     def _put(self, weights: Mapping[str, Tensor]) -> None:
@@ -94,6 +96,6 @@ class Placement:
 
 
 def _named_tensors(module: nn.Module) -> Mapping[str, Tensor]:
-    """The parameters and persistent buffers themselves, by the names of `own_weights`."""
-    names = list(own_weights(module))
+    """Returns the parameters and persistent buffers themselves, by the names of `module_weights`."""
+    names = list(module_weights(module))
     return dict(zip(names, module.state_dict(keep_vars=True).values(), strict=True))

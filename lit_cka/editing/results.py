@@ -59,12 +59,12 @@ class EvaluationResults:
         return list(self.num_samples)
 
     def main_metric(self, test_set: str) -> str | None:
-        """The metric that variants are judged by on a test set: the first of `MAIN_METRICS` that it has."""
+        """Returns the metric that variants are judged by on a test set: the first of `MAIN_METRICS` that it has."""
         first = next(iter(self.metrics.values()))
         return next((name for name in MAIN_METRICS if name in first[test_set]), None)
 
     def flat(self) -> dict[str, float]:
-        """All numbers by a key for loggers: `<test set>/<variant>/<metric>`, `cka/mean` as metric for the mean CKA."""
+        """Returns all numbers by a key for loggers, `<test set>/<variant>/<metric>`; `cka_mean` is the mean CKA."""
         values = {}
         for variant, by_set in self.metrics.items():
             for name, metrics in by_set.items():

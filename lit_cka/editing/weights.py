@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lit_cka.checkpoints.state_dicts import tensor_identity
+from lit_cka.checkpoints.state_dicts import first_names, tensor_identity
 from lit_cka.editing.parameter import (
     EDITED,
     Edit,
@@ -17,8 +17,10 @@ from lit_cka.editing.parameter import (
     ParameterRecord,
     edit_cost,
     edit_parameter,
+    in_order,
     untouched,
 )
+from lit_cka.parallel.ranks import is_distributed, run_on_all_ranks
 from lit_cka.parallel.sharing import one_thread_each, share_out
 from lit_cka.progress import progress_bar
 
@@ -41,7 +43,7 @@ def edit_state_dicts(
     place: Callable[[Tensor], Tensor] | None = None,
     progress: bool = False,
 ) -> EditedModel:
-    """The five variants of a fine-tuned model.
+    """Returns the five variants of a fine-tuned model.
 
     On a CPU, several weights are edited at once, each on one thread, so that the result doesn't depend on the number
     of threads. Where `torch.distributed` is initialised, the ranks share the weights out by cost, and all get all.
@@ -64,8 +66,7 @@ def edit_state_dicts(
     """
     settings = settings or EditSettings()
     editable = set(W1) if parameters is None else set(parameters)
-    first_name: dict[tuple[object, ...], str] = {}
-    tied = {name: first_name.setdefault(tensor_identity(value), name) for name, value in W1.items()}
+    tied = first_names({name: tensor_identity(value) for name, value in W1.items()})
     names = sorted(dict.fromkeys(tied.values()), key=lambda name: -edit_cost(W1[name].shape))
 
     def edit(name: str) -> Edit:
@@ -89,11 +90,7 @@ def edit_state_dicts(
         "finetuned": dict(W1),
         **{variant: {name: edited[tied[name]][0][variant] for name in W1} for variant in EDITED},
     }
-    records: list[ParameterRecord] = []
-    for name in W1:
-        record = edited[tied[name]][1]
-        records.append(record if tied[name] == name else {**record, "name": name, "reason": f"tied to {tied[name]}"})
-    return EditedModel(variants, records)
+    return EditedModel(variants, in_order(tied, {name: record for name, (_, record) in edited.items()}))
 
 
 def _on_all_ranks(
@@ -104,35 +101,25 @@ def _on_all_ranks(
     device: torch.device | str | None,
     progress: bool,
 ) -> list[Edit]:
-    """`edit` of each name, done once among the ranks and known to all."""
-    distributed = dist.is_available() and dist.is_initialized()
-    rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    """Returns `edit` of each name, done once among the ranks and known to all."""
+    rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
     owners = share_out([edit_cost(W1[name].shape) for name in names], num_ranks)
-    own = [name for name, owner in zip(names, owners, strict=True) if owner == rank]
-    done: dict[str, Edit] = {}
-    problem: Exception | None = None
+    names_here = [name for name, owner in zip(names, owners, strict=True) if owner == rank]
     on_cpu = device is None and all(value.device.type == "cpu" for value in W1.values())
-    try:
-        with progress_bar("Editing", len(own), enabled=progress) as advance:
-            for name, result in zip(own, one_thread_each(edit, own, enabled=on_cpu), strict=True):
+    done: dict[str, Edit] = {}
+
+    def edit_here() -> dict[str, ParameterRecord]:
+        with progress_bar("Editing", len(names_here), enabled=progress) as advance:
+            for name, result in zip(names_here, one_thread_each(edit, names_here, enabled=on_cpu), strict=True):
                 done[name] = result
                 advance(1)
-    except Exception as error:
-        problem = error
-    if not distributed:
-        if problem is not None:
-            raise problem
+        return {name: record for name, (_, record) in done.items()}
+
+    records = run_on_all_ranks(edit_here)
+    if num_ranks == 1:
         return [done[name] for name in names]
-    # An error on one rank is one on all: the others would wait for its weights.
-    said: list[tuple[str | None, dict[str, ParameterRecord]]] = [(None, {})] * num_ranks
-    dist.all_gather_object(said, (None if problem is None else str(problem), {name: done[name][1] for name in done}))
-    problems = [message for message, _ in said if message is not None]
-    if problem is not None:
-        raise problem
-    if problems:
-        raise ValueError(problems[0])
     for name, owner in zip(names, owners, strict=True):
-        record = said[owner][1][name]
+        record = records[owner][name]
         if record["reason"] is not None:
             done[name] = dict.fromkeys(EDITED, W1[name]), record
             continue

@@ -40,7 +40,7 @@ class Classifier(pl.LightningModule):
         self.test_acc = MulticlassAccuracy(num_classes, average="micro")
 
     def split(self, batch: Any) -> tuple[Any, Tensor]:
-        """The batch's inputs, as `forward` takes them, and its labels (n,)."""
+        """Returns the batch's inputs, as `forward` takes them, and its labels (n,)."""
         inputs, labels = batch
         return inputs, labels
 
@@ -68,7 +68,7 @@ class Classifier(pl.LightningModule):
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Class probabilities (n, num_classes)."""
+        """Returns class probabilities (n, num_classes)."""
         inputs, _ = self.split(batch)
         logits: Tensor = self(inputs)
         return logits.softmax(dim=-1)

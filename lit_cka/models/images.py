@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Union
+from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -11,8 +11,6 @@ from torch.nn.functional import normalize
 
 from lit_cka.checkpoints.state_dicts import load_into, load_state_dict
 from lit_cka.models.classifier import Classifier
-
-Path = Union[str, None]
 
 
 def _start_from(model: nn.Module, checkpoint: str, heads: tuple[str, ...]) -> None:
@@ -44,7 +42,7 @@ class ImageClassifier(Classifier):
         model_name: str,
         num_classes: int,
         pretrained: bool = False,
-        checkpoint: Path = None,
+        checkpoint: str | None = None,
         model_kwargs: dict[str, Any] | None = None,
         learning_rate: float = 1e-4,
         weight_decay: float = 0.05,
@@ -66,13 +64,13 @@ class ImageClassifier(Classifier):
             _start_from(self.model, checkpoint, heads)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (n, num_classes) of images (n, channels, height, width)."""
+        """Returns logits (n, num_classes) of images (n, channels, height, width)."""
         logits: Tensor = self.model(images)
         return logits
 
 
 class _VisualTower(nn.Module):
-    """Of CLIP the visual tower alone, one level down: weights are named as in model-soups."""
+    """The visual tower of CLIP, alone and one level down, so that weights are named as in model-soups."""
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
@@ -109,8 +107,8 @@ class CLIPImageClassifier(Classifier):
         self,
         model_name: str,
         num_classes: int,
-        pretrained: Path = None,
-        checkpoint: Path = None,
+        pretrained: str | None = None,
+        checkpoint: str | None = None,
         normalize: bool = True,
         learning_rate: float = 3e-5,
         weight_decay: float = 0.1,
@@ -131,7 +129,7 @@ class CLIPImageClassifier(Classifier):
             _start_from(self, checkpoint, ("classification_head",))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (n, num_classes) of images (n, 3, height, width)."""
+        """Returns logits (n, num_classes) of images (n, 3, height, width)."""
         features = self.model(images)
         logits: Tensor = self.classification_head(normalize(features, dim=-1) if self.normalize else features)
         return logits

@@ -39,7 +39,7 @@ class CausalLanguageModel(pl.LightningModule):
         return str(self.hparams["model_name"])
 
     def forward(self, inputs: Mapping[str, Any], positions: Tensor | None = None) -> Tensor:
-        """Logits (rows, tokens, vocabulary) of `input_ids` and `attention_mask` (rows, tokens), padded on the right.
+        """Returns logits (rows, tokens, vocabulary) of token ids (rows, tokens) that are padded on the right.
 
         Args:
             inputs: the two, in a mapping that may hold more.
@@ -66,7 +66,7 @@ class CausalLanguageModel(pl.LightningModule):
 
     @torch.no_grad()
     def evaluate(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Values of each sample (samples,), float64, from one forward pass; they do not depend on the padding.
+        """Returns values of each sample (samples,), float64, from one forward pass; they do not depend on the padding.
 
         The batch holds `input_ids`, `attention_mask`, `targets` (rows, tokens), where `targets[:, t]` is the token at t
         or -100 where that is not scored, `sample` (rows,), the sample that a row belongs to, in order, and a `kind`:
@@ -102,7 +102,9 @@ class CausalLanguageModel(pl.LightningModule):
 
 
 def _score(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits (n, vocabulary) and tokens (n,): the sum of -log p, the number, and whether all are the most likely."""
+    """Returns what logits (n, vocabulary) give tokens (n,): the sum of -log p, the number of tokens that are scored,
+    and whether all of them are the most likely.
+    """
     scored = tokens != _NOT_SCORED
     logits, tokens = logits[scored], tokens[scored]
     nll = cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), tokens, reduction="none")
@@ -111,7 +113,7 @@ def _score(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _choice_accuracy(scores: Tensor, sample: Tensor, answer: Tensor) -> Tensor:
-    """Of scores (rows,) of choices: 1 for each sample whose highest is at `answer`, else 0."""
+    """Returns 1 for each sample of whose choices, with `scores` (rows,), the highest is at `answer`, else 0."""
     of_sample = sample == torch.arange(len(answer), device=sample.device)[:, None]
     best, row = scores.where(of_sample, -torch.inf).max(dim=-1)
     first = of_sample.int().argmax(dim=-1)

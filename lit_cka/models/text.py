@@ -42,10 +42,10 @@ class TextClassifier(Classifier):
         return name
 
     def split(self, batch: Any) -> tuple[Any, Tensor]:
-        """A batch is a mapping of the tokenizer's output and `labels`."""
+        """Returns the tokenizer's output and the labels of a batch, a mapping that holds both."""
         return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits (n, num_classes) of tokenized text: `input_ids` and `attention_mask` (n, tokens)."""
+        """Returns logits (n, num_classes) of tokenized text: `input_ids` and `attention_mask` (n, tokens)."""
         logits: Tensor = self.model(**inputs).logits
         return logits

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from scipy.spatial.distance import pdist
 
-from lit_cka.analysis.rsa import Comparison, compare_rdms, pairwise_rsa, rsa
+from lit_cka.analysis.rsa import Correlation, compare_rdms, pairwise_rsa, rsa
 from lit_cka.functional.rsa import Distance, rdm
 from tests.functional.test_cka import rotation
 from tests.oracles import float64, paired_features
@@ -22,7 +22,7 @@ COMPARISONS = pytest.mark.parametrize("comparison", list(ORACLES))
 @pytest.mark.parametrize(("n", "d_x", "d_y"), [(12, 5, 3), (7, 30, 20), (3, 4, 4)])
 @pytest.mark.parametrize(("offset", "dtype"), [(3.0, torch.float64), (3.0, torch.bfloat16), (1e4, torch.float32)])
 def test_rsa_equals_scipy(
-    n: int, d_x: int, d_y: int, offset: float, dtype: torch.dtype, distance: Distance, comparison: Comparison
+    n: int, d_x: int, d_y: int, offset: float, dtype: torch.dtype, distance: Distance, comparison: Correlation
 ) -> None:
     X, Y = paired_features(n, d_x, d_y, offset=offset, dtype=dtype)
     if distance != "euclidean" and offset == 1e4:
@@ -34,7 +34,7 @@ def test_rsa_equals_scipy(
 
 
 @COMPARISONS
-def test_ties_are_as_in_scipy(comparison: Comparison) -> None:
+def test_ties_are_as_in_scipy(comparison: Correlation) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 4, size=(2, 28)) / 3
     R, S = torch.zeros(2, 8, 8, dtype=torch.float64)
@@ -48,7 +48,7 @@ def test_ties_are_as_in_scipy(comparison: Comparison) -> None:
 
 
 @COMPARISONS
-def test_pairwise_is_every_pair(comparison: Comparison) -> None:
+def test_pairwise_is_every_pair(comparison: Correlation) -> None:
     Rs = torch.stack([rdm(paired_features(8, 4, 4, seed=seed)[0]) for seed in range(3)])
     Ss = torch.stack([rdm(paired_features(8, 4, 4, seed=seed)[1]) for seed in range(2)])
     Rs[1, 2] = torch.nan
@@ -59,7 +59,7 @@ def test_pairwise_is_every_pair(comparison: Comparison) -> None:
 
 
 @COMPARISONS
-def test_invariances(comparison: Comparison) -> None:
+def test_invariances(comparison: Correlation) -> None:
     X, Y = paired_features(10, 5, 4)
     order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
     value = rsa(X, Y, "euclidean", comparison)
@@ -76,7 +76,7 @@ def test_the_defaults_are_spearman_of_correlation_distances() -> None:
 
 
 @COMPARISONS
-def test_nan_where_there_is_no_correlation(comparison: Comparison) -> None:
+def test_nan_where_there_is_no_correlation(comparison: Correlation) -> None:
     X, _ = paired_features(6, 6, 4)
     zero = X.clone()
     zero[2] = 0

@@ -11,7 +11,7 @@ from scipy.stats import kstest
 from torch import Tensor
 
 from lit_cka.analysis import uncertainty
-from lit_cka.analysis.resampling import Drawn, Resamples, draw_counts, u_centred
+from lit_cka.analysis.resampling import ResampledGram, Resamples, draw_counts, u_centred
 from lit_cka.analysis.uncertainty import bootstrap_cka, permutation_test
 from lit_cka.functional import cka_from_gram, linear_gram, rbf_gram
 from tests import oracles
@@ -33,7 +33,7 @@ def once(n: int) -> Resamples:
 def test_with_every_sample_once_it_is_cka(debiased: bool) -> None:
     (K,), (L,) = grams(9, 1)
     K, L = K + 1e3, rbf_gram(L)
-    value = uncertainty._origin(*(Drawn(u_centred(gram, debiased), once(9)) for gram in (K, L))).value
+    value = uncertainty._estimate(*(ResampledGram(u_centred(gram, debiased), once(9)) for gram in (K, L))).value
     assert value.item() == pytest.approx(oracles.cka(K.numpy(), L.numpy(), debiased), abs=1e-9)
     assert value.item() == pytest.approx(cka_from_gram(K, L, debiased=debiased).item(), abs=1e-9)
 
@@ -43,7 +43,7 @@ def test_a_resample_is_the_mean_over_quadruples_of_different_samples() -> None:
     W = draw_counts(7, 5, seed=0).to(K)
     A, B = u_centred(K, True), u_centred(L, True)
     resamples = Resamples(W)
-    total, _ = Drawn(A, resamples).inner(Drawn(B, resamples))
+    total, _ = ResampledGram(A, resamples).inner(ResampledGram(B, resamples))
     quadruples = np.array(list(permutations(range(7), 4)))
     i, j, q, r = quadruples.T
     a, b = A.A.numpy(), B.A.numpy()
@@ -69,7 +69,7 @@ def test_a_resample_is_the_mean_over_quadruples_of_different_samples() -> None:
 def test_the_standard_error_is_that_of_the_jackknife(debiased: bool, related: bool) -> None:
     n = 60
     (K,), (L,) = grams(n, 1, related=related)
-    error = uncertainty._origin(*(Drawn(u_centred(gram, debiased), once(n)) for gram in (K, L))).error
+    error = uncertainty._estimate(*(ResampledGram(u_centred(gram, debiased), once(n)) for gram in (K, L))).error
     rest = [np.delete(np.arange(n), i) for i in range(n)]
     values = np.array([oracles.cka(K.numpy()[np.ix_(i, i)], L.numpy()[np.ix_(i, i)], debiased) for i in rest])
     jackknife = np.sqrt((n - 1) / n * np.sum((values - values.mean()) ** 2))
@@ -111,12 +111,13 @@ def u_centred_oracle(K: np.ndarray) -> np.ndarray:
 
 
 def studentised_oracle(K: np.ndarray, L: np.ndarray, W: np.ndarray, level: float) -> tuple[float, float]:
-    """The interval of the docstring, one resample after the other, from the U-statistics of `Drawn.inner`."""
+    """The interval of the docstring, one resample after the other, from the U-statistics of `ResampledGram.inner`."""
     n, A, B = len(K), u_centred_oracle(K), u_centred_oracle(L)
 
     def statistics(w: np.ndarray) -> tuple[float, np.ndarray]:
         drawn = [
-            Drawn(u_centred(torch.from_numpy(gram), True), Resamples(torch.from_numpy(w[:, None]))) for gram in (K, L)
+            ResampledGram(u_centred(torch.from_numpy(gram), True), Resamples(torch.from_numpy(w[:, None])))
+            for gram in (K, L)
         ]
         (xy, _), (xx, yy) = drawn[0].inner(drawn[1]), (one.square for one in drawn)
         T, size = xy.item() / np.sqrt(xx.item() * yy.item()), np.sqrt(xx.item() * yy.item())

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-import small_models
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_cka.data import DigitsDataModule, ImageFolderDataModule, TextDataModule
 from lit_cka.data.text import read_labelled_text
+from tests import small_models
 
 
 class Attached(LightningModule):
@@ -70,7 +70,7 @@ def test_image_folder_missing_part_and_missing_transform(tmp_path: Path) -> None
     with pytest.raises(FileNotFoundError, match=r"subfolder for each class, at .*train, .*val"):
         ImageFolderDataModule(str(tmp_path / "no")).setup("fit")
     root = small_models.image_folder(tmp_path / "yes")
-    with pytest.raises(ValueError, match="to have a `eval_transform`"):
+    with pytest.raises(ValueError, match="to have an `eval_transform`"):
         attach(ImageFolderDataModule(str(root))).setup("test")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lit_cka.editing.files import edit_files
 from lit_cka.editing.parameter import EDITED, EditSettings, edit_parameter
+from lit_cka.files import partial_name
 from tests.sync_worker import run_to_end
 
 WORKER = str(Path(__file__).with_name("files_worker.py"))
@@ -299,7 +300,7 @@ def damaged(tmp_path: Path, what: str) -> tuple[Path, Path, dict[str, Any]]:
         (
             "shapes",
             ValueError,
-            r"(?s)differ in 1 tensors.*tensor +pretrained +fine-tuned\nconv.weight +\(8, 3, 3, 3\) +\(4, 3\)",
+            r"(?s)differ in 1 tensors.*tensor +pretrained +fine-tuned\n  conv.weight +\(8, 3, 3, 3\) +\(4, 3\)",
         ),
         (
             "missing keys",
@@ -424,6 +425,15 @@ def test_killed_when_only_the_partial_folder_was_left(tmp_path: Path, monkeypatc
             edit(a, b, tmp_path / "out")
     assert (tmp_path / "out").exists()
     assert len(edit(a, b, tmp_path / "out")) == len(W1)
+    assert names_in(tmp_path) == {"a", "b", "out"}
+
+
+def test_killed_while_the_job_was_noted(tmp_path: Path) -> None:
+    a, b = folder(tmp_path / "a", W0, 2), folder(tmp_path / "b", W1, 3)
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / partial_name("job.json")).write_text('{"half')
+    with pytest.warns(UserWarning, match="it starts anew"):
+        assert len(edit(a, b, tmp_path / "out")) == len(W1)
     assert names_in(tmp_path) == {"a", "b", "out"}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_cka.editing.placement import FileBacked, Placement
-from lit_cka.editing.sources import own_weights
+from lit_cka.editing.sources import module_weights
 
 BOTH_MODES = pytest.mark.parametrize("copies", [False, True], ids=["pointers", "copies"])
 
@@ -52,7 +52,7 @@ def network(seed: int = 0) -> Network:
 
 
 def weights(seed: int) -> dict[str, Tensor]:
-    return own_weights(network(seed))
+    return module_weights(network(seed))
 
 
 def outputs(module: nn.Module) -> Tensor:
@@ -180,21 +180,21 @@ def test_gradients_and_what_needs_them_stay(copies: bool) -> None:
 
 def test_no_copies_are_made_where_pointers_will_do() -> None:
     module, sets = network(), some_sets()
-    own = {name: value.data_ptr() for name, value in own_weights(module).items()}
+    own = {name: value.data_ptr() for name, value in module_weights(module).items()}
     with Placement(module, sets).all_in_turn() as keys:
         for key in keys:
-            for name, value in own_weights(module).items():
+            for name, value in module_weights(module).items():
                 expected = sets[key]["out.weight" if name == "embedding.weight" else name]
                 assert value.data_ptr() == expected.data_ptr(), (key, name)
-    assert {name: value.data_ptr() for name, value in own_weights(module).items()} == own
+    assert {name: value.data_ptr() for name, value in module_weights(module).items()} == own
 
 
 def test_copies_are_made_into_the_module_s_own_memory() -> None:
     module, sets = network(), some_sets()
-    own = {name: value.data_ptr() for name, value in own_weights(module).items()}
+    own = {name: value.data_ptr() for name, value in module_weights(module).items()}
     with Placement(module, sets, copy=True).all_in_turn() as keys:
         for _ in keys:
-            assert {name: value.data_ptr() for name, value in own_weights(module).items()} == own
+            assert {name: value.data_ptr() for name, value in module_weights(module).items()} == own
 
 
 @BOTH_MODES
@@ -234,7 +234,7 @@ def test_sets_of_another_device(copies: bool) -> None:
     module, sets = network().cuda(), some_sets()
     with Placement(module, sets, copy=copies).all_in_turn() as keys:
         for key in keys:
-            for name, value in own_weights(module).items():
+            for name, value in module_weights(module).items():
                 expected = sets[key]["out.weight" if name == "embedding.weight" else name]
                 assert value.is_cuda
                 assert torch.equal(value.cpu(), expected)

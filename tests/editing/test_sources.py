@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-import small_models
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from lit_cka import MonoSoupEditor
 from lit_cka.checkpoints.state_dicts import load_state_dict
 from lit_cka.data.language import LanguageTestsDataModule
 from lit_cka.models import CLIPImageClassifier, ImageClassifier, TextClassifier
+from tests import small_models
 from tests.editing.evaluation_worker import models, weights
 from tests.editing.test_evaluation import pair, write_rows
 from tests.tracking.helpers import Classifier, Net, trainer
@@ -216,8 +216,8 @@ class TestWriting:
             Path(path).write_text("half of it")
             raise OSError("no space left")
 
-        monkeypatch.setattr("lit_cka.editing.sources.torch.save", fail)
-        monkeypatch.setattr("lit_cka.editing.sources.save_file", fail)
+        monkeypatch.setattr("lit_cka.editing.exporting.torch.save", fail)
+        monkeypatch.setattr("lit_cka.editing.exporting.save_file", fail)
         with pytest.raises(OSError, match="no space left"):
             editor.export("monosoup", tmp_path / "new" / name)
         assert list((tmp_path / "new").iterdir()) == []

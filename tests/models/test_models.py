@@ -5,12 +5,12 @@ from pathlib import Path
 import lightning.pytorch as pl
 import open_clip
 import pytest
-import small_models
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 
 from lit_cka.models import CLIPImageClassifier, ImageClassifier, TextClassifier
+from tests import small_models
 
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 

@@ -11,6 +11,7 @@ ROWS = [
     {"functional"},
     {"parallel", "features", "checkpoints", "plots"},
     {"metrics", "models", "data"},
+    {"samples", "statistics"},
     {"reference"},
     {"tracking"},
     {"editing", "analysis"},

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted(set(DOCS.glob("*.md")) - {DOCS / "how_it_works.md"})  # which has no code
 
 
 @pytest.mark.filterwarnings("ignore:The dataloader")
@@ -35,3 +35,13 @@ def test_there_is_a_page_for_each_system() -> None:
         "map_of_layers",
         "monosoup",
     }
+
+
+def test_the_page_on_how_it_works_names_files_that_are_there() -> None:
+    package = DOCS.parent / "lit_cka"
+    named = re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)`", (DOCS / "how_it_works.md").read_text())
+    assert len(named) > 40
+    here = {str(path.relative_to(package)) for path in package.rglob("*.py")}
+    # A name without a folder stands behind one of the same folder.
+    missing = [name for name in named if name not in here and not any(path.endswith(f"/{name}") for path in here)]
+    assert [name for name in missing if not name.startswith("tests/")] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import statistics
 import sys
@@ -71,9 +72,13 @@ def assert_no_growth(seen: list[Usage], num_records: int, plain: list[Usage] | N
 
 @pytest.fixture(autouse=True, scope="module")
 def _traced() -> Iterator[None]:
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.ERROR)  # pytest keeps every message
     tracemalloc.start()
     yield
     tracemalloc.stop()
+    log.setLevel(level)
 
 
 class Meter(pl.Callback):

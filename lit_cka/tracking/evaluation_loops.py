@@ -13,7 +13,7 @@ from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lit_cka.features.lightning_private import evaluation_loop
+from lit_cka.features.lightning_private import combined_loader, evaluation_loop
 
 
 def evaluation_loops(trainer: pl.Trainer) -> list[Any]:
@@ -23,7 +23,7 @@ def evaluation_loops(trainer: pl.Trainer) -> list[Any]:
 
 def is_empty(loop: Any) -> bool:
     """Whether the loop has dataloaders, but no batches."""
-    return loop._combined_loader is not None and not sum(loop.max_batches)
+    return combined_loader(loop) is not None and not sum(loop.max_batches)
 
 
 def is_last_batch(trainer: pl.Trainer) -> bool:

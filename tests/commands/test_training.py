@@ -127,11 +127,15 @@ def test_pretraining_needs_a_place_for_its_weights(tmp_path: Path, capsys: pytes
     assert "'p.yaml' to have `save_weights`" in capsys.readouterr().err
 
 
-def test_a_saved_config_trains_the_same_again(tmp_path: Path) -> None:
+def test_a_saved_config_trains_the_same_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Also with a list of layers, which jsonargparse may take for a callable."""
+    monkeypatch.delenv("UV", raising=False)  # as from a shell in which the package is installed
     few = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--pretrain=null", "--save_weights=null"]
     few += ["--model.checkpoint=null", "--trainer.callbacks.layers=[model.blocks.0, '*.blocks.1']"]
     first = training.main(["fit", "--config", "digits", *few])
+    assert "Look at it with: tensorboard --logdir runs/digits" in capsys.readouterr().out
     saved = Path(first.trainer.log_dir) / "config.yaml"
     again = training.main(["fit", "--config", str(saved)])
     scores = [cli.trainer.callbacks[0].history[-1]["scores"] for cli in (first, again)]
@@ -145,11 +149,11 @@ def test_on_several_ranks_the_end_is_said_once(tmp_path: Path) -> None:
     command += ["--pretrain=null", "--model.checkpoint=null"]
     command += ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=1"]
     command += ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=2"]
-    env = {**os.environ, "COLUMNS": "120", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "COLUMNS": "120", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "UV": "/bin/uv"}
     (tmp_path / "configs").unlink()
     done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=280, env=env)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Look at it with: tensorboard --logdir runs/digits") == 1
+    assert done.stdout.count("Look at it with: uv run tensorboard --logdir runs/digits") == 1
     assert (tmp_path / "runs/digits/tensorboard/version_0/cka/cka_history.json").is_file()
     assert (tmp_path / "runs/digits/finetuned.ckpt").is_file()
 

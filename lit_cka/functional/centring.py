@@ -25,14 +25,14 @@ def is_rounding(rest: Tensor, size: Tensor) -> Tensor:
 
 
 def is_constant(squares: Tensor, n: Tensor | int, mean: Tensor) -> Tensor:
-    """Returns whether features are constant but for rounding, a boolean scalar; see the module's equation.
+    """Returns whether features are constant but for rounding, a boolean (...); see the module's equation.
 
     Args:
-        squares: the sum over the samples of the squared distance from the mean, a scalar.
+        squares: the sum over the samples of the squared distance from the mean, (...).
         n: the number of samples.
-        mean: of the features, (d,).
+        mean: of the features, (..., d).
     """
-    return squares <= n * ROUNDING**2 * mean.square().sum()
+    return squares <= n * ROUNDING**2 * mean.square().sum(dim=-1)
 
 
 def mean_over_samples(X: Tensor) -> Tensor:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_cka.functional.centring import about_mean
+from lit_cka.functional.centring import about_mean, is_constant
 
 
 def linear_gram(X: Tensor) -> Tensor:
-    """Returns the Gram matrix (..., n, n) of the centred features `X` (..., n, d). HSIC and CKA ignore the centring."""
+    """Returns the Gram matrix (..., n, n) of the centred features `X` (..., n, d): all zeros where they are constant
+    but for rounding. HSIC and CKA ignore the centring.
+    """
     Xc = about_mean(X)
-    return Xc @ Xc.mT
+    gram = Xc @ Xc.mT
+    mean = X[..., :1, :].detach().to(torch.float64) - Xc[..., :1, :]
+    squares = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None]
+    return gram.masked_fill(is_constant(squares, X.shape[-2], mean)[..., None], 0.0)
 
 
 def rbf_gram(X: Tensor, *, bandwidth: float = 1.0) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lit_cka.functional.centring import is_rounding
+from lit_cka.functional.centring import ROUNDING, is_rounding
 
 Distance = Literal["cosine", "correlation", "euclidean"]
 
@@ -63,13 +63,14 @@ def _angular(x: Tensor, centre: bool) -> Tensor:
     length = x.norm(dim=1, keepdim=True)
     unit = (x / length).masked_fill(is_rounding(length, size), torch.nan)
     distances: Tensor = 1 - unit @ unit.T
-    return distances.clamp(0, 2)
+    return distances.masked_fill(distances <= ROUNDING, 0.0).clamp(max=2)  # repeated samples: exactly 0
 
 
 def _euclidean(x: Tensor) -> Tensor:
+    lengths = x.square().sum(dim=1)
     x = x - x.nanmean(dim=0)  # distances ignore it; products of far-off features would cancel
     squares = x.square().sum(dim=1)
     sums = squares[:, None] + squares
     squared: Tensor = sums - 2 * x @ x.T
-    squared = squared.masked_fill(is_rounding(squared, sums), 0.0)
-    return squared.sqrt()  # repeated samples: exactly 0
+    cancelled = is_rounding(squared, sums) | (squared <= ROUNDING**2 * (lengths[:, None] + lengths))
+    return squared.masked_fill(cancelled, 0.0).sqrt()  # repeated samples: exactly 0

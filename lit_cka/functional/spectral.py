@@ -112,7 +112,7 @@ class SpectralSplit(NamedTuple):
         basis = self.basis.to(dtype)
         for start, stop in chunks(as_matrix(W1), self.rows):
             w0, w1 = (narrowed(as_matrix(W), start, stop, self.rows).to(dtype) for W in (W0, W1))
-            delta = w1 - w0
+            delta = (w1 - w0).contiguous()  # whose products are the same bits then, however the weights lie in memory
             part = basis @ (basis.T @ delta) if self.rows else (delta @ basis) @ basis.T
             for target, (high, low) in zip(flat, weights, strict=True):
                 outside, inside = (high, low) if self.complement else (low, high)  # of what `basis` spans

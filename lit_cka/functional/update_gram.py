@@ -35,7 +35,7 @@ def gram_of_update(W0: Tensor, W1: Tensor, rows: bool) -> tuple[Tensor, float]:
     for start, stop in chunks(matrix, rows):
         w0, w1 = (narrowed(as_matrix(W), start, stop, rows) for W in (W0, W1))
         norm += torch.linalg.vector_norm(w0, dtype=torch.float64).square()
-        delta = w1.to(torch.float64) - w0
+        delta = (w1.to(torch.float64) - w0).contiguous()
         columns = delta.T if rows else delta  # (chunk, size)
         # Block by block below the diagonal, which is all that `eigh` reads.
         for block in range(_NUM_BLOCKS):

@@ -28,11 +28,12 @@ from lit_cka.tracking.tracker import Estimator, LayerScore
 class CKACallback(pl.Callback):
     """Tracks how far every layer's representation moves from a frozen reference while a model is trained.
 
-    Attach it and change nothing else: `Trainer(callbacks=[CKACallback()])`. During validation (and test) the pooled
-    features of every layer are taken by forward hooks, the reference runs on the same inputs, and their linear CKA
-    over the whole set (Kornblith et al. 2019) is logged as `cka/<layer>` and, averaged, as `cka/mean`: to every
-    logger, and for `EarlyStopping` and `ModelCheckpoint` to monitor. With several dataloaders the keys end in
-    `/dataloader_idx_<i>`, as Lightning's do. The training itself is the same bit for bit as without the callback.
+    Attach it and change nothing else: `Trainer(callbacks=[CKACallback()])`. Before the first step the trainer's own
+    validation loop runs once, and the pooled features of every layer, taken by forward hooks, are recorded by sample.
+    At every validation (and test) those of the live model are compared with them, and the linear CKA over the whole
+    set (Kornblith et al. 2019) is logged as `cka/<layer>` and, averaged, as `cka/mean`: to every logger, and for
+    `EarlyStopping` and `ModelCheckpoint` to monitor. With several dataloaders the keys end in `/dataloader_idx_<i>`,
+    as Lightning's do. The training itself is the same bit for bit as without the callback.
 
     Args:
         layers: which layers, named as in the LightningModule's `named_modules()`: None for the network's repeated
@@ -41,8 +42,9 @@ class CKACallback(pl.Callback):
         reference: what to compare with. "initial": the weights at the start of `fit`, also after it is resumed from a
             checkpoint; where only `validate` or `test` is called, those of the training that wrote their `ckpt_path`
             if it was tracked, else those before `ckpt_path` is loaded. "adapter-off": a PEFT model without
-            its adapters, which takes no second model. Or a module, the path of a checkpoint (Lightning, safetensors,
-            state dict), or a state dict.
+            its adapters. Or a module, the path of a checkpoint (Lightning, safetensors, state dict), or a state dict.
+            A module of another architecture, or any reference where the data differ at every pass, runs beside the
+            live model.
         pooling: from a layer's output to one vector per sample: "mean" over tokens (as the attention mask says) or
             space, "last" token, "cls" token, "flatten", or a callable. "mean:NCHW" states the layout.
         estimator: "exact", over all samples at once, or "minibatch", from each batch's unbiased HSIC (Nguyen et al.
@@ -52,10 +54,11 @@ class CKACallback(pl.Callback):
         dataloaders: indices of the dataloaders to track; None for all.
         every_n_validations: track the first, and then each n-th validation of a `fit`.
         max_batches: of each dataloader, use the first so many batches only.
-        cache_memory: GiB of CPU memory, per process, for the reference's features. The reference runs on a batch
-            once, as long as they fit and the batch stays the same. 0 to run it every time.
-        cache_dtype: "float64", or "bfloat16" to fit four times as much: it is refused, with a warning, where it would
-            change a score by more than 1e-4.
+        cache_memory: GiB of CPU memory, per process, for the recorded features; what is beyond goes into a temporary
+            file under the trainer's `default_root_dir`.
+        cache_dtype: of the recorded features. "auto": float64 up to 256 MiB, beyond that float32 about the mean (less
+            than 1e-7 of a score). Or always "float64"; or "bfloat16", for a quarter of the memory: it is refused, with
+            a warning, where it would change a score by more than 1e-4.
         probe: batches to track on, instead of those of validation and test: a dataloader or a list. They go to the
             module's `predict_step`, or to its `forward` (see `lit_cka.tracking.probe.Probe`). Measured at the end of
             every validation or test, or, for a training without a validation loop, of every epoch.

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Self, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from lit_cka.functional.cka import cka_from_moments, min_num_samples, pairwise_hsic, self_hsic
-from lit_cka.functional.kernels import linear_gram, rbf_gram
-from lit_cka.functional.moments import (
-    PairedMoments,
-    add_samples,
-    check_features,
-    empty_moments,
-    merge_moments,
+from lit_cka.functional.cka import cka_from_moments
+from lit_cka.functional.minibatch import (
+    HSICSums,
+    Kernel,
+    add_batch,
+    cka_from_hsic_sums,
+    empty_hsic_sums,
+    in_units_of,
+    merge_hsic_sums,
 )
+from lit_cka.functional.moments import PairedMoments, check_features, empty_moments
 from lit_cka.functional.precision import Products, chosen_products
-from lit_cka.parallel.collectives import agree_on_sizes, all_reduce_moments, flattened
+from lit_cka.functional.scaled_moments import ScaledMoments, add_scaled, merge_scaled
+from lit_cka.parallel.collectives import agree_on_exponents, agree_on_sizes, all_reduce_moments, flattened
 
 
 class _Float64Metric(Metric):
@@ -106,6 +109,10 @@ class LinearCKA(_Float64Metric):
     xx: Tensor
     yy: Tensor
     xy: Tensor
+    a: Tensor
+    b: Tensor
+    exponent_x: Tensor
+    exponent_y: Tensor
 
     def __init__(
         self,
@@ -128,23 +135,28 @@ class LinearCKA(_Float64Metric):
         # An undeclared width is 0 until the first batch.
         for name, value in empty_moments(num_features_x or 0, num_features_y or 0)._asdict().items():
             self.add_state(name, value, dist_reduce_fx=None)
+        for name in ("exponent_x", "exponent_y"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx=None)
 
     @property
     def moments(self) -> PairedMoments:
-        """The statistics of all samples so far (of this rank, outside `sync_context`)."""
+        """The statistics of all samples so far (of this rank, outside `sync_context`), of features that are divided by
+        two to the power of `exponent_x` and `exponent_y`: 0 but for very large or small ones.
+        """
         return PairedMoments(*(getattr(self, name) for name in PairedMoments._fields))
 
-    def _set_moments(self, moments: PairedMoments) -> None:
-        for name, value in moments._asdict().items():
-            setattr(self, name, value)
+    def _set_moments(self, scaled: ScaledMoments) -> None:
+        for name, value in {**scaled.moments._asdict(), **scaled._asdict()}.items():
+            if name != "moments":
+                setattr(self, name, value)
 
     def update(self, X: Tensor, Y: Tensor) -> None:
         """Add the paired features `X` (n, d_x) and `Y` (n, d_y)."""
         check_features(X, Y)
-        device, moments = self.n.device, self._like(X.shape[1], Y.shape[1])
-        self._set_moments(add_samples(moments, X.to(device), Y.to(device), products=self.products))
+        device, scaled = self.n.device, self._like(X.shape[1], Y.shape[1])
+        self._set_moments(add_scaled(scaled, X.to(device), Y.to(device), products=self.products))
 
-    def _like(self, num_features_x: int, num_features_y: int) -> PairedMoments:
+    def _like(self, num_features_x: int, num_features_y: int) -> ScaledMoments:
         """The moments so far, with widths if they had none; an error if they have others."""
         moments = self.moments
         if not len(moments.mean_x) or not len(moments.mean_y):
@@ -153,20 +165,26 @@ class LinearCKA(_Float64Metric):
         for name, mean, got in (("X", moments.mean_x, num_features_x), ("Y", moments.mean_y, num_features_y)):
             if len(mean) != got:
                 raise ValueError(f"Expected `{name}` to have {len(mean)} features per sample, but got {got}.")
-        return moments
+        return ScaledMoments(moments, self.exponent_x, self.exponent_y)
 
     def compute(self) -> Tensor:
         """CKA of all samples so far, on all ranks."""
         return cka_from_moments(self.moments, debiased=self.debiased)
 
     def _merge(self, states: dict[str, Tensor]) -> None:
-        other = PairedMoments(**states)
-        if len(other.mean_x) and len(other.mean_y):  # otherwise it has seen no batch
-            self._set_moments(merge_moments(self._like(len(other.mean_x), len(other.mean_y)), other))
+        exponents = states["exponent_x"], states["exponent_y"]
+        other = ScaledMoments(PairedMoments(*(states[name] for name in PairedMoments._fields)), *exponents)
+        d_x, d_y = other.moments.xy.shape
+        if d_x and d_y:  # otherwise it has seen no batch
+            self._set_moments(merge_scaled(self._like(d_x, d_y), other))
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] | None = None, process_group: Any = None) -> None:
         """All-reduce, see `lit_cka.parallel.collectives`: no gathering, so no memory for every rank."""
-        self._set_moments(all_reduce_moments(self.moments, process_group or self.process_group))
+        group = process_group or self.process_group
+        exponents, spreads = torch.stack([self.exponent_x, self.exponent_y]), torch.stack([self.a, self.b])
+        units = agree_on_exponents(exponents, spreads, group).unbind()
+        scaled = ScaledMoments(self.moments, self.exponent_x, self.exponent_y).in_units(*units)
+        self._set_moments(scaled._replace(moments=all_reduce_moments(scaled.moments, group)))
 
 
 class MinibatchCKA(_Float64Metric):
@@ -195,80 +213,64 @@ class MinibatchCKA(_Float64Metric):
         1.000000
     """
 
-    hsic_xy: Tensor
-    hsic_xx: Tensor
-    hsic_yy: Tensor
+    xy: Tensor
     n: Tensor
 
-    def __init__(
-        self, kernel: Literal["linear", "rbf"] = "linear", *, bandwidth: float = 1.0, **metric_kwargs: Any
-    ) -> None:
+    def __init__(self, kernel: Kernel = "linear", *, bandwidth: float = 1.0, **metric_kwargs: Any) -> None:
         super().__init__(**metric_kwargs)
-        if kernel not in ("linear", "rbf"):
+        if kernel not in get_args(Kernel):
             raise ValueError(f'Expected `kernel` to be "linear" or "rbf", but got {kernel!r}.')
         if bandwidth <= 0:
             raise ValueError(f"Expected `bandwidth` to be positive, but got {bandwidth}.")
-        self.kernel = kernel
+        self.kernel: Kernel = kernel
         self.bandwidth = bandwidth
-        # Sums over batches; a 0 in place of the (layers, ) shapes until the first batch, which sums broadcast away.
-        for name in ("hsic_xy", "hsic_xx", "hsic_yy", "n"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for name, value in empty_hsic_sums(0, 0)._asdict().items():
+            self.add_state(name, value, dist_reduce_fx="sum")
+
+    @property
+    def sums(self) -> HSICSums:
+        """The sums over all batches so far (of this rank, outside `sync_context`); of no layers before the first."""
+        return HSICSums(*(getattr(self, name) for name in HSICSums._fields))
+
+    def _set_sums(self, sums: HSICSums) -> None:
+        for name, value in sums._asdict().items():
+            setattr(self, name, value)
+
+    def _like(self, k: int, l: int) -> HSICSums:  # noqa: E741
+        """The sums so far, of as many layers if they were of none; an error if they are of others."""
+        if not self.xy.numel():
+            return empty_hsic_sums(k, l, self.n.device)
+        if self.xy.shape != (k, l):
+            raise ValueError(f"Expected {tuple(self.xy.shape)} layers as before, but got {(k, l)}.")
+        return self.sums
 
     def update(self, X: Sequence[Tensor] | Mapping[str, Tensor], Y: Sequence[Tensor] | Mapping[str, Tensor]) -> None:
         """Add one batch's features, one (n, d_l) per layer."""
-        grams_x, grams_y = self._grams("X", X), self._grams("Y", Y)
-        if grams_x.shape[-1] != grams_y.shape[-1]:
-            raise ValueError(
-                "Expected `X` and `Y` to hold the same samples in the same order, "
-                f"but got {grams_x.shape[-1]} and {grams_y.shape[-1]} samples."
-            )
-        shape = (len(grams_x), len(grams_y))
-        if self.hsic_xy.ndim and self.hsic_xy.shape != shape:
-            raise ValueError(f"Expected {tuple(self.hsic_xy.shape)} layers as before, but got {shape}.")
-        self.hsic_xy = self.hsic_xy + pairwise_hsic(grams_x, grams_y, unbiased=True)
-        self.hsic_xx = self.hsic_xx + self_hsic(grams_x, unbiased=True)
-        self.hsic_yy = self.hsic_yy + self_hsic(grams_y, unbiased=True)
-        self.n = self.n + grams_x.shape[-1]
-
-    def _grams(self, name: str, features: Sequence[Tensor] | Mapping[str, Tensor]) -> Tensor:
-        layers = list(features.values() if isinstance(features, Mapping) else features)
-        if not layers:
-            raise ValueError(f"Expected `{name}` to hold the features of at least one layer, but got none.")
-        for layer in layers:
-            check_features(layers[0], layer)
-        needed = min_num_samples(debiased=True)
-        if len(layers[0]) < needed:
-            raise ValueError(
-                f"Expected at least {needed} samples in a batch for the unbiased HSIC, but got {len(layers[0])}. "
-                "Use a larger batch size, and drop_last=True if only the last batch is that small."
-            )
-        device = self.n.device
-        if self.kernel == "rbf":
-            return torch.stack([rbf_gram(layer.to(device), bandwidth=self.bandwidth) for layer in layers])
-        return torch.stack([linear_gram(layer.to(device)) for layer in layers])
+        left, right = (list(layers.values() if isinstance(layers, Mapping) else layers) for layers in (X, Y))
+        for name, layers in (("X", left), ("Y", right)):
+            if not layers:
+                raise ValueError(f"Expected `{name}` to hold the features of at least one layer, but got none.")
+        self._set_sums(add_batch(self._like(len(left), len(right)), left, right, self.kernel, self.bandwidth))
 
     def _merge(self, states: dict[str, Tensor]) -> None:
-        shape, other = self.hsic_xy.shape, states["hsic_xy"].shape
-        if len(shape) and len(other) and shape != other:
-            raise ValueError(f"Expected {tuple(shape)} layers as before, but got {tuple(other)}.")
-        for name, value in states.items():
-            setattr(self, name, getattr(self, name) + value)
+        other = HSICSums(**states)
+        if other.xy.numel():
+            self._set_sums(merge_hsic_sums(self._like(*other.xy.shape), other, self.kernel))
 
     def compute(self) -> Tensor:
         """CKA (layers_x, layers_y) of all batches so far, on all ranks."""
-        if not self.hsic_xy.ndim:
-            return torch.full((0, 0), torch.nan, dtype=torch.float64, device=self.n.device)
-        scale = torch.outer(self.hsic_xx.clamp(min=0).sqrt(), self.hsic_yy.clamp(min=0).sqrt())
-        return (self.hsic_xy / scale).masked_fill(scale == 0, torch.nan)
+        return cka_from_hsic_sums(self.sums)
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] | None = None, process_group: Any = None) -> None:
         """All-reduce: agree on the numbers of layers, which a rank without batches does not know, then add up."""
         group, device = process_group or self.process_group, self.n.device
-        shape = torch.Size(agree_on_sizes(self.hsic_xy.shape or (0, 0), "numbers of layers", device, group))
-        if not shape.numel():
+        k, l = agree_on_sizes(self.xy.shape, "numbers of layers", device, group)  # noqa: E741
+        if not k or not l:
             return
-        shapes = {"hsic_xy": shape, "hsic_xx": shape[:1], "hsic_yy": shape[1:], "n": torch.Size()}
-        flat, sums = flattened([getattr(self, name).expand(size) for name, size in shapes.items()])
+        sums = self._like(k, l)
+        exponents, spreads = torch.cat([sums.exponents_x, sums.exponents_y]), torch.cat([sums.xx, sums.yy])
+        units = agree_on_exponents(exponents, spreads, group)
+        flat, totals = flattened(in_units_of(sums, units[:k], units[k:], self.kernel)[:4])
         dist.all_reduce(flat, group=group)
-        for name, value in zip(shapes, sums, strict=True):
-            setattr(self, name, value)
+        xy, xx, yy, n = totals
+        self._set_sums(HSICSums(xy, xx, yy, n, units[:k], units[k:]))

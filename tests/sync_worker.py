@@ -95,12 +95,15 @@ def synchronised(rank: int, world_size: int) -> Seen:
         "lazy": LinearCKA(),
         "debiased": LinearCKA(debiased=True),
         "declared": LinearCKA(LAYERS_X[0], LAYERS_Y[0]),
+        "tiny": LinearCKA(),
+        "huge": LinearCKA(debiased=True),
     }
+    scales = {"tiny": 1e-100, "huge": 1e100}
     for name, metric in linear.items():
         start = 0
         for number, batches in enumerate(ROUNDS[world_size]):
             for rows in shard(batches, rank, start):
-                metric.update(X[0][rows], Y[0][rows])
+                metric.update(X[0][rows].double() * scales.get(name, 1), Y[0][rows])
             start += num_samples(batches)
             own = metric.moments
             seen[f"{name} {number}"] = metric.compute()
@@ -113,7 +116,7 @@ def synchronised(rank: int, world_size: int) -> Seen:
         for index, start in enumerate(range(0, NUM_SAMPLES, BATCH_SIZE)):
             if index % (world_size - 1) == rank:
                 rows = slice(start, start + BATCH_SIZE)
-                minibatch.update([x[rows] for x in X], [y[rows] for y in Y])
+                minibatch.update([x[rows].double() * scale for x, scale in zip(X, (1, 2.0**300))], [y[rows] for y in Y])
         seen[kernel] = minibatch.compute()
     seen["no layers"] = MinibatchCKA().compute()
     return seen

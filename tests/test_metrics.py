@@ -561,7 +561,7 @@ def test_other_widths_on_another_rank_are_an_error_on_every_rank(folder: Path, w
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_linear_cka_on_every_rank_is_that_of_all_samples(folder: Path, world_size: int) -> None:
     X, Y = sync_worker.features()
-    for name, debiased in (("lazy", False), ("declared", False), ("debiased", True)):
+    for name, debiased in (("lazy", False), ("declared", False), ("debiased", True), ("tiny", False), ("huge", True)):
         total = 0
         for number, batches in enumerate(sync_worker.ROUNDS[world_size]):
             total += sync_worker.num_samples(batches)

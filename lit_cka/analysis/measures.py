@@ -16,6 +16,7 @@ from lit_cka.functional.kernels import linear_gram, rbf_gram
 from lit_cka.functional.matrix import cka_matrix
 from lit_cka.functional.procrustes import procrustes_distance
 from lit_cka.functional.rsa import Distance, rdm
+from lit_cka.functional.units import in_usual_unit
 
 Measure: TypeAlias = Literal["cka", "minibatch_cka", "rbf_cka", "rsa", "procrustes"]
 _CHOICES = {"measure": get_args(Measure), "distance": get_args(Distance), "comparison": get_args(Correlation)}
@@ -80,7 +81,8 @@ def similarity(Xs: Sequence[Tensor], Ys: Sequence[Tensor], settings: Settings) -
 
 
 def gram_matrices(layers: Sequence[Tensor], settings: Settings) -> Tensor:
-    """Returns the samples' Gram matrices (layers, n, n) by the measure's kernel, float64."""
+    """Returns the samples' Gram matrices (layers, n, n) by the measure's kernel, float64, of features in their unit."""
+    layers = [in_usual_unit(X) for X in layers]
     if settings.measure == "rbf_cka":
         return torch.stack([rbf_gram(X, bandwidth=settings.bandwidth) for X in layers])
     return torch.stack([linear_gram(X) for X in layers])

@@ -1,14 +1,16 @@
 """Features about their mean, and features that are constant but for rounding: what every measure here starts from.
 
 A measure of features that are the same for all samples is 0 / 0, and what rounding leaves of the two zeros must not
-become a value. Features `x_i` with the mean `m` over `n` samples therefore count as constant if
+become a value. Features `x_i` with the mean `m` over `n` samples therefore count as constant if each of them, `j`, has
 
-    sum_i ||x_i - m||^2  <=  (16 eps)^2  n ||m||^2          eps = 2^-52, the resolution of float64
+    sum_i (x_ij - m_j)^2  <=  (16 eps)^2  n max(m_j^2, M^2)          eps = 2^-52, the resolution of float64
 
-that is, if they are spread over no more than 16 units in the last place of their mean. One number that is computed in
-different orders, or in different batches, differs from itself by a few such units; and of a spread of 16 of them no
-more than 4 bits would be known, so that nothing is lost that could be told from rounding. The same 16 units are the
-tolerance wherever else in this package numbers cancel: `is_rounding`.
+that is, if it is spread over no more than 16 units in the last place of its mean, or of what is usual in the layer, the
+median `M` of all `|m_j|`: a feature near 0 that was computed from others has their rounding, while a single feature of
+1e15 says nothing of the others' digits. One number that is computed in different orders, or in different batches,
+differs from itself by a few such units; and of a spread of 16 of them no more than 4 bits would be known, so that
+nothing is lost that could be told from rounding. The same 16 units are the tolerance wherever else in this package
+numbers cancel: `is_rounding`.
 """
 
 from __future__ import annotations
@@ -28,11 +30,15 @@ def is_constant(squares: Tensor, n: Tensor | int, mean: Tensor) -> Tensor:
     """Returns whether features are constant but for rounding, a boolean (...); see the module's equation.
 
     Args:
-        squares: the sum over the samples of the squared distance from the mean, (...).
+        squares: the sums over the samples of each feature's squared distance from its mean, (..., d).
         n: the number of samples.
         mean: of the features, (..., d).
     """
-    return squares <= n * ROUNDING**2 * mean.square().sum(dim=-1)
+    if not mean.shape[-1]:
+        return torch.ones(mean.shape[:-1], dtype=torch.bool, device=mean.device)
+    size = mean.abs()
+    size = torch.maximum(size, size.median(dim=-1, keepdim=True).values)
+    return (squares <= n * (ROUNDING * size).square()).all(dim=-1)
 
 
 def mean_over_samples(X: Tensor) -> Tensor:
@@ -57,7 +63,7 @@ def centred(X: Tensor) -> Tensor:
     """Returns the features `X` (n, d) measured from their mean, in float64; all zeros where they are constant."""
     Xc = about_mean(X)
     mean = X[0].detach().to(torch.float64) - Xc[0]
-    return Xc.masked_fill(is_constant(Xc.square().sum(), len(X), mean), 0.0)
+    return Xc.masked_fill(is_constant(Xc.square().sum(dim=0), len(X), mean), 0.0)
 
 
 def double_centred(K: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_cka.functional.centring import double_centred, is_constant
+from lit_cka.functional.centring import double_centred
 from lit_cka.functional.moments import PairedMoments, check_features, paired_moments
-from lit_cka.functional.rows import Rows, unit_exponent
+from lit_cka.functional.rows import Rows
 from lit_cka.functional.sample_space import cheaper_in_sample_space, sample_space_terms
 from lit_cka.functional.terms import CKATerms, terms_from_moments
+from lit_cka.functional.units import in_usual_unit, unit_exponents
 
 
 def linear_cka(X: Tensor, Y: Tensor, *, debiased: bool = False) -> Tensor:
@@ -49,7 +50,7 @@ def linear_cka(X: Tensor, Y: Tensor, *, debiased: bool = False) -> Tensor:
     if cheaper_in_sample_space(len(X), X.shape[1], Y.shape[1]):
         terms = sample_space_terms(Rows([X.detach()]), Rows([Y.detach()]), products="float64")
         return cka_from_terms(terms, debiased=debiased)
-    return cka_from_moments(paired_moments(_in_usual_unit(X), _in_usual_unit(Y)), debiased=debiased)
+    return cka_from_moments(paired_moments(in_usual_unit(X), in_usual_unit(Y)), debiased=debiased)
 
 
 def cka_from_moments(moments: PairedMoments, *, debiased: bool = False) -> Tensor:
@@ -68,13 +69,13 @@ def cka_from_terms(terms: CKATerms, *, debiased: bool = False, rounding: float =
         debiased: use the unbiased HSIC.
         rounding: of the products, relative: 1e-7 where they were in float32. What it leaves of an HSIC of 0 is 0.
     """
-    n, xy, xx, yy, a, b, aa, bb, ab, size_x, size_y = terms
+    n, xy, xx, yy, a, b, aa, bb, ab, varies_x, varies_y = terms
     hsic_xy, hsic_xx, hsic_yy = (
         hsic_from_sums(cross, squares, left, right, n, debiased, rounding)
         for cross, squares, left, right in ((xy, ab, a, b), (xx, aa, a, a), (yy, bb, b, b))
     )
-    constant = is_constant(a, n, size_x) | is_constant(b, n, size_y)
-    return cka_from_hsic(hsic_xy, hsic_xx, hsic_yy).masked_fill(constant | (n < min_num_samples(debiased)), torch.nan)
+    undefined = (varies_x == 0) | (varies_y == 0) | (n < min_num_samples(debiased))
+    return cka_from_hsic(hsic_xy, hsic_xx, hsic_yy).masked_fill(undefined, torch.nan)
 
 
 def cka_from_gram(K: Tensor, L: Tensor, *, debiased: bool = False) -> Tensor:
@@ -82,7 +83,15 @@ def cka_from_gram(K: Tensor, L: Tensor, *, debiased: bool = False) -> Tensor:
 
     Returns a float64 scalar, NaN where a matrix is constant after centring. Raises as `hsic`.
     """
+    _check_gram_matrices(K, L)
+    K, L = _about_one(K), _about_one(L)
     return cka_from_hsic(hsic(K, L, unbiased=debiased), hsic(K, K, unbiased=debiased), hsic(L, L, unbiased=debiased))
+
+
+def _about_one(K: Tensor) -> Tensor:
+    """Returns a multiple of a Gram matrix, in float64, whose squares neither overflow nor vanish."""
+    K = K.detach().to(torch.float64)
+    return K * torch.exp2(-unit_exponents(K.abs().amax())) if K.numel() else K
 
 
 def hsic(K: Tensor, L: Tensor, *, unbiased: bool) -> Tensor:
@@ -96,6 +105,11 @@ def hsic(K: Tensor, L: Tensor, *, unbiased: bool) -> Tensor:
     Raises:
         ValueError: unless both matrices are floating point, square, of equal size, and n >= 2 (biased) or 4 (unbiased).
     """
+    _check_gram_matrices(K, L)
+    return pairwise_hsic(K[None], L[None], unbiased=unbiased)[0, 0]
+
+
+def _check_gram_matrices(K: Tensor, L: Tensor) -> None:
     if K.ndim != 2 or K.shape[0] != K.shape[1] or K.shape != L.shape:
         raise ValueError(
             "Expected `K` and `L` to be square matrices of the same size (samples, samples), "
@@ -103,7 +117,6 @@ def hsic(K: Tensor, L: Tensor, *, unbiased: bool) -> Tensor:
         )
     if not (K.is_floating_point() and L.is_floating_point()):
         raise ValueError(f"Expected `K` and `L` to be floating point, but got {K.dtype} and {L.dtype}.")
-    return pairwise_hsic(K[None], L[None], unbiased=unbiased)[0, 0]
 
 
 def pairwise_hsic(Ks: Tensor, Ls: Tensor, *, unbiased: bool) -> Tensor:
@@ -159,11 +172,6 @@ def cka_from_hsic(hsic_xy: Tensor, hsic_xx: Tensor, hsic_yy: Tensor) -> Tensor:
 def min_num_samples(debiased: bool) -> int:
     """Returns how many samples CKA needs: 2, or 4 for the unbiased HSIC, which divides by n - 3."""
     return 4 if debiased else 2
-
-
-def _in_usual_unit(features: Tensor) -> Tensor:
-    size = features.detach().abs().amax().item() if features.numel() else 0.0
-    return features.detach().to(torch.float64) * 2.0 ** -unit_exponent(size)
 
 
 def check_num_samples(n: int, debiased: bool) -> None:

@@ -13,10 +13,9 @@ def linear_gram(X: Tensor) -> Tensor:
     but for rounding. HSIC and CKA ignore the centring.
     """
     Xc = about_mean(X)
-    gram = Xc @ Xc.mT
     mean = X[..., :1, :].detach().to(torch.float64) - Xc[..., :1, :]
-    squares = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None]
-    return gram.masked_fill(is_constant(squares, X.shape[-2], mean)[..., None], 0.0)
+    constant = is_constant(Xc.square().sum(dim=-2, keepdim=True), X.shape[-2], mean)
+    return (Xc @ Xc.mT).masked_fill(constant[..., None], 0.0)
 
 
 def rbf_gram(X: Tensor, *, bandwidth: float = 1.0) -> Tensor:

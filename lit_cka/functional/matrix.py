@@ -10,6 +10,7 @@ from torch import Tensor
 from lit_cka.functional.centring import centred
 from lit_cka.functional.cka import check_num_samples, cka_from_hsic, hsic_from_sums
 from lit_cka.functional.moments import check_features
+from lit_cka.functional.units import in_usual_unit
 
 _TILE = 256  # rows and columns of the Gram matrices at a time
 
@@ -37,8 +38,8 @@ def cka_matrix(Xs: Sequence[Tensor], Ys: Sequence[Tensor], *, debiased: bool = F
         check_features(Xs[0], layer)
     check_num_samples(len(Xs[0]), debiased)
     same = Xs is Ys
-    X = [centred(layer) for layer in Xs]
-    Y = X if same else [centred(layer) for layer in Ys]
+    X = [centred(in_usual_unit(layer)) for layer in Xs]
+    Y = X if same else [centred(in_usual_unit(layer)) for layer in Ys]
     a, b = (torch.stack([layer.square().sum(dim=1) for layer in layers]) for layers in (X, Y))
     n = torch.tensor(len(X[0]), dtype=torch.float64, device=X[0].device)
     if _gram_form_is_cheaper(X, Y, same):

@@ -107,6 +107,15 @@ def without_yy(moments: PairedMoments) -> PairedMoments:
     return moments._replace(yy=none, bb=none.sum(), by=none)
 
 
+def scaled_moments(moments: PairedMoments, s: Tensor | float, t: Tensor | float) -> PairedMoments:
+    """Returns the moments of the same samples with all `x` multiplied by `s` and all `y` by `t`."""
+    n, mean_x, mean_y, xx, yy, xy, a, b, aa, bb, ab, ax, ay, bx, by = moments
+    return PairedMoments(
+        n, mean_x * s, mean_y * t, xx * s**2, yy * t**2, xy * s * t, a * s**2, b * t**2, aa * s**4, bb * t**4,
+        ab * s**2 * t**2, ax * s**3, ay * s**2 * t, bx * s * t**2, by * t**3,
+    )  # fmt: skip
+
+
 def recentre_moments(moments: PairedMoments, mean_x: Tensor, mean_y: Tensor) -> PairedMoments:
     """Returns the same samples' sums, measured from `mean_x` (d_x,) and `mean_y` (d_y,) instead of their means.
 

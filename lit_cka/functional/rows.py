@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 from lit_cka.functional.precision import float64_device
 
 _CPU_ELEMENTS, _GPU_ELEMENTS = 2**15, 2**22  # at a time: what stays in a CPU's cache, or keeps a GPU busy
-_USUAL = 20  # magnitudes up to 2^20, and down to its inverse, leave float64 room for fourth powers
 
 
 class Rows:
@@ -78,29 +76,25 @@ class Rows:
             yield self.read(start, start + size)
 
     def mean_and_size(self) -> tuple[Tensor, float]:
-        """Returns the mean (d,) of the samples and about their largest absolute value, zeros of none.
+        """Returns the mean (d,) of the samples and how far one is from the first at most, by the feature that is
+        farthest off; of constant features, how large they are. Zeros of no samples.
 
         Measured from the first sample, so that constants centre to exact 0.
         """
         if not len(self):
             return torch.zeros(self.width, dtype=torch.float64, device=self.device), 0.0
         first = self.read(0, 1)[0]
-        total, largest = torch.zeros_like(first), first.abs().amax()
+        total, largest = torch.zeros_like(first), torch.zeros_like(first[0])
         for part in self.measured_from(first).chunks():
             total += part.sum(dim=0)
             largest = torch.maximum(largest, torch.stack(part.aminmax()).abs().amax())
-        return first + total / len(self), float(largest)
+        return first + total / len(self), float(largest) or float(first.abs().amax())
 
-    def squared_norms(self) -> Tensor:
-        """Returns the squared norms (n,) of the samples."""
-        norms = [part.square_().sum(dim=1) for part in self.chunks()]
-        return torch.cat(norms) if norms else torch.zeros(0, dtype=torch.float64, device=self.device)
-
-
-def unit_exponent(size: float) -> int:
-    """Returns the power of two that features as large as `size` are to be divided by; 0 where they are of a usual size.
-
-    CKA has the fourth powers of features in it, and these must neither overflow nor vanish.
-    """
-    exponent = math.frexp(size)[1] if math.isfinite(size) else 0
-    return 0 if abs(exponent) <= _USUAL else max(min(exponent, 1000), -1000)
+    def squares(self) -> tuple[Tensor, Tensor]:
+        """Returns the squared norms of the samples (n,) and of the features (d,)."""
+        norms, of_features = [], torch.zeros(self.width, dtype=torch.float64, device=self.device)
+        for part in self.chunks():
+            part.square_()
+            norms.append(part.sum(dim=1))
+            of_features += part.sum(dim=0)
+        return torch.cat(norms) if norms else of_features.new_zeros(0), of_features

@@ -12,9 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lit_cka.functional.centring import is_constant
 from lit_cka.functional.precision import Products, add_product, chosen_products
-from lit_cka.functional.rows import Rows, unit_exponent
+from lit_cka.functional.rows import Rows
 from lit_cka.functional.terms import CKATerms
+from lit_cka.functional.units import unit_exponent
 
 
 class PairedRows(NamedTuple):
@@ -51,8 +53,9 @@ def sample_space_terms(X: Rows, Y: Rows, *, products: Products | None = None) ->
     scale_x, scale_y = 2.0 ** -unit_exponent(size_x), 2.0 ** -unit_exponent(size_y)
     rows = PairedRows(X.measured_from(mean_x, scale_x), Y.measured_from(mean_y, scale_y))
     tile = tile_rows(X.device)
-    sums = torch.cat([gram_sums(rows, rows, tile, products=products), diagonal_sums(rows)])
-    return terms_from_sums(sums, len(X), mean_x * scale_x, mean_y * scale_y)
+    means = mean_x * scale_x, mean_y * scale_y
+    sums = torch.cat([gram_sums(rows, rows, tile, products=products), diagonal_sums(rows, *means)])
+    return terms_from_sums(sums, len(X))
 
 
 def tile_rows(device: torch.device) -> int:
@@ -134,15 +137,18 @@ def _gram_tile(
     return tile
 
 
-def diagonal_sums(rows: PairedRows) -> Tensor:
-    """Returns sums (5,) of a, b, a^2, b^2 and a b, where `a` and `b` are the samples' squared norms."""
-    a, b = rows.X.squared_norms(), rows.Y.squared_norms()
-    return torch.stack([a.sum(), b.sum(), a @ a, b @ b, a @ b])
+def diagonal_sums(rows: PairedRows, mean_x: Tensor, mean_y: Tensor) -> Tensor:
+    """Returns sums (7,) of a, b, a^2, b^2 and a b, where `a` and `b` are the samples' squared norms, and how many of
+    `X` and `Y` vary by more than the rounding of what they were measured from, 0 or 1 each.
+    """
+    (a, squares_x), (b, squares_y) = rows.X.squares(), rows.Y.squares()
+    sides = (squares_x, mean_x), (squares_y, mean_y)
+    varies = [(~is_constant(squares, len(rows.X), mean)).to(torch.float64) for squares, mean in sides]
+    return torch.stack([a.sum(), b.sum(), a @ a, b @ b, a @ b, *varies])
 
 
-def terms_from_sums(sums: Tensor, n: int, mean_x: Tensor, mean_y: Tensor) -> CKATerms:
-    """Returns the terms from the sums (8,) of `gram_sums` and `diagonal_sums` over all samples, and their means."""
-    xy, xx, yy, a, b, aa, bb, ab = sums.unbind()
+def terms_from_sums(sums: Tensor, n: int) -> CKATerms:
+    """Returns the terms from the sums (10,) of `gram_sums` and `diagonal_sums` over all `n` samples."""
+    xy, xx, yy, a, b, aa, bb, ab, varies_x, varies_y = sums.unbind()
     num_samples = torch.tensor(n, dtype=torch.float64, device=sums.device)
-    sizes = mean_x.square().sum(), mean_y.square().sum()
-    return CKATerms(num_samples, xy + ab, xx + aa, yy + bb, a, b, aa, bb, ab, *sizes)
+    return CKATerms(num_samples, xy + ab, xx + aa, yy + bb, a, b, aa, bb, ab, varies_x, varies_y)

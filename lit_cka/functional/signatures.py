@@ -14,6 +14,7 @@ from torch import Tensor
 from lit_cka.functional.centring import centred, double_centred, is_rounding
 from lit_cka.functional.matrix import cka_matrix
 from lit_cka.functional.moments import check_features
+from lit_cka.functional.units import in_usual_unit
 
 
 def signature(X: Tensor) -> Tensor:
@@ -24,7 +25,7 @@ def signature(X: Tensor) -> Tensor:
     constant and non-finite features. Raises as `signature_gram`.
     """
     check_features(X, X, min_num_samples=2)
-    Xc = centred(X)
+    Xc = centred(in_usual_unit(X))
     gram = Xc @ Xc.T
     rows, columns = torch.triu_indices(len(Xc), len(Xc), device=Xc.device)
     flat = gram[rows, columns] * (1 + (rows != columns).to(gram)).sqrt()

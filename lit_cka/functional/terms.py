@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from lit_cka.functional.centring import is_constant
 from lit_cka.functional.moments import PairedMoments
 
 
@@ -26,14 +28,16 @@ class CKATerms(NamedTuple):
     aa: Tensor  # sum a^2
     bb: Tensor  # sum b^2
     ab: Tensor  # sum a b
-    size_x: Tensor  # ||mean_x||^2, of which rounding leaves a part
-    size_y: Tensor  # ||mean_y||^2
+    varies_x: Tensor  # 0 where the features are constant but for rounding, see `is_constant`
+    varies_y: Tensor
 
 
 def terms_from_moments(moments: PairedMoments) -> CKATerms:
     """Returns the terms of the samples that `moments` describe."""
     xy, xx, yy = (matrix.square().sum() for matrix in (moments.xy, moments.xx, moments.yy))
-    size_x, size_y = moments.mean_x.square().sum(), moments.mean_y.square().sum()
-    return CKATerms(
-        moments.n, xy, xx, yy, moments.a, moments.b, moments.aa, moments.bb, moments.ab, size_x, size_y
-    )  # fmt: skip
+    n, a, b = moments.n, moments.a, moments.b
+    constant_x = is_constant(moments.xx.diagonal(), n, moments.mean_x)
+    # Without the sums over y alone, those who know them have to say.
+    constant_y = is_constant(moments.yy.diagonal(), n, moments.mean_y) if moments.yy.numel() else b == 0
+    varies = (~constant_x).to(torch.float64), (~constant_y).to(torch.float64)
+    return CKATerms(n, xy, xx, yy, a, b, moments.aa, moments.bb, moments.ab, *varies)

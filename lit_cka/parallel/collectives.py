@@ -35,6 +35,13 @@ def agree_on_sizes(sizes: Sequence[int], what: str, device: torch.device, group:
     return largest
 
 
+def agree_on_exponents(exponents: Tensor, spreads: Tensor, group: Any) -> Tensor:
+    """Returns `common_exponent` of all ranks, of each of these exponents of units, where `spreads` are not 0."""
+    largest = exponents.masked_fill(spreads == 0, -torch.inf)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    return largest.masked_fill(largest.isinf(), 0.0)
+
+
 def all_reduce_moments(moments: PairedMoments, group: Any = None) -> PairedMoments:
     """Returns the moments of the samples of all ranks, by summing what is measured from the mean of all.
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lit_cka.parallel.collectives import flattened
+from lit_cka.parallel.collectives import agree_on_exponents, flattened
 
 MAX_BYTES = 2**24  # of one collective, unless a single tensor has more
 Piece = TypeVar("Piece")
@@ -37,6 +37,10 @@ class Group(NamedTuple):
         gathered = [torch.empty_like(integers) for _ in range(self.size)]
         dist.all_gather(gathered, integers, group=self.handle)
         return [each.tolist() for each in gathered]
+
+    def agree_on_exponents(self, exponents: Tensor, spreads: Tensor) -> Tensor:
+        """Returns what all ranks agree on, see there."""
+        return exponents if self.size == 1 else agree_on_exponents(exponents, spreads, self.handle)
 
     def add_up(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Returns the sums over all ranks of each of these tensors, of one dtype. The tensors may be changed."""

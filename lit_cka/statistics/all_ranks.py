@@ -75,7 +75,7 @@ def _exchange_rows(layers: Sequence[Layer], device: torch.device, group: Group) 
             piece.share.multiply(PairedRows(Rows([x]), Rows([y])), piece.rank, piece.start)
     (total,) = group.add_up([torch.stack([share.all_sums() for share in shares])])
     for layer, sums in zip(layers, total, strict=True):
-        layer.terms = terms_from_sums(sums, layer.n, layer.mean_x, layer.mean_y)
+        layer.terms = terms_from_sums(sums, layer.n)
 
 
 class _Share:
@@ -105,9 +105,10 @@ class _Share:
         )  # fmt: skip
 
     def all_sums(self) -> Tensor:
-        """Returns the sums (8,) of `terms_from_sums` that are this rank's."""
-        diagonal = self.sums.new_zeros(5) if self.rows is None else diagonal_sums(self.rows)
-        return torch.cat([self.sums, diagonal])
+        """Returns the sums (10,) of `terms_from_sums` that are this rank's."""
+        if self.rows is None:
+            return torch.cat([self.sums, self.sums.new_zeros(7)])
+        return torch.cat([self.sums, diagonal_sums(self.rows, self.layer.mean_x, self.layer.mean_y)])
 
 
 class _Piece(NamedTuple):

@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lit_cka.functional.cka import cka_from_terms, hsic, min_num_samples
-from lit_cka.functional.kernels import linear_gram
-from lit_cka.functional.moments import check_features
+from lit_cka.functional.cka import cka_from_terms, min_num_samples
+from lit_cka.functional.minibatch import HSICSums, add_batch, cka_from_hsic_sums, empty_hsic_sums, in_units_of
 from lit_cka.functional.precision import Products, float64_device
 from lit_cka.functional.terms import CKATerms
 from lit_cka.parallel.exchange import Group
@@ -55,6 +54,7 @@ class ReferenceTerms(NamedTuple):
     b: float
     bb: float
     exponent: int = 0
+    varies: float = 1.0
 
 
 class ExactStatistics:
@@ -99,7 +99,7 @@ class MinibatchStatistics:
     """The same for the minibatch estimator, which keeps no more than the sums of the batches' HSIC."""
 
     def __init__(self) -> None:
-        self.sums = torch.zeros(4, dtype=torch.float64)  # of the HSIC of x and y, x and x, y and y; samples
+        self.sums = empty_hsic_sums(1, 1)
 
     def add(self, X: Tensor, Y: Tensor) -> None:
         """Add a batch's features, `X` (n, d_x) of the live model and `Y` (n, d_y) of the reference, in float64.
@@ -107,10 +107,8 @@ class MinibatchStatistics:
         Raises:
             ValueError: if `X` and `Y` differ in n, or there are fewer than 4 samples.
         """
-        check_features(X, Y)
-        K, L = linear_gram(X), linear_gram(Y.to(X.device))
-        terms = [hsic(*pair, unbiased=True) for pair in ((K, L), (K, K), (L, L))]
-        self.sums = self.sums.to(X.device) + torch.stack([*terms, terms[0].new_tensor(len(X))])
+        device = float64_device(X.device)
+        self.sums = add_batch(HSICSums(*(value.to(device) for value in self.sums)), [X], [Y])
 
     def score(self, device: torch.device, *, debiased: bool, group: Any = None) -> Score:
         """Returns CKA from all batches of the pass, of all ranks of the group. Every rank has to call it."""
@@ -183,8 +181,8 @@ def scores_of_first_rank(scores: Mapping[str, Score], device: torch.device) -> d
 
 
 def _reference_terms(terms: CKATerms, layer: Layer) -> ReferenceTerms:
-    yy, b, bb = torch.stack([terms.yy, terms.b, terms.bb]).tolist()
-    return ReferenceTerms(layer.n, yy, b, bb, layer.exponents[1])
+    yy, b, bb, varies = torch.stack([terms.yy, terms.b, terms.bb, terms.varies_y]).tolist()
+    return ReferenceTerms(layer.n, yy, b, bb, layer.exponents[1], varies)
 
 
 def _with_reference(terms: CKATerms, layer: Layer, reference: ReferenceTerms, name: str) -> CKATerms:
@@ -198,8 +196,9 @@ def _with_reference(terms: CKATerms, layer: Layer, reference: ReferenceTerms, na
             f"whose squared norms sum to {b:g}, but got that of {reference.n}, with {reference.b * unit:g}. Leave it "
             "out where the samples may be others."
         )
-    yy, bb = terms.yy.new_tensor(reference.yy * unit**2), terms.bb.new_tensor(reference.bb * unit**2)
-    return terms._replace(yy=yy, bb=bb)
+    yy, bb = reference.yy * unit**2, reference.bb * unit**2
+    known = {"yy": yy, "bb": bb, "varies_y": reference.varies}
+    return terms._replace(**{name: terms.xy.new_tensor(value) for name, value in known.items()})
 
 
 def _minibatch_scores(
@@ -208,10 +207,14 @@ def _minibatch_scores(
     if not statistics:
         return {}
     device = float64_device(device)
-    (sums,) = group.add_up([torch.stack([each.sums.to(device) for each in statistics.values()])])
+    layers = [HSICSums(*(value.to(device) for value in each.sums)) for each in statistics.values()]
+    exponents = torch.stack([torch.cat([each.exponents_x, each.exponents_y]) for each in layers])
+    spreads = torch.stack([torch.cat([each.xx, each.yy]) for each in layers])
+    units = group.agree_on_exponents(exponents, spreads)
+    in_units = [in_units_of(each, unit[:1], unit[1:]) for each, unit in zip(layers, units, strict=True)]
+    (totals,) = group.add_up([torch.stack([torch.cat([value.flatten() for value in each[:4]]) for each in in_units])])
     scores = {}
-    for name, (xy, xx, yy, n) in zip(statistics, sums.tolist(), strict=True):
-        scale = math.sqrt(max(xx, 0)) * math.sqrt(max(yy, 0))
-        finite = math.isfinite(xx) and math.isfinite(yy)
-        scores[name] = Score(xy / scale if scale else math.nan, int(n), finite)
+    for name, (xy, xx, yy, n), unit in zip(statistics, totals, units, strict=True):
+        sums = HSICSums(xy[None, None], xx[None], yy[None], n, unit[:1], unit[1:])
+        scores[name] = Score(cka_from_hsic_sums(sums).item(), int(n), bool(xx.isfinite() & yy.isfinite()))
     return scores

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_cka.functional.moments import PairedMoments, add_samples, empty_moments, without_yy
+from lit_cka.functional.moments import PairedMoments, add_samples, empty_moments, scaled_moments, without_yy
 from lit_cka.functional.precision import Products, chosen_products, float64_device
-from lit_cka.functional.rows import Rows, unit_exponent
+from lit_cka.functional.rows import Rows
 from lit_cka.functional.sample_space import cheaper_in_sample_space
+from lit_cka.functional.units import unit_exponent
 
 Batch = tuple[Tensor, Tensor]  # features of the live model and of the reference
 # So many rows are added up at a time: their products then cost more than the sums.
@@ -140,15 +141,6 @@ class PairedSamples:
         moments = PairedMoments(*(value.to(device) for value in self._moments))
         powers = [own - common for own, common in zip(self._exponents, exponents, strict=True)]
         return scaled_moments(moments, 2.0 ** powers[0], 2.0 ** powers[1]) if any(powers) else moments
-
-
-def scaled_moments(moments: PairedMoments, s: float, t: float) -> PairedMoments:
-    """Returns the moments of the same samples with all `x` multiplied by `s` and all `y` by `t`."""
-    n, mean_x, mean_y, xx, yy, xy, a, b, aa, bb, ab, ax, ay, bx, by = moments
-    return PairedMoments(
-        n, mean_x * s, mean_y * t, xx * s**2, yy * t**2, xy * s * t, a * s**2, b * t**2, aa * s**4, bb * t**4,
-        ab * s**2 * t**2, ax * s**3, ay * s**2 * t, bx * s * t**2, by * t**3,
-    )  # fmt: skip
 
 
 def _in_float32(features: Tensor, origin: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_cka.functional import cka_from_moments, cka_matrix, linear_cka, paired_moments
 from lit_cka.functional.centring import (
     ROUNDING,
     about_mean,
@@ -69,10 +70,27 @@ def test_features_are_constant_up_to_sixteen_units_in_the_last_place(units: int,
     assert bool((centred(X) == 0).all()) is constant
     x = X.numpy().astype(np.longdouble)
     mean = x.mean(0)
-    squares = ((x - mean) ** 2).sum()
-    assert bool(squares <= (16 * EPS) ** 2 * len(x) * (mean**2).sum()) is constant
-    total = torch.tensor(float(squares), dtype=torch.float64)
-    assert bool(is_constant(total, len(x), torch.from_numpy(mean.astype(float)))) is constant
+    squares = ((x - mean) ** 2).sum(0)
+    assert bool((squares <= (16 * EPS) ** 2 * len(x) * mean**2).all()) is constant
+    assert bool(is_constant(torch.from_numpy(squares.astype(float)), len(x), X[0])) is constant
+
+
+@pytest.mark.parametrize(("columns", "constant"), [((1e-17, 1.0), True), ((1.0, 1e15), False), ((1.0, 1e100), False)])
+def test_one_feature_speaks_for_the_others_only_if_it_is_usual(columns: tuple[float, float], constant: bool) -> None:
+    """What varies beside six constant features: rounding of numbers of their size, or as much as there is."""
+    varying, others = columns
+    X = torch.full((10, 7), others, dtype=torch.float64)
+    if not constant:
+        X[:, 1:6] = 0.25
+    X[:, 0] = varying * features(10, 1, 0.0)[:, 0]
+    assert bool((centred(X) == 0).all()) is constant
+    Y = features(10, 4, 3.0)
+    for debiased in (False, True):
+        alone = linear_cka(X[:, :1], Y, debiased=debiased)
+        for value in (linear_cka(X, Y, debiased=debiased), cka_matrix([X], [Y], debiased=debiased)[0, 0]):
+            assert value.isnan() if constant else value.item() == pytest.approx(alone.item(), abs=1e-12)
+        moments = paired_moments(X, Y)
+        assert bool(cka_from_moments(moments, debiased=debiased).isnan()) is constant
 
 
 def test_features_about_zero_are_constant_only_if_they_are_zero() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_cka.functional.rows import Rows, unit_exponent
+from lit_cka.functional.rows import Rows
+from lit_cka.functional.units import unit_exponent
 from tests.oracles import float64, paired_features
 
 
@@ -53,7 +54,7 @@ def test_what_is_read_is_no_part_of_the_blocks() -> None:
     X, _ = paired_features(4, 3, 1)
     before = X.clone()
     Rows([X]).read(0, 4).zero_()
-    Rows([X]).squared_norms()
+    Rows([X]).squares()
     assert torch.equal(X, before)
 
 
@@ -64,17 +65,18 @@ def test_mean_size_and_squared_norms(n: int) -> None:
     rows = Rows(X.split(3000))
     mean, size = rows.mean_and_size()
     np.testing.assert_allclose(mean, float64(X).mean(axis=0), rtol=1e-13)
-    assert 0.5 <= size / np.abs(float64(X)).max() <= 2
+    assert size == pytest.approx(np.abs(float64(X) - float64(X)[0]).max() if n > 1 else np.abs(float64(X)).max())
     centred = float64(X) - float64(X).mean(axis=0)
-    norms = rows.measured_from(mean).squared_norms()
+    norms, of_features = rows.measured_from(mean).squares()
     np.testing.assert_allclose(norms, (centred**2).sum(axis=1), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(of_features, (centred**2).sum(axis=0), rtol=1e-9, atol=1e-9)
 
 
 def test_no_rows() -> None:
     rows = Rows([torch.zeros(0, 3)])
     mean, size = rows.mean_and_size()
     assert (mean.tolist(), size) == ([0.0] * 3, 0.0)
-    assert rows.squared_norms().shape == (0,)
+    assert [each.shape for each in rows.squares()] == [(0,), (3,)]
     assert rows.read(0, 5).shape == (0, 3)
 
 

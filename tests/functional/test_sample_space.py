@@ -107,8 +107,10 @@ def test_sums_over_y_alone_may_be_left_out() -> None:
 def test_the_diagonal() -> None:
     X, Y = paired_features(20, 5, 4)
     a, b = (float64(X) ** 2).sum(axis=1), (float64(Y) ** 2).sum(axis=1)
-    sums = diagonal_sums(PairedRows(Rows([X]), Rows([Y])))
-    np.testing.assert_allclose(sums, [a.sum(), b.sum(), a @ a, b @ b, a @ b])
+    sums = diagonal_sums(PairedRows(Rows([X]), Rows([Y])), X[0].double(), Y[0].double())
+    np.testing.assert_allclose(sums, [a.sum(), b.sum(), a @ a, b @ b, a @ b, 1, 1])
+    constant = diagonal_sums(PairedRows(Rows([X]), Rows([Y * 1e-20])), X[0].double(), Y[0].double())
+    assert constant[-2:].tolist() == [1, 0]
 
 
 @ESTIMATORS

@@ -167,7 +167,7 @@ def test_a_reference_may_be_in_another_unit(d_x: int, d_y: int, sizes: list[int]
     first = passed(X, Y, sizes)
     value = first.score(CPU, debiased=debiased).cka
     assert first.reference_terms is not None
-    n, yy, b, bb, exponent = first.reference_terms
+    n, yy, b, bb, exponent, _ = first.reference_terms
     known = ReferenceTerms(n, yy / 16**5, b / 4**5, bb / 16**5, exponent + 5)  # all y are 2^5 times as large
     assert passed(X, Y, sizes, reference=known).score(CPU, debiased=debiased).cka == pytest.approx(value, abs=1e-12)
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
+from lit_cka.functional.arrays import takes_arrays
 from lit_cka.functional.cka import cka_from_moments
 from lit_cka.functional.minibatch import (
     HSICSums,
@@ -150,6 +151,7 @@ class LinearCKA(_Float64Metric):
             if name != "moments":
                 setattr(self, name, value)
 
+    @takes_arrays
     def update(self, X: Tensor, Y: Tensor) -> None:
         """Add the paired features `X` (n, d_x) and `Y` (n, d_y)."""
         check_features(X, Y)
@@ -244,6 +246,7 @@ class MinibatchCKA(_Float64Metric):
             raise ValueError(f"Expected {tuple(self.xy.shape)} layers as before, but got {(k, l)}.")
         return self.sums
 
+    @takes_arrays
     def update(self, X: Sequence[Tensor] | Mapping[str, Tensor], Y: Sequence[Tensor] | Mapping[str, Tensor]) -> None:
         """Add one batch's features, one (n, d_l) per layer."""
         left, right = (list(layers.values() if isinstance(layers, Mapping) else layers) for layers in (X, Y))

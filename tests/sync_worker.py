@@ -116,7 +116,8 @@ def synchronised(rank: int, world_size: int) -> Seen:
         for index, start in enumerate(range(0, NUM_SAMPLES, BATCH_SIZE)):
             if index % (world_size - 1) == rank:
                 rows = slice(start, start + BATCH_SIZE)
-                minibatch.update([x[rows].double() * scale for x, scale in zip(X, (1, 2.0**300))], [y[rows] for y in Y])
+                x = [layer[rows].double() * scale for layer, scale in zip(X, (1.0, 2.0**300), strict=True)]
+                minibatch.update(x, [y[rows] for y in Y])
         seen[kernel] = minibatch.compute()
     seen["no layers"] = MinibatchCKA().compute()
     return seen

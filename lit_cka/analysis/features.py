@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_cka.files import written_whole
+from lit_cka.functional.arrays import as_tensors
 
 _FORMAT = "lit_cka features 1"
 
@@ -22,7 +23,7 @@ class Features:
     """What a model makes of a dataset.
 
     Attributes:
-        layers: features (n, d) by layer, in the model's order, float64 on the CPU.
+        layers: features (n, d) by layer, in the model's order, float64 on the CPU; given NumPy arrays become tensors.
         ids: of the samples, in order; what two sets of features are matched by.
         model: a name for the model.
         data: a name for the dataset.
@@ -41,6 +42,7 @@ class Features:
     labels: list[Any] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", as_tensors(self.layers))
         for name, value in self.layers.items():
             if value.ndim != 2 or len(value) != len(self.ids):
                 raise ValueError(

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from lit_cka.analysis.features import Features, check_matched
+from lit_cka.functional.centring import without_rounding
 from lit_cka.functional.matrix import cka_matrix
+from lit_cka.functional.units import in_usual_unit
 from lit_cka.progress import progress_bar
 from lit_cka.tracking.history import THRESHOLDS, verdict
 
@@ -81,7 +83,8 @@ def probe_layers(
         for name in before.layers:
             found = []
             for features in (before, after):
-                found.append(_accuracies(features.layers[name].numpy(), classes, num_folds, C, max_iter, seed))
+                X = without_rounding(in_usual_unit(features.layers[name])).numpy()
+                found.append(_accuracies(X, classes, num_folds, C, max_iter, seed))
                 advance(1)
             cka = cka_matrix([before.layers[name]], [after.layers[name]], debiased=debiased).item()
             means = [float(scores.mean()) for scores in found]

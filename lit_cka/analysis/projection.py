@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_cka.analysis.features import Features, check_matched
-from lit_cka.functional.centring import about_mean
+from lit_cka.functional.centring import standardized
 from lit_cka.functional.procrustes import orthogonal_alignment
 from lit_cka.functional.signatures import component_label_correlation, kernel_pca, signature_gram
+from lit_cka.functional.units import in_usual_unit
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def project(features: Sequence[Features], *, standardize: bool = False) -> Proje
         raise ValueError(f"Expected every model and dataset once, but got {keys}.")
     for each in features[1:]:
         check_matched(features[0], each)
-    layers = [_standardized(X) if standardize else X for each in features for X in each.layers.values()]
+    layers = [standardized(in_usual_unit(X)) if standardize else X for each in features for X in each.layers.values()]
     gram = signature_gram(layers)
     coordinates, explained = kernel_pca(gram)
     points = [
@@ -126,12 +126,6 @@ def _correlation(coordinates: Tensor, labels: Sequence[str]) -> list[float]:
     if len({label for label, keep in zip(labels, defined.tolist(), strict=True) if keep}) < 2:
         return [float("nan")] * coordinates.shape[1]  # one model, or one dataset: nothing to tell apart
     return component_label_correlation(coordinates, labels).tolist()
-
-
-def _standardized(X: Tensor) -> Tensor:
-    Xc = about_mean(X)
-    deviation = Xc.std(dim=0, unbiased=False)
-    return Xc / torch.where(deviation > 0, deviation, 1.0)
 
 
 def _pairings(

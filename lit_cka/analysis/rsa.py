@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_cka.functional.arrays import takes_arrays
 from lit_cka.functional.moments import check_features
 from lit_cka.functional.rsa import Distance, rdm
 
@@ -21,6 +22,7 @@ Correlation = Literal["spearman", "pearson", "kendall"]
 _TIE = 1e-12
 
 
+@takes_arrays
 def rsa(X: Tensor, Y: Tensor, distance: Distance = "correlation", comparison: Correlation = "spearman") -> Tensor:
     """Returns the RSA of two sets of features: the correlation of their RDMs over all pairs of samples.
 
@@ -45,6 +47,7 @@ def rsa(X: Tensor, Y: Tensor, distance: Distance = "correlation", comparison: Co
     return compare_rdms(rdm(X, distance), rdm(Y, distance), comparison)
 
 
+@takes_arrays
 def compare_rdms(R: Tensor, S: Tensor, comparison: Correlation = "spearman") -> Tensor:
     """Returns the correlation of two RDMs (n, n) over the n (n - 1) / 2 pairs of samples: a float64 scalar in [-1, 1].
 
@@ -60,6 +63,7 @@ def compare_rdms(R: Tensor, S: Tensor, comparison: Correlation = "spearman") -> 
     return pairwise_rsa(R[None], S[None], comparison)[0, 0]
 
 
+@takes_arrays
 def pairwise_rsa(Rs: Tensor, Ss: Tensor, comparison: Correlation = "spearman") -> Tensor:
     """Returns `compare_rdms` of every RDM in `Rs` (a, n, n) with every one in `Ss` (b, n, n): (a, b)."""
     if comparison not in get_args(Correlation):

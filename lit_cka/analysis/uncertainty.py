@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_cka.analysis.resampling import ResampledGram, Resamples, draw_counts, u_centred
+from lit_cka.functional.arrays import takes_arrays
 from lit_cka.functional.centring import double_centred
 from lit_cka.functional.cka import hsic, min_num_samples
 
@@ -26,6 +27,7 @@ _TIE = 1e-12  # and so is a difference between two values of CKA
 _BLOCK_ELEMENTS = 2**18  # of Gram entries permuted at once: what stays in the processor's cache
 
 
+@takes_arrays
 def bootstrap_cka(
     Ks: Tensor,
     Ls: Tensor,
@@ -104,6 +106,7 @@ def bootstrap_cka(
     return low, high
 
 
+@takes_arrays
 def permutation_test(
     Ks: Tensor, Ls: Tensor, *, debiased: bool = True, num_permutations: int = 999, seed: int = 0
 ) -> Tensor:

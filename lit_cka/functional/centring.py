@@ -66,6 +66,28 @@ def centred(X: Tensor) -> Tensor:
     return Xc.masked_fill(is_constant(Xc.square().sum(dim=0), len(X), mean), 0.0)
 
 
+def without_rounding(X: Tensor) -> Tensor:
+    """Returns the centred features `X` (n, d), in float64, zeros where one is spread over no more than rounding.
+
+    A feature that is dead but for rounding, with a standard deviation of 1e-33 beside others of 1, must not be scaled
+    up to theirs. Beside its own mean and what is usual of the means, what is usual of the deviations is its measure.
+    """
+    Xc = about_mean(X)
+    mean = (X[0].detach().to(torch.float64) - Xc[0]).abs()
+    deviation = Xc.square().mean(dim=0).sqrt()
+    if not deviation.numel():
+        return Xc
+    usual = torch.maximum(mean.median(), deviation.median())
+    return Xc.masked_fill(is_rounding(deviation, torch.maximum(mean, usual)), 0.0)
+
+
+def standardized(X: Tensor) -> Tensor:
+    """Returns the features `X` (n, d) with mean 0 and unit variance, in float64; zeros where `without_rounding` has."""
+    Xc = without_rounding(X)
+    deviation = Xc.square().mean(dim=0).sqrt()
+    return Xc / torch.where(deviation == 0, 1.0, deviation)
+
+
 def double_centred(K: Tensor) -> Tensor:
     """Returns `H K H` of Gram matrices `K` (..., n, n), with `H = I - 11'/n`, in float64; all zeros where it is
     rounding, as for a matrix whose entries are all the same.

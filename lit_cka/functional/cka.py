@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_cka.functional.arrays import takes_arrays
 from lit_cka.functional.centring import double_centred
 from lit_cka.functional.moments import PairedMoments, check_features, paired_moments
 from lit_cka.functional.rows import Rows
@@ -17,6 +18,7 @@ from lit_cka.functional.terms import CKATerms, terms_from_moments
 from lit_cka.functional.units import in_usual_unit, unit_exponents
 
 
+@takes_arrays
 def linear_cka(X: Tensor, Y: Tensor, *, debiased: bool = False) -> Tensor:
     """Returns the linear CKA of two sets of features of the same samples.
 
@@ -78,6 +80,7 @@ def cka_from_terms(terms: CKATerms, *, debiased: bool = False, rounding: float =
     return cka_from_hsic(hsic_xy, hsic_xx, hsic_yy).masked_fill(undefined, torch.nan)
 
 
+@takes_arrays
 def cka_from_gram(K: Tensor, L: Tensor, *, debiased: bool = False) -> Tensor:
     """Returns the CKA of two Gram (kernel) matrices (n, n) of the same samples, any kernel; they need not be centred.
 
@@ -94,6 +97,7 @@ def _about_one(K: Tensor) -> Tensor:
     return K * torch.exp2(-unit_exponents(K.abs().amax())) if K.numel() else K
 
 
+@takes_arrays
 def hsic(K: Tensor, L: Tensor, *, unbiased: bool) -> Tensor:
     """Returns the Hilbert-Schmidt independence criterion of two Gram matrices (n, n), in float64.
 
@@ -119,6 +123,7 @@ def _check_gram_matrices(K: Tensor, L: Tensor) -> None:
         raise ValueError(f"Expected `K` and `L` to be floating point, but got {K.dtype} and {L.dtype}.")
 
 
+@takes_arrays
 def pairwise_hsic(Ks: Tensor, Ls: Tensor, *, unbiased: bool) -> Tensor:
     """Returns `hsic` of every matrix in `Ks` (k, n, n) with every matrix in `Ls` (l, n, n): (k, l), by one product."""
     check_num_samples(Ks.shape[-1], unbiased)

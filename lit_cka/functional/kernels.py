@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_cka.functional.arrays import takes_arrays
 from lit_cka.functional.centring import about_mean, is_constant
 
 
+@takes_arrays
 def linear_gram(X: Tensor) -> Tensor:
     """Returns the Gram matrix (..., n, n) of the centred features `X` (..., n, d): all zeros where they are constant
     but for rounding. HSIC and CKA ignore the centring.
@@ -18,6 +20,7 @@ def linear_gram(X: Tensor) -> Tensor:
     return (Xc @ Xc.mT).masked_fill(constant[..., None], 0.0)
 
 
+@takes_arrays
 def rbf_gram(X: Tensor, *, bandwidth: float = 1.0) -> Tensor:
     """Returns the RBF Gram matrix `exp(-||x_i - x_j||^2 / (2 s^2))`, (..., n, n), of features `X` (..., n, d).
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lit_cka.functional.arrays import takes_arrays
 from lit_cka.functional.centring import centred
 from lit_cka.functional.cka import check_num_samples, cka_from_hsic, hsic_from_sums
 from lit_cka.functional.moments import check_features
@@ -15,6 +16,7 @@ from lit_cka.functional.units import in_usual_unit
 _TILE = 256  # rows and columns of the Gram matrices at a time
 
 
+@takes_arrays
 def cka_matrix(Xs: Sequence[Tensor], Ys: Sequence[Tensor], *, debiased: bool = False) -> Tensor:
     """Returns `linear_cka` of every pair, `(i, j)` of `Xs[i]` and `Ys[j]`, at about the cost of one product.
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lit_cka.functional.arrays import takes_arrays
 from lit_cka.functional.centring import mean_over_samples
 from lit_cka.functional.precision import Products, add_product, as_float64, chosen_products, rounded
 
@@ -69,6 +70,7 @@ def check_features(X: Tensor, Y: Tensor, *, min_num_samples: int = 0) -> None:
         raise ValueError(f"Expected at least {min_num_samples} samples, but got {len(X)}.")
 
 
+@takes_arrays
 def paired_moments(X: Tensor, Y: Tensor, *, with_yy: bool = True) -> PairedMoments:
     """Returns the moments of one batch of paired features.
 
@@ -167,6 +169,7 @@ def merge_moments(first: PairedMoments, second: PairedMoments) -> PairedMoments:
     return PairedMoments(n, mean_x, mean_y, *(p + q for p, q in zip(parts[0][3:], parts[1][3:], strict=True)))
 
 
+@takes_arrays
 def add_samples(moments: PairedMoments, X: Tensor, Y: Tensor, *, products: Products | None = None) -> PairedMoments:
     """Returns `merge_moments(moments, paired_moments(X, Y))` at little more than the cost of their products.
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lit_cka.functional.arrays import takes_arrays
 from lit_cka.functional.centring import centred
 from lit_cka.functional.moments import check_features
 
@@ -24,6 +25,7 @@ class Alignment(NamedTuple):
     relative: Tensor  # ()     residual / ||Yc||_F^2
 
 
+@takes_arrays
 def procrustes_distance(X: Tensor, Y: Tensor, *, normalize: bool = True) -> Tensor:
     """Returns the orthogonal Procrustes distance of two sets of features (Ding et al. 2021, section 2).
 
@@ -63,6 +65,7 @@ def procrustes_distance(X: Tensor, Y: Tensor, *, normalize: bool = True) -> Tens
     return distance.clamp(min=0)
 
 
+@takes_arrays
 def orthogonal_alignment(X: Tensor, Y: Tensor) -> Alignment:
     """Returns the orthogonal R that takes the centred `X` (n, d) nearest to the centred `Y` (n, d), and what remains.
 

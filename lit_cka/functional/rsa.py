@@ -10,11 +10,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lit_cka.functional.arrays import takes_arrays
 from lit_cka.functional.centring import ROUNDING, is_rounding
 
 Distance = Literal["cosine", "correlation", "euclidean"]
 
 
+@takes_arrays
 def rdm(X: Tensor, distance: Distance = "correlation") -> Tensor:
     """Returns the distances between the samples' features, in float64.
 

@@ -11,12 +11,14 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from lit_cka.functional.arrays import takes_arrays
 from lit_cka.functional.centring import centred, double_centred, is_rounding
 from lit_cka.functional.matrix import cka_matrix
 from lit_cka.functional.moments import check_features
 from lit_cka.functional.units import in_usual_unit
 
 
+@takes_arrays
 def signature(X: Tensor) -> Tensor:
     """Returns the unit-norm centred linear Gram matrix of features (n, d), flattened: float64 (n (n + 1) / 2,).
 
@@ -33,6 +35,7 @@ def signature(X: Tensor) -> Tensor:
     return unit
 
 
+@takes_arrays
 def signature_gram(features: Sequence[Tensor]) -> Tensor:
     """Returns the inner products of the signatures of `m` sets of features (n, d_i): float64 (m, m), their linear CKA.
 
@@ -44,6 +47,7 @@ def signature_gram(features: Sequence[Tensor]) -> Tensor:
     return cka_matrix(features, features)
 
 
+@takes_arrays
 def kernel_pca(K: Tensor, num_components: int = 3) -> tuple[Tensor, Tensor]:
     """Returns coordinates of `m` points from their inner products, along the directions in which they spread most.
 
@@ -85,6 +89,7 @@ def kernel_pca(K: Tensor, num_components: int = 3) -> tuple[Tensor, Tensor]:
     return coordinates, explained / values.sum()
 
 
+@takes_arrays
 def component_label_correlation(coordinates: Tensor, labels: Sequence[Hashable]) -> Tensor:
     """Returns how much of each component of `coordinates` (m, c) a categorical label explains: float64 (c,), in [0, 1].
 

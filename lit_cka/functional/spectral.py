@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from lit_cka.functional.arrays import takes_arrays
 from lit_cka.functional.update_gram import as_matrix, chunks, gram_of_update, narrowed, update
 
 RankRule: TypeAlias = Literal["effective_rank", "freevariance", "vetterli", "energy", "variance"]
@@ -50,6 +51,7 @@ def check_rule(rule: str, R: float) -> None:
         raise ValueError(f"Expected `R`, a share of the energy, to be in (0, 1], but got {R}.")
 
 
+@takes_arrays
 def split_rank(singular_values: Tensor, rule: RankRule = "effective_rank", R: float = 0.9) -> int:
     """Returns how many singular values make up the high part of an update.
 
@@ -125,6 +127,7 @@ class SpectralSplit(NamedTuple):
         return out
 
 
+@takes_arrays
 def spectral_split(
     W0: Tensor, W1: Tensor, *, rule: RankRule = "effective_rank", R: float = 0.9, min_rel_update: float = 0.0
 ) -> SpectralSplit | float:
@@ -169,6 +172,7 @@ def spectral_split(
     return SpectralSplit(k, len(s), coefficients(s, k), change, basis.contiguous(), rows, complement)
 
 
+@takes_arrays
 def low_rank_split(
     B: Tensor, A: Tensor, *, W0_norm: float, rule: RankRule = "effective_rank", R: float = 0.9
 ) -> SpectralSplit | float:

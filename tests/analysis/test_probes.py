@@ -44,6 +44,16 @@ def accuracies(X: np.ndarray, labels: list[Any], num_folds: int, C: float, seed:
     return np.array(scores)
 
 
+def test_labels_are_not_read_from_rounding() -> None:
+    """A dead feature whose last bits happen to know the classes, beside others that don't."""
+    rng = np.random.default_rng(0)
+    noise, classes = rng.standard_normal((len(LABELS), 6)), np.unique(LABELS, return_inverse=True)[1]
+    layers = {"a": torch.from_numpy(noise), "b": torch.from_numpy(np.c_[noise, 6e-33 * np.eye(3)[classes]])}
+    both = Features(layers, [str(index) for index in range(len(LABELS))], "model", labels=LABELS)
+    rows = probe_layers(both, both, progress=False)
+    assert rows[1].accuracy_before == rows[0].accuracy_before < 0.7
+
+
 @pytest.mark.parametrize(("num_folds", "C", "seed"), [(5, 1.0, 0), (3, 0.01, 4)])
 def test_against_folds_by_hand(num_folds: int, C: float, seed: int) -> None:
     rows = probe_layers(BEFORE, AFTER, num_folds=num_folds, C=C, seed=seed, progress=False)

@@ -86,6 +86,17 @@ def test_standardized_constant_features_do_not_count() -> None:
     np.testing.assert_allclose(project(more, standardize=True).cka, project(SETS, standardize=True).cka, atol=1e-10)
 
 
+@pytest.mark.parametrize("mean", [0.0, 0.5, -2.0])
+def test_standardized_dead_features_do_not_count(mean: float) -> None:
+    """One that varies by 6e-33 beside others of 1: rounding, which unit variance would make as loud as these."""
+    torch.manual_seed(0)
+    dead = mean * 1e-16 + 6e-33 * torch.randn(20, 2, dtype=torch.float64)
+    more = [replace(each, layers={k: torch.cat([X, dead], 1) for k, X in each.layers.items()}) for each in SETS]
+    np.testing.assert_allclose(project(more, standardize=True).cka, project(SETS, standardize=True).cka, atol=1e-10)
+    small = [replace(each, layers={k: X * 1e-120 for k, X in each.layers.items()}) for each in SETS]
+    np.testing.assert_allclose(project(small, standardize=True).cka, project(SETS, standardize=True).cka, atol=1e-10)
+
+
 def correlation(x: np.ndarray, labels: list[str]) -> float:
     """Of a component with a label of two values."""
     return abs(float(np.corrcoef(x, np.array(labels) == labels[0])[0, 1]))

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.module import register_module_forward_hook
 
+from lit_cka.features.given_masks import Mask, MaskCall, mask_call, said_tokens
 from lit_cka.features.layer_pooling import LayerPooling, main_tensor
 from lit_cka.features.layers import Layers, modules_by_name, select_layers
 from lit_cka.features.lightning_private import is_forward_redirected
-from lit_cka.features.masks import find_mask
 from lit_cka.features.pooling import Pooling
 from lit_cka.features.shared_mode import SharedMode
 
@@ -36,8 +36,11 @@ class FeatureExtractor:
         layers: which layers, see `lit_cka.features.select_layers`; None for the repeated blocks.
         pooling: "mean" over tokens (those the attention mask keeps) or space, "last" token that the mask keeps, "cls"
             token, "flatten"; each with a layout after a colon where it is ambiguous ("mean:NCHW"). Or a callable from
-            the layer's output tensor to (n, d). The mask is the `attention_mask` (or torch's `key_padding_mask`)
-            that the innermost module around the layer was called with.
+            the layer's output tensor to (n, d).
+        mask: which tokens count. None for the mask that the model is called with, by any of its usual names and in any
+            of its usual forms (see `lit_cka.features.masks`): the outermost one of the layer's tokens. Or the name of
+            the argument that says it, or a callable of the model's arguments that returns it, (n, tokens), nonzero for
+            tokens that count.
         on_call: called as `(name, outermost, args, kwargs)` before the model, or a module on the way from it to a
             layer, runs. `outermost` tells that no other of these modules is running.
         on_return: called as `(name, outermost, output)` when it has run.
@@ -54,12 +57,15 @@ class FeatureExtractor:
         layers: Layers | None = None,
         pooling: Pooling = "mean",
         *,
+        mask: Mask | None = None,
         on_call: OnCall | None = None,
         on_return: OnReturn | None = None,
     ) -> None:
         self.model = model
         self.layer_names = select_layers(model, layers)
         self.enabled = True
+        self.tokens: Tensor | None = None
+        self._mask = mask
         self._pooling = LayerPooling(pooling)
         self._on_call = on_call
         self._on_return = on_return
@@ -69,7 +75,7 @@ class FeatureExtractor:
         self._running: list[str] = []
         self._batch_sizes: set[int] = set()
         self._input_sizes: set[int] = set()
-        self._masks: dict[str, Tensor | None] = {}
+        self._calls: dict[str, MaskCall] = {}
         self._features: dict[str, Tensor] = {}
         self._problems: dict[str, str] = {}
 
@@ -144,7 +150,7 @@ class FeatureExtractor:
         return features, problems
 
     def _clear(self) -> None:
-        self._features, self._problems, self._masks = {}, {}, {}
+        self._features, self._problems, self._calls = {}, {}, {}
         self._running, self._batch_sizes, self._input_sizes = [], set(), set()
 
     def _ancestors(self) -> list[str]:
@@ -163,10 +169,13 @@ class FeatureExtractor:
                 self._on_call(name, outermost, args, kwargs)
             if outermost:
                 self._batch_sizes, self._input_sizes = _sizes((args, kwargs))
+                self._pooling.tokens = self._tokens_kept(type(target), args, kwargs)
             self._running.append(name)
-            takes_mask, mask = find_mask(type(target), args, kwargs)
-            if takes_mask:
-                self._masks[name] = mask
+            call = mask_call(type(target), args, kwargs)
+            if call is None:
+                self._calls.pop(name, None)
+            else:
+                self._calls[name] = call
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if module is target and self._listens and self._running and self._running[-1] == name:
@@ -184,11 +193,23 @@ class FeatureExtractor:
 
         return remove
 
+    def _tokens_kept(self, module_type: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Returns which tokens count in this call of the model, if that was said."""
+        if self.tokens is not None or self._mask is None:
+            return self.tokens
+        try:
+            return said_tokens(self._mask, module_type, args, kwargs)
+        except ValueError as error:
+            self._problems = dict.fromkeys(self.layer_names, str(error))
+            return None
+
     def _hook_layer(self, name: str, target: nn.Module) -> Callable[[], None]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if module is not target or not self.enabled or not self._listens:
                 return
-            if name in self._features or name in self._problems:
+            if name in self._problems:
+                return
+            if name in self._features:
                 self._problems[name] = (
                     f"Layer {name!r} has run more than once in one step (shared weights, several views of a batch, or "
                     "a second forward pass), so its samples are not paired. Choose a layer that runs once."
@@ -198,7 +219,7 @@ class FeatureExtractor:
                 with _plain_mode(main_tensor(output)):
                     sizes = (self._batch_sizes, self._input_sizes) if self._batch_sizes else _sizes(args)
                     self._features[name] = self._pooling.features(
-                        name, module, parent, output, sizes[0], self._masks, sizes[1]
+                        name, module, parent, output, sizes[0], self._calls, sizes[1]
                     )
             except ValueError as error:
                 self._problems[name] = str(error)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_cka.features.given_masks import MaskCall, mask_for
 from lit_cka.features.pooling import Pooling, find_layout, parse_pooling, pool, pool_nested
 from lit_cka.features.sharded_outputs import OutputShards, is_dtensor
 from lit_cka.features.sharded_pooling import pool_shards
@@ -29,12 +30,13 @@ class LayerPooling:
         self._method, self._layout = parse_pooling(pooling)
         # By layer, found once, so that a later batch of as many samples as tokens is no riddle.
         self._layouts: dict[str, str] = {}
-        self._unmatched_masks: set[str] = set()
+        self._unused_masks: set[str] = set()
+        self.tokens: Tensor | None = None  # that count, (n, tokens), where it is not left to the calls to say
         self.shards = OutputShards()
 
     def features(
         self, name: str, module: nn.Module, parent: nn.Module, output: Any, batch_sizes: set[int],
-        masks: Mapping[str, Tensor | None], input_sizes: Set[int] = frozenset(),
+        calls: Mapping[str, MaskCall], input_sizes: Set[int] = frozenset(),
     ) -> Tensor:  # fmt: skip
         """Returns the features (n, d), float64, in what a layer has returned. They share no memory with it, since an
         operation behind the layer may overwrite that in place.
@@ -45,7 +47,7 @@ class LayerPooling:
             parent: the module that holds the layer.
             output: what the layer has returned.
             batch_sizes: sizes of the first axis of the model's inputs.
-            masks: by the names of modules around layers, the mask (n, tokens) that they were called with.
+            calls: by the names of modules around layers, the masks that they were called with.
             input_sizes: sizes of the other axes of the model's inputs.
 
         Raises:
@@ -72,7 +74,7 @@ class LayerPooling:
             features = pool_nested(tensor, self._method)
         else:
             layout = layout_of(tensor)
-            mask = self._mask(name, layout, tensor, masks) if self._method in ("mean", "last") else None
+            mask = self._mask(name, layout, tensor, calls) if self._method in ("mean", "last") else None
             if is_dtensor(tensor):
                 features = pool_shards(tensor, self._method, layout, mask)
             else:
@@ -96,27 +98,30 @@ class LayerPooling:
             layout = self._layouts[name] = find_layout(name, module, tensor, batch_sizes, parent)
         return layout
 
-    def _mask(self, name: str, layout: str, tensor: Tensor, masks: Mapping[str, Tensor | None]) -> Tensor | None:
-        """Returns the innermost mask (n, tokens) around the layer; None if there is none, or it is for other tokens."""
-        if not masks or tensor.ndim != 3:
+    def _mask(self, name: str, layout: str, tensor: Tensor, calls: Mapping[str, MaskCall]) -> Tensor | None:
+        """Returns which of a layer's tokens count, (n, tokens); None if all do."""
+        if tensor.ndim != 3 or (self.tokens is None and not calls):
             return None
         shape = (
             tensor.shape[layout.index("N")],
             next(tensor.shape[axis] for axis, letter in enumerate(layout) if letter not in "NC"),
         )
-        around = [ancestor for ancestor in masks if ancestor == "" or name.startswith(f"{ancestor}.")]
-        for ancestor in sorted(around, key=len, reverse=True):
-            mask = masks[ancestor]
-            if mask is None or mask.shape == shape:
-                return mask
-            if mask.ndim == 2 and name not in self._unmatched_masks:
-                self._unmatched_masks.add(name)
-                warnings.warn(
-                    f"Layer {name!r} has {shape[1]} positions, but the attention mask is of shape {tuple(mask.shape)}: "
-                    "all positions are pooled.",
-                    stacklevel=2,
-                )
+        if self.tokens is None:
+            return mask_for(name, shape, calls, self._warn_once)
+        if self.tokens.shape == shape:
+            return self.tokens
+        got = tuple(self.tokens.shape)
+        self._warn_once(
+            "",
+            f"Layer {name!r} has {shape[1]} positions of {shape[0]} samples, but `mask` is of shape {got}: "
+            "all positions are pooled.",
+        )
         return None
+
+    def _warn_once(self, mask: str, message: str) -> None:
+        if mask not in self._unused_masks:
+            self._unused_masks.add(mask)
+            warnings.warn(message, stacklevel=2)
 
 
 def main_tensor(output: Any) -> Tensor | None:

@@ -20,6 +20,11 @@ Pooling: TypeAlias = Union[str, Callable[[Tensor], Tensor]]
 
 _CHANNELS_FIRST = ("Conv", "BatchNorm", "GroupNorm", "InstanceNorm")  # torch modules whose channels are axis 1
 _CHANNELS_LAST = ("Linear", "LayerNorm", "RMSNorm", "Embedding", "MultiheadAttention", "Conv1D")  # whose are the last
+# Architectures of transformers that run tokens first inside, with their modules that do; those around turn it round.
+_TOKENS_FIRST = {
+    "xlnet": ("XLNetLayer", "XLNetRelativeAttention", "XLNetFeedForward"),
+    "fsmt": ("EncoderLayer", "DecoderLayer", "Attention"),
+}
 
 
 class PoolingSpec(NamedTuple):
@@ -169,8 +174,10 @@ def _batch_first(module: nn.Module) -> bool | None:
     """Returns whether the samples are the first axis, by that attribute or by library; None if nothing tells."""
     values = (getattr(child, "batch_first", None) for child in module.modules())
     flags = {value for value in values if isinstance(value, bool)}
-    if not flags and type(module).__module__.partition(".")[0] in ("transformers", "timm"):
-        return True  # throughout
+    library, *path = type(module).__module__.split(".")
+    if not flags and library in ("transformers", "timm"):  # throughout, with few exceptions
+        exceptions = next((_TOKENS_FIRST[part] for part in path if part in _TOKENS_FIRST), None)
+        return True if exceptions is None else False if type(module).__name__ in exceptions else None
     return flags.pop() if len(flags) == 1 else None
 
 

@@ -560,7 +560,7 @@ class Downsampling(nn.Module):
 def test_a_mask_for_other_positions_is_left_out_with_one_warning() -> None:
     model, x = Downsampling(), torch.randn(3, 8, 4)
     mask = (torch.arange(8) < torch.tensor([[8], [2], [5]])).long()
-    message = r"Layer 'after' has 4 positions, but the attention mask is of shape \(3, 8\): all positions are pooled"
+    message = r"Layer 'after' has 4 positions, but the mask `attention_mask` is of shape \(3, 8\): all positions"
     with FeatureExtractor(model, ["before", "after"]) as extractor:
         with pytest.warns(UserWarning, match=message):
             output = model(x, mask)
@@ -571,22 +571,52 @@ def test_a_mask_for_other_positions_is_left_out_with_one_warning() -> None:
         model(x, mask)  # a second warning would be an error
 
 
-class Outer(nn.Module):
-    """Like an encoder-decoder: the mask that counts is that of the innermost module around the layer."""
+class Rewriting(nn.Module):
+    """Makes of the mask what it needs inside."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = ByAttentionMask()
-        self.layer = nn.Linear(4, 4)
 
     def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.layer(self.inner(x, attention_mask.flip(0)))
+        return self.inner(x, (1 - attention_mask) * 7)
 
 
-def test_the_innermost_mask_counts() -> None:
-    model, x = Outer(), torch.randn(3, 5, 4)
-    with FeatureExtractor(model, ["inner.layer", "layer"]) as extractor:
-        output = model(x, MASK)
+@pytest.mark.parametrize("mask", [MASK, MASK.bool(), torch.where(MASK.bool(), 0.0, -1e9)])
+def test_the_mask_of_the_outermost_call_counts(mask: Tensor) -> None:
+    model, x = Rewriting(), torch.randn(3, 5, 4)
+    with FeatureExtractor(model, "inner.layer") as extractor:
+        output = model(x, mask.long() if mask.dtype == torch.bool else mask)
         features = extractor.collect()
-    torch.testing.assert_close(features["inner.layer"], pooled(model.inner.layer(x), "mean", MASK.flip(0)))
-    torch.testing.assert_close(features["layer"], pooled(output, "mean", MASK))
+    torch.testing.assert_close(features["inner.layer"], pooled(output, "mean", MASK))
+
+
+def test_which_tokens_count_may_be_said() -> None:
+    """By a name that tells nothing, a callable, or by who watches; with one warning where it is for other tokens."""
+    model, x = ByKeywords(), torch.randn(3, 5, 4)
+    for mask in ("mask", "valid", lambda **kwargs: kwargs["valid"]):
+        with FeatureExtractor(model, "layer", mask=mask) as extractor:
+            output = model(x=x, mask=MASK.bool(), valid=MASK)
+            torch.testing.assert_close(extractor.collect()["layer"], pooled(output, "mean", MASK))
+    with FeatureExtractor(model, "layer", mask="absent") as extractor:
+        model(x=x)
+        with pytest.raises(ValueError, match="called with a mask named 'absent', but its arguments are kwargs, x"):
+            extractor.collect()
+        extractor.tokens = MASK
+        model(x=x)
+        torch.testing.assert_close(extractor.collect()["layer"], pooled(output, "mean", MASK))
+        extractor.tokens = MASK[:, :4]
+        with pytest.warns(
+            UserWarning, match=r"5 positions of 3 samples, but `mask` is of shape \(3, 4\): all positions"
+        ):
+            model(x=x)
+        torch.testing.assert_close(extractor.collect()["layer"], pooled(output, "mean"))
+
+
+def test_a_mask_that_may_mean_its_opposite_is_not_used() -> None:
+    model, x = ByKeywords(), torch.randn(3, 5, 4)
+    with FeatureExtractor(model, "layer") as extractor:
+        with pytest.warns(UserWarning, match="not clear what the mask `mask` of torch.bool.*all positions are pooled"):
+            output = model(x=x, mask=MASK.bool())
+        torch.testing.assert_close(extractor.collect()["layer"], pooled(output, "mean"))
+        model(x=x, mask=MASK.bool())  # a second warning would be an error

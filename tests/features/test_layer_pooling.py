@@ -9,38 +9,39 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lit_cka.features.given_masks import MaskCall
 from lit_cka.features.layer_pooling import LayerPooling, main_tensor
 
 LAYER, PARENT = nn.Linear(6, 6), nn.Sequential()
 
 
-def features(pooling: Any, output: Any, batch_sizes: set[int], masks: dict[str, Tensor | None] | None = None) -> Tensor:
-    return LayerPooling(pooling).features("a.b.c", LAYER, PARENT, output, batch_sizes, masks or {})
+def features(pooling: Any, output: Any, batch_sizes: set[int], masks: dict[str, Tensor] | None = None) -> Tensor:
+    calls = {name: MaskCall({"attention_mask": mask}) for name, mask in (masks or {}).items()}
+    return LayerPooling(pooling).features("a.b.c", LAYER, PARENT, output, batch_sizes, calls)
 
 
 def randn(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 100
 
 
-def test_the_innermost_mask_of_the_right_shape_counts() -> None:
+def test_the_outermost_mask_of_the_right_shape_counts() -> None:
     output = randn(2, 3, 6)
-    outer, inner = torch.tensor([[1, 1, 0], [1, 1, 1]]), torch.tensor([[1, 0, 0], [0, 1, 1]])
-    seen = features("mean", output, {2}, {"": outer, "a": inner})
-    torch.testing.assert_close(seen, torch.stack([output[0, 0], output[1, 1:].mean(0)]).double())
-    torch.testing.assert_close(
-        features("mean", output, {2}, {"": outer, "x": inner})[0], output[0, :2].mean(0).double()
-    )
-    assert torch.equal(features("last", output, {2}, {"": outer})[0], output[0, 1].double())
-    # A module inside that was called with a mask of None sees all tokens.
-    torch.testing.assert_close(features("mean", output, {2}, {"": outer, "a": None}), output.double().mean(1))
+    mask, other = torch.tensor([[1, 0, 0], [0, 1, 1]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    expected = torch.stack([output[0, 0], output[1, 1:].mean(0)]).double()
+    for masks in ({"": mask, "a": other}, {"": torch.ones(2, 5), "a": mask, "a.b": other}, {"x": other, "a": mask}):
+        torch.testing.assert_close(features("mean", output, {2}, masks), expected)
+    assert torch.equal(features("last", output, {2}, {"": other})[0], output[0, 1].double())
 
 
 def test_a_mask_for_other_tokens_is_left_alone_with_one_warning() -> None:
     pooling, output = LayerPooling("mean"), randn(2, 3, 6)
-    with pytest.warns(UserWarning, match=r"'a\.b\.c' has 3 positions, but the attention mask is of shape \(2, 5\)"):
-        seen = pooling.features("a.b.c", LAYER, PARENT, output, {2}, {"": torch.ones(2, 5)})
+    calls = {"": MaskCall({"attention_mask": torch.ones(2, 5)})}
+    with pytest.warns(
+        UserWarning, match=r"'a\.b\.c' has 3 positions, but the mask `attention_mask` is of shape \(2, 5\)"
+    ):
+        seen = pooling.features("a.b.c", LAYER, PARENT, output, {2}, calls)
     torch.testing.assert_close(seen, output.double().mean(1))
-    pooling.features("a.b.c", LAYER, PARENT, output, {2}, {"": torch.ones(2, 5)})
+    pooling.features("a.b.c", LAYER, PARENT, output, {2}, calls)
 
 
 def test_a_layout_is_found_once() -> None:

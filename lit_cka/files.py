@@ -105,6 +105,17 @@ def write_json(path: str | os.PathLike[str], content: Any, *, durable: bool = Fa
     return write_bytes(path, text.encode(), durable=durable)
 
 
+def visible(name: str) -> str:
+    """Returns a name on one line, with escapes in place of what would not be seen: control and direction characters.
+
+    Example:
+        >>> visible("layer\\n1")
+        'layer\\\\n1'
+    """
+    letters = (each if each.isprintable() else each.encode("unicode_escape").decode() for each in name)
+    return "".join(letters)
+
+
 def file_name(name: str) -> str:
     """Returns a name of letters, digits, dashes and underscores, of 60 bytes at most: three fit into a file's name."""
     plain = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)

@@ -29,7 +29,7 @@ def progress_bar(what: str, total: float, *, enabled: bool = True) -> Iterator[C
     """Yields `advance(amount)`. Written to stderr, so that results can be piped; drawn in a terminal alone."""
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, disable=not (enabled and console.is_terminal)) as progress:

@@ -120,7 +120,7 @@ class TrainCLI(LightningCLI):
             return
         pretrain = find_config(pretrain)
         if not Path(weights_path(pretrain)).is_file():
-            Console().rule(f"First: {pretrain}")
+            Console(markup=False).rule(f"First: {pretrain}")
             main(["fit", "--config", pretrain])
             Console().rule("Now the fine-tuning")
             # The first training has used random numbers: this one starts from its own seed again.
@@ -150,7 +150,7 @@ class TrainCLI(LightningCLI):
 
     @rank_zero_only
     def _report(self, folder: Path) -> None:
-        console = Console(soft_wrap=True, highlight=False)
+        console = Console(soft_wrap=True, highlight=False, markup=False)
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         trackers = [callback for callback in callbacks if isinstance(callback, CKACallback)]
         loggers = [logger for logger in self.trainer.loggers if isinstance(logger, TensorBoardLogger)]

@@ -7,16 +7,18 @@ import os
 import textwrap
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_cka.files import written_whole
+from lit_cka.files import visible, written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.backend_bases import RendererBase
     from matplotlib.figure import Figure
 
 # Colours that colour-blind readers tell apart (Okabe & Ito 2008).
@@ -43,13 +45,28 @@ def new_axes(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Returns an empty figure of this size in inches."""
+    """Returns an empty figure of this size in inches, which draws all texts as they are: names are no formulas."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=100)
+    figure = _figure_type()(figsize=(width, height), layout="constrained", dpi=100)
     FigureCanvasAgg(figure)
     return figure
+
+
+@cache
+def _figure_type() -> type[Figure]:
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    class LiteralFigure(Figure):
+        def draw(self, renderer: RendererBase) -> None:
+            for text in self.findobj(Text):
+                text.set_parse_math(False)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names in any script
+                super().draw(renderer)
+
+    return LiteralFigure
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], formats: Sequence[str] = ()) -> list[Path]:
@@ -63,12 +80,10 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], formats: Sequence[
     for suffix in suffixes:
         if suffix not in _SUFFIXES:
             raise ValueError(f"Expected a figure's format to be one of {', '.join(_SUFFIXES)}, but got {suffix!r}.")
-    _take_literally(figure)
     written = []
     for suffix in suffixes:
         target = path.with_name(path.name + suffix) if formats else path
-        with written_whole(target) as partial, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names in any script
+        with written_whole(target) as partial:
             figure.savefig(partial, format=suffix[1:], dpi=150)
         written.append(target)
     return written
@@ -80,18 +95,9 @@ def figure_pixels(figure: Figure) -> NDArray[np.uint8]:
 
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
-    _take_literally(figure)
     canvas.draw()
     pixels: NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
     return pixels
-
-
-def _take_literally(figure: Figure) -> None:
-    """Have all texts drawn as they are: names may hold dollars, and are no formulas."""
-    from matplotlib.text import Text
-
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)
 
 
 def spread_ticks(num_places: int, most: float) -> range:
@@ -132,7 +138,18 @@ def short_names(names: Sequence[str], longest: int = 24) -> list[str]:
     common = different.index(True) if True in different else len(different)
     # The last segment that all share stays: it says what the numbers count.
     shortened = [".".join(part[max(common - 1, 0) :]) for part in segments]
+    return cut_names(shortened, longest)
+
+
+def cut_names(names: Sequence[str], longest: int) -> list[str]:
+    """Returns the names, visible, and in the middle cut to a length, unless two would be the same then.
+
+    Example:
+        >>> cut_names(["model.blocks.10", "head"], 9)
+        ['mode…s.10', 'head']
+    """
+    shown = [visible(name) for name in names]
     half = (longest - 1) // 2
-    cut = [name if len(name) <= longest else f"{name[:half]}…{name[-half:]}" for name in shortened]
+    cut = [name if len(name) <= longest else f"{name[:half]}…{name[-half:]}" for name in shown]
     # A label that another layer has too would say nothing.
-    return [whole if cut.count(name) > 1 else name for whole, name in zip(shortened, cut, strict=True)]
+    return [whole if cut.count(name) > 1 else name for whole, name in zip(shown, cut, strict=True)]

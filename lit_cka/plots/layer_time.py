@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_cka.plots.canvas import UNDEFINED, new_axes, spread_ticks, undefined_note
+from lit_cka.plots.canvas import UNDEFINED, cut_names, new_axes, spread_ticks, undefined_note
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,6 +44,7 @@ def layer_time_heatmap(
             f"one, but got {values.shape}."
         )
     num_layers, num_times = values.shape
+    layer_names = cut_names(layer_names, 60)
     label_width = 0.08 * max(map(len, layer_names))
     grid_width, grid_height = min(max(0.34 * num_times, 3.2), 6.5), min(max(0.4 * num_layers, 2.0), 12)
     figure, axes = new_axes(ax, grid_width + label_width + 1.3, grid_height + 1.0)

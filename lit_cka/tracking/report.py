@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lit_cka import plots
 from lit_cka.features.lightning_private import logging_step
-from lit_cka.files import write_bytes
+from lit_cka.files import visible, write_bytes
 from lit_cka.tracking.history import Record, first_series, mean_score, verdict
 
 if TYPE_CHECKING:
@@ -157,11 +158,10 @@ def print_table(
     last = records[-1]
     table = Table(
         title=f"CKA with the reference, n = {last['n']} samples",
-        caption="\n".join(
-            [
-                f"untouched >= {thresholds[0]:g} > refined >= {thresholds[1]:g} > rewritten",
-                *([f"reference: {reference}"] if reference else []),
-            ]
+        caption=Text(
+            f"untouched >= {thresholds[0]:g} > refined >= {thresholds[1]:g} > rewritten"
+            + (f"\nreference: {reference}" if reference else ""),
+            style="table.caption",
         ),
     )
     table.add_column("layer", overflow="fold")
@@ -174,7 +174,7 @@ def print_table(
         series = [record["scores"].get(name, np.nan) for record in records]
         lowest = min((value for value in series if value == value), default=np.nan)
         values = [series[0], lowest, cka] if columns else [cka]
-        table.add_row(name, *(f"{value:.4f}" for value in values), f"[{_STYLES[word]}]{word}[/]")
+        table.add_row(Text(visible(name)), *(f"{value:.4f}" for value in values), Text(word, _STYLES[word]))
     (console or Console()).print(table)
 
 
@@ -202,6 +202,4 @@ def write_report(folder: str | os.PathLike[str], history: Sequence[Record], thre
         for name, cka in record["scores"].items():
             writer.writerow([*values, name, cka, verdict(cka, thresholds)])
     write_bytes(folder / "cka_history.csv", rows.getvalue().encode())
-    png = io.BytesIO()
-    heatmap(history).savefig(png, format="png")
-    write_bytes(folder / "cka_heatmap.png", png.getvalue())
+    plots.save_figure(heatmap(history), folder / "cka_heatmap.png")

@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_cka import CKACallback
 from lit_cka.plots import figure_pixels
@@ -56,6 +59,57 @@ def fading(num_layers: int, num_times: int) -> list[dict[str, Any]]:
 )
 def test_verdicts(cka: float, word: str) -> None:
     assert verdict(cka, (0.99, 0.9)) == word
+
+
+AWKWARD = [
+    "[/INST]", "[red]bold[/]", "$\\frac{x$", "<b>&amp;</b>", "a/b", "tab\tand\nline", "\x1b[31mred", "x" * 300,
+    "\u05e9\u05dc\u05d5\u05dd", "\u202eevil", "\u65e5\u672c\u8a9e", "ends in \\", "",
+]  # fmt: skip
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    """Whatever they would mean to a terminal, a figure or a spreadsheet."""
+    history: list[Any] = [record(step, dict.fromkeys(AWKWARD, 1 - step / 10)) for step in range(3)]
+    with (tmp_path / "table").open("w") as file:
+        print_table(history, (0.99, 0.9), Console(file=file, width=400), reference="weights of [/x]")
+    printed = (tmp_path / "table").read_text()
+    for name in (*AWKWARD[:5], "tab\\tand\\nline", "\\x1b[31mred", *AWKWARD[7:9], "\\u202eevil", *AWKWARD[10:12]):
+        assert f" {name} " in printed
+    assert "reference: weights of [/x]" in printed
+    write_report(tmp_path / "report", history, (0.99, 0.9))
+    with (tmp_path / "report/cka_history.csv").open(newline="") as file:
+        assert [row["layer"] for row in csv.DictReader(file)] == 3 * AWKWARD
+    assert list(json.loads((tmp_path / "report/cka_history.json").read_text())[0]["scores"]) == AWKWARD
+    figure = heatmap(history)
+    pixels = figure_pixels(figure)
+    assert pixels.shape[1] < 1500  # not as wide as the longest name
+    figure.savefig(tmp_path / "by_hand.png")  # by the user, that is
+    shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert shown[:5] == AWKWARD[:5]
+    assert shown[7] == f"{'x' * 29}\u2026{'x' * 29}"
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_training_with_awkward_layer_names(tmp_path: Path) -> None:
+    names = [name for name in AWKWARD if name and "." not in name]
+
+    class Awkward(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = torch.nn.ModuleDict({name: torch.nn.Linear(3, 3) for name in names})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for part in self.parts.values():
+                part(x[:, :3])
+            return super().forward(x)
+
+    callback = CKACallback(layers=re.compile(r"parts\..*", re.DOTALL))
+    logger = TensorBoardLogger(tmp_path)
+    trainer(tmp_path, callback, max_epochs=2, logger=logger).fit(Awkward(), train_loader(), loader())
+    assert [*callback.scores] == [f"parts.{name}" for name in names]
+    callback.save(tmp_path / "report")
+    tags = EventAccumulator(logger.log_dir).Reload().Tags()
+    assert {f"cka/parts.{name}" for name in names} <= {*tags["scalars"]}
 
 
 def test_verdicts_follow_the_thresholds() -> None:

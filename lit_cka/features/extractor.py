@@ -73,6 +73,8 @@ class FeatureExtractor:
         self._hooked = False
         self._by_name: dict[str, nn.Module] = {}
         self._running: list[str] = []
+        self._num_calls = 0
+        self._call_of: dict[str, int] = {}
         self._batch_sizes: set[int] = set()
         self._input_sizes: set[int] = set()
         self._calls: dict[str, MaskCall] = {}
@@ -152,6 +154,7 @@ class FeatureExtractor:
     def _clear(self) -> None:
         self._features, self._problems, self._calls = {}, {}, {}
         self._running, self._batch_sizes, self._input_sizes = [], set(), set()
+        self._num_calls, self._call_of = 0, {}
 
     def _ancestors(self) -> list[str]:
         parts = [name.split(".") for name in self.layer_names]
@@ -168,6 +171,7 @@ class FeatureExtractor:
             if self._on_call is not None:
                 self._on_call(name, outermost, args, kwargs)
             if outermost:
+                self._num_calls += 1
                 self._batch_sizes, self._input_sizes = _sizes((args, kwargs))
                 self._pooling.tokens = self._tokens_kept(type(target), args, kwargs)
             self._running.append(name)
@@ -210,12 +214,11 @@ class FeatureExtractor:
             if name in self._problems:
                 return
             if name in self._features:
-                self._problems[name] = (
-                    f"Layer {name!r} has run more than once in one step (shared weights, several views of a batch, or "
-                    "a second forward pass), so its samples are not paired. Choose a layer that runs once."
-                )
+                in_another_call = self._num_calls > self._call_of[name]
+                self._problems[name] = ran_again(name, in_another_call=in_another_call)
                 return
             try:
+                self._call_of[name] = self._num_calls
                 with _plain_mode(main_tensor(output)):
                     sizes = (self._batch_sizes, self._input_sizes) if self._batch_sizes else _sizes(args)
                     self._features[name] = self._pooling.features(
@@ -226,6 +229,20 @@ class FeatureExtractor:
 
         parent = self._by_name[name.rpartition(".")[0]]
         return _register(target, after)
+
+
+def ran_again(name: str, *, in_another_call: bool) -> str:
+    """The message that a layer has run more than once, in one call of the model or in several."""
+    if in_another_call:
+        return (
+            f"Layer {name!r} has run in more than one call of the model since its features were last collected, so its "
+            "samples are not paired. Call `collect()` after each call; in a training step, call the model once (on "
+            "several views of a batch joined, say), or choose a layer that runs once."
+        )
+    return (
+        f"Layer {name!r} has run more than once in one call of the model (shared weights, or several views of a "
+        "batch), so its samples are not paired. Choose a layer that runs once."
+    )
 
 
 def not_run(name: str) -> str:

@@ -74,7 +74,8 @@ def _match(pattern: str | re.Pattern[str], modules: dict[str, nn.Module]) -> set
     found = {name for name in modules if regex.fullmatch(name)}
     if not found:
         shown = pattern if isinstance(pattern, str) else pattern.pattern
-        raise ValueError(f"No layer matches {shown!r}. {_nearest(shown, list(modules))}")
+        nearest = _nearest(shown, list(modules), is_glob=isinstance(pattern, str))
+        raise ValueError(f"No layer matches {shown!r}. {nearest}")
     return found
 
 
@@ -92,10 +93,20 @@ def _glob(pattern: str) -> re.Pattern[str]:
     )
 
 
-def _nearest(pattern: str, names: list[str]) -> str:
-    """Returns a sentence that suggests existing names: the same ending first ("blocks.3" for "model.blocks.3")."""
-    bare = pattern.replace("*", "").strip(".")
-    near = [name for name in names if bare and name.endswith("." + bare)]
+def _nearest(pattern: str, names: list[str], *, is_glob: bool = False) -> str:
+    """Returns a sentence that suggests existing names: the same ending first ("blocks.3" for "model.blocks.3").
+
+    For a pattern it suggests patterns: the same one further inside, or those of names that differ in numbers alone.
+    """
+    if is_glob:
+        inside = re.compile(f"((?:.+\\.)?){_glob(pattern.removeprefix('**.')).pattern}")
+        prefixes = [match[1] for match in map(inside.fullmatch, names) if match]
+        near = [f"{prefix}{pattern}" for prefix in dict.fromkeys(prefixes)]
+        names = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))
+        bare = pattern
+    else:
+        near = [name for name in names if pattern and name.endswith("." + pattern)]
+        bare = pattern
     near += [name for name in difflib.get_close_matches(bare, names, n=5, cutoff=0.5) if name not in near]
     if near:
         return f"Did you mean {', '.join(map(repr, near[:5]))}?"
@@ -112,7 +123,8 @@ def repeated_blocks(model: nn.Module) -> list[str]:
 
     Blocks are what containers (`ModuleList`, `Sequential`, `ModuleDict`) hold of a class that occurs at least twice:
     transformer blocks, residual blocks, ConvNeXt blocks. Stages (Swin, ConvNeXt, ResNet, EfficientNet) and whole
-    networks in a container are looked into; blocks, which may hold experts or branches, are not.
+    networks in a container are looked into; blocks, which may hold experts or branches, are not. Losses and metrics are
+    none of the network's layers, whatever networks they hold.
     A network without any, such as an MLP, gets its layers with weights, normalisation and embeddings left out.
 
     Raises:
@@ -128,8 +140,10 @@ def repeated_blocks(model: nn.Module) -> list[str]:
         once = [(name, block) for name, block in blocks if count[original_class(block)] == 1]
         blocks = [inner for name, block in once for inner in structure.blocks(block, f"{name}.")]
     modules = named_layers(model)
+    measures = tuple(f"{name}." for name, module in modules.items() if _is_measure(module))
     if not found:
-        found = {name for name, module in modules.items() if structure.is_plain_layer(module)}
+        plain = (name for name, module in modules.items() if structure.is_plain_layer(module))
+        found = {name for name in plain if not f"{name}.".startswith(measures)}
     if not found:
         raise ValueError(f"Expected {type(model).__name__} to have layers with weights to track, but found none.")
     return [name for name in modules if name in found]
@@ -189,7 +203,16 @@ class _Structure:
 
 
 def _children(module: nn.Module) -> dict[str, nn.Module]:
-    return {name: unwrapped(child) for name, child in module.named_children()}
+    children = ((name, unwrapped(child)) for name, child in module.named_children())
+    return {name: child for name, child in children if not _is_measure(child)}
+
+
+def _is_measure(module: nn.Module) -> bool:
+    """Returns whether a module is a loss or a metric."""
+    bases = type(module).__mro__
+    is_metric = any(base.__module__.startswith("torchmetrics") for base in bases)
+    is_loss = any(base.__module__ == "torch.nn.modules.loss" for base in bases)
+    return is_metric or is_loss or type(module).__name__.endswith(("Loss", "Criterion"))
 
 
 def _are_alike(container: nn.Module) -> bool:

@@ -209,7 +209,7 @@ class Doubled(nn.Module):
     [
         ("unused", "Layer 'unused' has not run. Either the model does not use it, or"),
         ("bypassed", "Layer 'bypassed' has not run. .* its `forward` is called directly"),
-        ("twice", "Layer 'twice' has run more than once in one step"),
+        ("twice", "Layer 'twice' has run more than once in one call of the model"),
     ],
 )
 def test_a_layer_that_does_not_run_just_once_is_an_error_that_names_it(layer: str, message: str) -> None:
@@ -230,7 +230,8 @@ def test_two_forward_passes_in_one_step_are_an_error() -> None:
     with FeatureExtractor(model, "used") as extractor:
         model(torch.randn(3, 4))
         model(torch.randn(3, 4))
-        with pytest.raises(ValueError, match="Layer 'used' has run more than once"):
+        message = r"Layer 'used' has run in more than one call of the model.* Call `collect\(\)` after each call"
+        with pytest.raises(ValueError, match=message):
             extractor.collect()
         x = torch.randn(3, 4)
         model(x)

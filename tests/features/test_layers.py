@@ -8,6 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from torchvision.models import resnet18
 from transformers import T5Config, T5Model
 
@@ -212,7 +214,10 @@ def test_a_dot_in_a_glob_is_a_dot() -> None:
         (["head", "heat"], r"Unknown layer 'heat'\. Did you mean 'head'\?"),
         ("xyz", r"Unknown layer 'xyz'\. The model has 'stem', 'blocks', 'blocks\.0', .* and 28 more"),
         ("", "Unknown layer ''. The model has 'stem'"),
-        ("block.*", r"No layer matches 'block\.\*'. Did you mean 'blocks'"),
+        ("block.*", r"No layer matches 'block\.\*'. Did you mean 'blocks\.\*'"),
+        ("model.blocks.*", r"No layer matches 'model\.blocks\.\*'. Did you mean 'blocks\.\*'"),
+        ("*.fc3", r"No layer matches '\*\.fc3'. The model has 'stem', 'blocks', 'blocks\.\*', 'blocks\.\*\.fc1'"),
+        ("fc?", r"No layer matches 'fc\?'. Did you mean 'blocks\.0\.fc\?', 'blocks\.1\.fc\?'"),
         ("xyz*", r"No layer matches 'xyz\*'. The model has 'stem'"),
         (re.compile("locks"), "No layer matches 'locks'. Did you mean 'blocks'"),
         (lambda name, module: False, "Expected `layers` to accept at least one of 'stem', .* but it accepted none"),
@@ -239,3 +244,34 @@ def test_names_are_those_before_compiling() -> None:
 
 def test_the_wrapper_of_a_compiled_model_is_no_layer() -> None:
     assert select_layers(torch.compile(Network()), "*") == ["stem", "blocks", "head"]
+
+
+def test_under_a_wrapper_a_pattern_is_suggested_with_the_wrapper_s_name() -> None:
+    wrapped = nn.ModuleDict({"base_model": nn.ModuleDict({"model": Network()})})
+    for layers, suggested in (("blocks.*", "base_model.model.blocks.*"), ("blocks.0", "base_model.model.blocks.0")):
+        with pytest.raises(ValueError, match=f"Did you mean '{re.escape(suggested)}'"):
+            select_layers(wrapped, layers)
+
+
+class PerceptualLoss(nn.Module):
+    """Of the user's own, with a network in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+def test_losses_and_metrics_are_no_layers_of_the_network() -> None:
+    """Whatever networks they hold, and however many there are."""
+    measures = {
+        "loss": PerceptualLoss(),
+        "criterion": nn.CrossEntropyLoss(weight=torch.ones(3)),
+        "accuracy": MulticlassAccuracy(3),
+        "metrics": MetricCollection({"a": MulticlassAccuracy(3), "b": MulticlassF1Score(3)}),
+        "distances": nn.ModuleList([PerceptualLoss(), PerceptualLoss()]),
+    }
+    plain = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Linear(4, 3), **measures})
+    assert repeated_blocks(plain) == ["first", "second"]
+    assert repeated_blocks(nn.ModuleDict({"network": Network(), **measures})) == [
+        f"network.{name}" for name in repeated_blocks(Network())
+    ]

@@ -193,10 +193,15 @@ class TwoViews(Classifier):
 
 
 @pytest.mark.parametrize(
-    ("module", "layer"), [(Classifier(Repeating()), BLOCKS[1]), (TwoViews(), BLOCKS[0])], ids=["layer", "step"]
+    ("module", "layer", "times"),
+    [
+        (Classifier(Repeating()), BLOCKS[1], "more than once in one call"),
+        (TwoViews(), BLOCKS[0], "in more than one call"),
+    ],
+    ids=["layer", "step"],
 )
-def test_layers_that_run_twice(tmp_path: Path, module: Classifier, layer: str) -> None:
-    assert_refused(tmp_path, module, CKACallback(), f"Layer '{layer}' has run more than once in one step")
+def test_layers_that_run_twice(tmp_path: Path, module: Classifier, layer: str, times: str) -> None:
+    assert_refused(tmp_path, module, CKACallback(), f"Layer '{layer}' has run {times} of the model")
 
 
 def test_pooling_that_gives_no_features(tmp_path: Path) -> None:

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils.data import RandomSampler
 
 from lit_cka.analysis.extraction import extract
-from lit_cka.analysis.features import Features, check_matched
+from lit_cka.analysis.features import Features, matched
 from lit_cka.analysis.measures import Settings, gram_matrices, similarity
 from lit_cka.analysis.uncertainty import bootstrap_cka, permutation_test
 from lit_cka.features.layers import Layers
@@ -121,10 +120,6 @@ def compare(
         >>> compare(net, None, [X], layers=["0", "2"], progress=False).values.shape
         (2, 2)
     """
-    if model_b is not None and loader_b is None and _shuffles_anew(loader):
-        raise ValueError(
-            "Expected `loader` to give its samples in the same order twice, but it shuffles them by its own generator."
-        )
     options: dict[str, Any] = {"pooling": pooling, "device": device, "data": data, "progress": progress}
     options["distributed"] = distributed
     a = extract(model_a, loader, layers=layers, name=names[0], **options)
@@ -137,12 +132,7 @@ def compare(
         name=names[1],
         **options,
     )
-    return compare_features(a, b, settings)
-
-
-def _shuffles_anew(loader: Any) -> bool:
-    # Drawn from the global generator, the order is the same for both models: `extract` leaves that as it was.
-    return isinstance(getattr(loader, "sampler", None), RandomSampler) and loader.generator is not None
+    return compare_features(a, matched(a, b, same_loader=loader_b is None), settings)
 
 
 def compare_features(a: Features, b: Features, settings: Settings | None = None) -> Comparison:
@@ -152,8 +142,8 @@ def compare_features(a: Features, b: Features, settings: Settings | None = None)
         ValueError: if samples differ in number, id or order, or there are too few.
     """
     settings = settings or Settings()
-    check_matched(a, b)
     same = a is b
+    b = a if same else matched(a, b)
     Xs = list(a.layers.values())
     Ys = Xs if same else list(b.layers.values())
     values = similarity(Xs, Ys, settings)

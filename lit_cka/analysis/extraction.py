@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from lit_cka.analysis.features import Features
 from lit_cka.features.calling import call_model, evaluating
@@ -19,6 +19,7 @@ from lit_cka.features.pooling import Pooling
 from lit_cka.parallel.devices import usable_device
 from lit_cka.parallel.ranks import Ranks
 from lit_cka.progress import progress_bar
+from lit_cka.samples.hashing import row_hashes
 from lit_cka.samples.random_states import preserved_rng
 
 
@@ -43,7 +44,8 @@ def extract(
         model: the network.
         loader: gives batches: mappings, of which the model gets what it takes by name, "id" names the samples and
             "labels" are kept; tuples, of which the model gets the first, and the second are labels; or inputs alone.
-            Samples without ids are numbered, so two loaders have to give the same samples in the same order.
+            Samples without ids are numbered, and matched by what the model has read of them; two loaders that give
+            the same samples in other forms have to give them in the same order.
         layers: see `lit_cka.features.select_layers`; None for the repeated blocks.
         pooling: as in `FeatureExtractor`.
         device: where to run, and from where the model then goes back; None for where it is.
@@ -86,8 +88,11 @@ def extract(
             progress_bar(f"{name} on {data}", num_batches, enabled=progress and rank == 0) as advance,
         ):
             for batch in batches_here:
+                hashes = _input_hashes(batch)  # now: the model may change it
                 features = run(move_data_to_device(batch, place))
-                taken.append(_BatchFeatures(features, len(next(iter(features.values()))), _ids(batch), _labels(batch)))
+                num_samples, named = len(next(iter(features.values()))), _ids(batch)
+                read = hashes if named is None and hashes is not None and len(hashes) == num_samples else None
+                taken.append(_BatchFeatures(features, num_samples, named, _labels(batch), read))
                 advance(1)
         return taken
 
@@ -105,13 +110,17 @@ def extract(
     labels = [label for batch in taken for label in batch.labels]
     if ids is not None and len(ids) != len(found):
         raise ValueError(f"Expected an id for each of {len(found)} samples, but got {len(ids)}.")
+    inputs = [key for batch in taken for key in batch.inputs or ()] if ids is None else []
     ids = found if ids is None else list(ids)
     most, times = Counter(ids).most_common(1)[0]
     if times > 1:
         raise ValueError(f"Expected every sample to have its own id, but {most!r} comes more than once.")
     joined = {layer: torch.cat([batch.features[layer] for batch in taken]) for layer in taken[0].features}
     shown = pooling if isinstance(pooling, str) else getattr(pooling, "__name__", "callable")
-    return Features(joined, ids, name, data, shown, labels if len(labels) == len(ids) else None)
+    return Features(
+        joined, ids, name, data, shown, labels if len(labels) == len(ids) else None,
+        inputs if len(inputs) == len(ids) else None,
+    )  # fmt: skip
 
 
 class _BatchFeatures(NamedTuple):
@@ -121,6 +130,7 @@ class _BatchFeatures(NamedTuple):
     num_samples: int
     ids: list[str] | None
     labels: list[Any]
+    inputs: list[str] | None
 
 
 def _share(loader: Iterable[Any], rank: int, num_ranks: int) -> tuple[Iterable[Any], int]:
@@ -130,8 +140,8 @@ def _share(loader: Iterable[Any], rank: int, num_ranks: int) -> tuple[Iterable[A
     num_batches = sized_len(loader) or 0  # a DataLoader has `__len__` even where its dataset has none
     if num_ranks == 1:
         return loader, num_batches
-    sampler = getattr(loader, "sampler", None)
-    if isinstance(sampler, RandomSampler):
+    samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
+    if any(isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)) for sampler in samplers):
         raise ValueError("Expected a `loader` that does not shuffle: on several ranks, each would have its own order.")
     if isinstance(loader, DataLoader) and type(loader.batch_sampler) is BatchSampler:
         indices = list(loader.batch_sampler)[rank::num_ranks]  # the others need not even be loaded
@@ -153,6 +163,17 @@ def _ids(batch: Any) -> list[str] | None:
     return [str(sample) for sample in (named.tolist() if isinstance(named, Tensor) else named)]
 
 
+def _input_hashes(batch: Any) -> list[str] | None:
+    """Returns a hash of what a batch holds of each sample, None where that can't be told."""
+    hashes = row_hashes(batch, _num_samples(batch), shared=False)
+    return None if hashes is None else [key.hex() for key in hashes]
+
+
+def _num_samples(batch: Any) -> int:
+    # By the first tensor: there may be longer ones that hold no samples, such as weights of classes.
+    return next((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), 1)
+
+
 def _labels(batch: Any) -> list[Any]:
     if isinstance(batch, Mapping):
         held = batch.get("labels", batch.get("label"))
@@ -172,8 +193,7 @@ class _Halving:
         self._num_parts = 1
 
     def __call__(self, batch: Any) -> dict[str, Tensor]:
-        # By the first tensor: there may be longer ones that hold no samples, such as weights of classes.
-        num_samples = next((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), 1)
+        num_samples = _num_samples(batch)
         parts: list[dict[str, Tensor]] = []
         start = 0
         while start < max(num_samples, 1):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ class Features:
         data: a name for the dataset.
         pooling: how a layer's output became a vector per sample.
         labels: of the samples, where the data had some.
+        inputs: hashes of what the model has read of each sample, where the data had no ids: what two sets of features
+            are matched by if both models have read the same.
 
     Raises:
-        ValueError: if a layer's features, or the labels, are not of as many samples as there are ids.
+        ValueError: if a layer's features, the labels or the inputs are not of as many samples as there are ids.
     """
 
     layers: dict[str, Tensor]
@@ -40,6 +43,7 @@ class Features:
     data: str = "data"
     pooling: str = "mean"
     labels: list[Any] | None = None
+    inputs: list[str] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", as_tensors(self.layers))
@@ -49,20 +53,31 @@ class Features:
                     f"Expected features (n, d) of {len(self.ids)} samples, as many as there are ids, but those of "
                     f"layer {name!r} have shape {tuple(value.shape)}."
                 )
-        if self.labels is not None and len(self.labels) != len(self.ids):
-            raise ValueError(f"Expected {len(self.ids)} labels, one for each id, but got {len(self.labels)}.")
+        for name, of_samples in (("labels", self.labels), ("inputs", self.inputs)):
+            if of_samples is not None and len(of_samples) != len(self.ids):
+                raise ValueError(f"Expected {len(self.ids)} {name}, one for each id, but got {len(of_samples)}.")
 
     @property
     def num_samples(self) -> int:
         """The number of samples, n."""
         return len(self.ids)
 
+    def in_order(self, places: list[int]) -> Features:
+        """Returns the same samples in another order: first that of the first of `places`, and so on."""
+
+        def ordered(values: list[Any] | None) -> list[Any] | None:
+            return None if values is None else [values[place] for place in places]
+
+        layers = {name: value[places] for name, value in self.layers.items()}
+        ids, labels, inputs = ordered(self.ids) or [], ordered(self.labels), ordered(self.inputs)
+        return replace(self, layers=layers, ids=ids, labels=labels, inputs=inputs)
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a safetensors file, whole or not at all."""
         described = {
             "format": _FORMAT, "model": self.model, "data": self.data, "pooling": self.pooling,
             "layer_names": json.dumps(list(self.layers)), "ids": json.dumps(self.ids),
-            "labels": json.dumps(self.labels),
+            "labels": json.dumps(self.labels), "inputs": json.dumps(self.inputs),
         }  # fmt: skip
         with written_whole(path) as partial:
             save_file({name: value.contiguous() for name, value in self.layers.items()}, partial, described)
@@ -89,19 +104,58 @@ class Features:
             raise ValueError(f"{str(path)!r} is damaged or no safetensors file: {error}.") from error
         return cls(
             layers, json.loads(described["ids"]), described["model"], described["data"], described["pooling"],
-            json.loads(described["labels"]),
+            json.loads(described["labels"]), json.loads(described.get("inputs", "null")),
         )  # fmt: skip
 
 
-def check_matched(a: Features, b: Features) -> None:
-    """Raise a ValueError unless the samples of both are the same, in the same order."""
-    if a.ids == b.ids:
-        return
+def matched(a: Features, b: Features, *, same_loader: bool = False) -> Features:
+    """Returns `b` with its samples in the order of those of `a`.
+
+    They are matched by their inputs, where both have read some of the same; else by their ids.
+
+    Args:
+        a: features of one model.
+        b: features of another.
+        same_loader: both models have read from one loader, so that their inputs have to be the same.
+
+    Raises:
+        ValueError: unless the samples of both are the same, or if they have other labels.
+    """
+    inputs_a, inputs_b = a.inputs or [], b.inputs or []
+    by_inputs = not {*inputs_a}.isdisjoint(inputs_b) or (same_loader and bool(inputs_a and inputs_b))
+    keys_a, keys_b = (inputs_a, inputs_b) if by_inputs else (a.ids, b.ids)
     if a.num_samples != b.num_samples:
-        how = f"{a.model} has {a.num_samples} and {b.model} {b.num_samples}"
-    elif set(a.ids) == set(b.ids):
-        how = "they are in another order"
-    else:
-        place = next(index for index, pair in enumerate(zip(a.ids, b.ids, strict=True)) if pair[0] != pair[1])
-        how = f"sample {place} is {a.ids[place]!r} for {a.model} and {b.ids[place]!r} for {b.model}"
-    raise ValueError(f"Expected features of the same samples in the same order, but {how}.")
+        raise ValueError(
+            f"Expected features of the same samples, but {a.model} has {a.num_samples} and {b.model} {b.num_samples}."
+        )
+    if keys_a != keys_b:
+        b = b.in_order(_places(a, b, keys_a, keys_b, by_inputs=by_inputs))
+    if a.labels is not None and b.labels is not None and a.labels != b.labels:
+        place = next(index for index, pair in enumerate(zip(a.labels, b.labels, strict=True)) if pair[0] != pair[1])
+        raise ValueError(
+            f"Expected features of the same samples in the same order, but sample {place} has the label "
+            f"{a.labels[place]!r} for {a.model} and {b.labels[place]!r} for {b.model}."
+        )
+    return b
+
+
+def _places(a: Features, b: Features, keys_a: list[str], keys_b: list[str], *, by_inputs: bool) -> list[int]:
+    """Returns where in `b` each sample of `a` is; equal ones in turn."""
+    places: dict[str, deque[int]] = {}
+    for place, key in enumerate(keys_b):
+        places.setdefault(key, deque()).append(place)
+    found = [places[key].popleft() if places.get(key) else None for key in keys_a]
+    missing = [index for index, place in enumerate(found) if place is None]
+    if not missing:
+        return [place for place in found if place is not None]
+    if by_inputs:
+        raise ValueError(
+            f"Expected features of the same samples, but {len(missing)} of {a.num_samples} that {a.model} has read are "
+            f"not among those of {b.model}. Use a loader that gives the same samples each time, or batches that are "
+            'mappings with an "id" for each sample.'
+        )
+    place = next(index for index, pair in enumerate(zip(a.ids, b.ids, strict=True)) if pair[0] != pair[1])
+    raise ValueError(
+        f"Expected features of the same samples, but sample {place} is {a.ids[place]!r} for {a.model} and "
+        f"{b.ids[place]!r} for {b.model}."
+    )

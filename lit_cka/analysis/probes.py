@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_cka.analysis.features import Features, check_matched
+from lit_cka.analysis.features import Features, matched
 from lit_cka.functional.centring import without_rounding
 from lit_cka.functional.matrix import cka_matrix
 from lit_cka.functional.units import in_usual_unit
@@ -71,7 +71,7 @@ def probe_layers(
             class with fewer samples than folds.
     """
     check_probe(num_folds, C)
-    check_matched(before, after)
+    after = matched(before, after)
     if list(before.layers) != list(after.layers):
         raise ValueError(
             f"Expected two models with the same layers, but {before.model} has {list(before.layers)[:4]} and "

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lit_cka.analysis.features import Features, check_matched
+from lit_cka.analysis.features import Features, matched
 from lit_cka.functional.centring import standardized
 from lit_cka.functional.procrustes import orthogonal_alignment
 from lit_cka.functional.signatures import component_label_correlation, kernel_pca, signature_gram
@@ -88,8 +88,7 @@ def project(features: Sequence[Features], *, standardize: bool = False) -> Proje
     keys = [(each.model, each.data) for each in features]
     if len(set(keys)) < len(keys):
         raise ValueError(f"Expected every model and dataset once, but got {keys}.")
-    for each in features[1:]:
-        check_matched(features[0], each)
+    features = [features[0], *(matched(features[0], each) for each in features[1:])]
     layers = [standardized(in_usual_unit(X)) if standardize else X for each in features for X in each.layers.values()]
     gram = signature_gram(layers)
     coordinates, explained = kernel_pca(gram)

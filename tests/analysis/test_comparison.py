@@ -13,7 +13,14 @@ from scipy.linalg import orthogonal_procrustes
 from scipy.spatial.distance import pdist
 from scipy.stats import kendalltau, pearsonr, spearmanr
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from lit_cka.analysis import Comparison, Settings, compare, compare_features
 from lit_cka.analysis.features import Features
@@ -255,14 +262,58 @@ def test_layers_and_loaders_of_each() -> None:
 
 
 def test_a_shuffling_loader() -> None:
+    """From the global generator, it has one order for both models; from its own another for each."""
     a = Counting([6, 5], 0)
     b = copy.deepcopy(a)
     found = compare(a, b, loader(shuffle=True), progress=False)
     assert a.seen == b.seen != INPUTS[:, 0].tolist()
     np.testing.assert_allclose(np.diagonal(found.values), 1, atol=1e-9)
-    with pytest.raises(ValueError, match="same order twice, but it shuffles"):
-        compare(a, b, loader(shuffle=True, generator=torch.Generator()), progress=False)
     compare(a, None, loader(shuffle=True, generator=torch.Generator()), progress=False)
+
+
+ORDERS: dict[str, Any] = {
+    "shuffle": lambda generator: {"shuffle": True, "generator": generator},
+    "subset": lambda generator: {"sampler": SubsetRandomSampler(range(5, 20), generator)},
+    "batches": lambda generator: {
+        "batch_sampler": BatchSampler(RandomSampler(range(22), generator=generator), 4, drop_last=False)
+    },
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_samples_are_matched_in_any_order(order: str) -> None:
+    """Also of sets of which some samples are equal."""
+    inputs = INPUTS.clone()
+    inputs[7] = inputs[9]
+    options = ORDERS[order](torch.Generator().manual_seed(1))
+    several = {} if order == "batches" else {"batch_size": 4}
+    data = DataLoader(TensorDataset(inputs, torch.arange(22) % 3), **several, **options)
+    a, b = Counting([6, 5], 0), Counting([6, 5], 1)
+    found = compare(a, b, data, progress=False)
+    assert a.seen != b.seen
+    read = inputs[5:20] if order == "subset" else inputs
+    X, Y = outputs(a, read)[0], outputs(b, read)[1]
+    expected = oracles.cka(oracles.linear_gram(X), oracles.linear_gram(Y), True)
+    assert found.values[0, 1] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("num_drawn", [3, 64])
+def test_samples_that_do_not_come_again_are_refused(num_drawn: int) -> None:
+    """Also where none of them does."""
+    many = torch.randn(1000, 4, generator=torch.Generator().manual_seed(5))
+    sampler = WeightedRandomSampler(torch.ones(1000), num_drawn, generator=torch.Generator().manual_seed(1))
+    a = Counting([6, 5], 0)
+    with pytest.raises(ValueError, match=r"\d+ of \d+ that a has read are not among those of b\. Use a loader"):
+        compare(a, copy.deepcopy(a), DataLoader(TensorDataset(many), 4, sampler=sampler), progress=False)
+
+
+def test_labels_tell_that_samples_are_others() -> None:
+    """Of two loaders with inputs in other forms, the order can't be checked but by that."""
+    a, labels = Counting([6, 5], 0), torch.arange(22) % 3
+    first = DataLoader(TensorDataset(INPUTS, labels), 4)
+    compare(a, a, first, DataLoader(TensorDataset(INPUTS * 2, labels), 4), progress=False)
+    with pytest.raises(ValueError, match="sample 1 has the label 1 for a and 2 for b"):
+        compare(a, a, first, DataLoader(TensorDataset(INPUTS * 2, labels.flip(0)), 4), progress=False)
 
 
 def named(ids: list[Any], inputs: torch.Tensor = INPUTS) -> list[dict[str, Any]]:
@@ -271,10 +322,10 @@ def named(ids: list[Any], inputs: torch.Tensor = INPUTS) -> list[dict[str, Any]]
 
 def test_samples_have_to_match() -> None:
     a, ids = Counting([6], 0), list(range(22))
-    assert compare(a, a, named(ids), named(ids), progress=False).values.item() == pytest.approx(1)
+    for other in (named(ids), named(ids[::-1], INPUTS.flip(0))):
+        assert compare(a, a, named(ids), other, progress=False).values.item() == pytest.approx(1)
     for other, message in [
         (named([*ids[:21], 99]), "sample 21 is '21' for a and '99' for b"),
-        (named(ids[::-1], INPUTS.flip(0)), "another order"),
         (named(ids[:20], INPUTS[:20]), "a has 22 and b 20"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lit_cka.analysis.features import Features, check_matched
+from lit_cka.analysis.features import Features, matched
 
 
 def features(ids: list[str] | None = None, model: str = "a", **options: Any) -> Features:
@@ -74,17 +74,40 @@ def test_features_have_to_fit_together() -> None:
     ("ids", "message"),
     [
         (["0", "1"], "but a has 3 and b 2"),
-        (["1", "0", "2"], "but they are in another order"),
         (["0", "x", "y"], "but sample 1 is '1' for a and 'x' for b"),
     ],
 )
 def test_samples_have_to_match(ids: list[str], message: str) -> None:
-    check_matched(features(), features(model="b"))
-    with pytest.raises(ValueError, match=f"features of the same samples in the same order, {message}"):
-        check_matched(features(), features(ids, "b"))
+    same = features(model="b")
+    assert matched(features(), same) is same
+    with pytest.raises(ValueError, match=f"features of the same samples, {message}"):
+        matched(features(), features(ids, "b"))
+
+
+def test_samples_are_put_in_the_same_order() -> None:
+    other = features(["2", "0", "1"], "b", labels=["c", "a", "b"])
+    found = matched(features(labels=["a", "b", "c"]), other)
+    assert (found.ids, found.labels, found.model) == (["0", "1", "2"], ["a", "b", "c"], "b")
+    for name, X in other.layers.items():
+        torch.testing.assert_close(found.layers[name], X[[1, 2, 0]], equal_nan=True)
+
+
+def test_inputs_are_stored_and_matched_by(tmp_path: Path) -> None:
+    features(inputs=["x", "y", "x"]).save(tmp_path / "a")
+    first = Features.load(tmp_path / "a")
+    assert first.inputs == ["x", "y", "x"]
+    other = features(model="b", inputs=["x", "x", "y"])
+    found = matched(first, other)
+    torch.testing.assert_close(found.layers["layers.10"], other.layers["layers.10"][[0, 2, 1]])
+    with pytest.raises(ValueError, match="1 of 3 that a has read are not among those of b"):
+        matched(first, features(model="b", inputs=["x", "y", "y"]))
+    others = features(model="b", inputs=["p", "q", "r"])  # in another form
+    assert matched(first, others) is others
+    with pytest.raises(ValueError, match="3 of 3 that a has read are not among those of b"):
+        matched(first, others, same_loader=True)
 
 
 def test_a_file_of_another_dataset_does_not_match(tmp_path: Path) -> None:
     features(["en-0", "en-1", "en-2"], "b", data="english").save(tmp_path / "b")
     with pytest.raises(ValueError, match="sample 0 is '0' for a and 'en-0' for b"):
-        check_matched(features(), Features.load(tmp_path / "b"))
+        matched(features(), Features.load(tmp_path / "b"))

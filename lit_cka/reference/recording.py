@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -242,8 +242,8 @@ class Recording:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was recorded."""
-        return not any(map(len, self.dataloaders.values()))
+        """Whether nothing was recorded, by any process: of a dataloader, some may have no samples."""
+        return not self.dataloaders
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return everything, for a file: tensors by name, and what they are, JSON."""
@@ -254,6 +254,13 @@ class Recording:
             tensors.update({f"{number}.{name}": value for name, value in held.items()})
             described.append({"stage": dataloader.stage, "number": dataloader.number, **about})
         return tensors, {"layers": self.layer_names, "dtype": self.dtype, "dataloaders": described}
+
+    def expect(self, dataloaders: Iterable[Dataloader]) -> None:
+        """Take these dataloaders as recorded, on other processes at least."""
+        for dataloader in dataloaders:
+            if dataloader not in self.dataloaders:
+                self.start(Dataloader(*dataloader))
+                self.dataloaders[dataloader].is_complete = True
 
     def fits(self, notes: Mapping[str, Any]) -> bool:
         """Whether these notes are of a recording of the same layers."""

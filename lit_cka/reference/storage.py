@@ -148,6 +148,8 @@ class TrainingStart:
         for file in files:
             if file is not None:
                 empty.load(file.tensors, file.notes)
+        # There may be fewer files than ranks: those without one know all the same what the others have.
+        empty.expect(trainer.strategy.broadcast(list(empty.dataloaders)))
         return True
 
     def _find_weights(

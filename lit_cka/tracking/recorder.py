@@ -98,9 +98,10 @@ class Recorder:
         if is_busy or not self._is_tracked(trainer, stage):
             return
         model, limit = self.prepare(trainer, trainer.lightning_module), self._options.max_batches
-        could_record = model.tracker.can_record
+        if not model.tracker.can_record:
+            return
         self.is_recording_due = self._needs_recording(trainer, loop, stage)
-        if could_record and not model.tracker.can_record:
+        if not model.tracker.can_record:
             # One batch, to know before the training what would go wrong beside it.
             self.is_recording_due, limit = True, 1
         try:
@@ -115,6 +116,8 @@ class Recorder:
                     type(loop).run(loop)
         finally:
             self.is_recording_due = False
+            if not model.tracker.can_record:
+                model.forget_recording(stage)  # or it would be stored, and taken for the recording of all
 
     def _needs_recording(self, trainer: pl.Trainer, loop: Any, stage: Stage) -> bool:
         assert self.model is not None
@@ -124,7 +127,8 @@ class Recorder:
         options = self._options
         dataloaders, _ = tracked_dataloaders(trainer, stage, options.dataloaders, options.min_num_samples)
         words = {number: self._samples.dataset_words(number) for number in dataloaders}
-        if self.model.is_recorded(stage, words):
+        # Together, since what follows takes all ranks.
+        if trainer.strategy.reduce_boolean_decision(self.model.is_recorded(stage, words), all=True):
             return False
         if options.reference == INITIAL:
             self.start.require()

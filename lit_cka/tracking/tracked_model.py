@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_cka.features.layers import select_layers
 from lit_cka.features.sharded_modules import is_sharded
@@ -145,8 +145,3 @@ class TrackedModel:
 _DIFFERS = (
     "the data differ at every pass, so that the reference would have to run beside it. Pass fixed batches as `probe=`."
 )
-
-
-def has_all_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> bool:
-    """Whether the weights are those of a module built like this one."""
-    return {name: tensor.shape for name, tensor in module.named_parameters()}.keys() <= weights.keys()

@@ -174,6 +174,8 @@ class Tracker:
 
     def conclude_recording(self) -> None:
         """Say what is wrong with what was recorded, and keep it in the type that was asked for; all ranks call it."""
+        if not self.can_record:  # it was a trial
+            return
         for dataloader, recorded in self.recording.dataloaders.items():
             if dataloader.stage != self._stage:
                 continue

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
 from lit_cka import CKACallback
+from lit_cka.tracking.tracker import Estimator
 from tests.sync_worker import fork_ranks
 from tests.tracking.helpers import Classifier, dataset, loader, train_loader
 
@@ -46,6 +47,8 @@ CASES = [
     *(Case(n, 3, "dropping") for n in (8, 37)),
     *(Case(n, 3, "limited") for n in (10, 37)),
 ]
+ESTIMATORS: tuple[Estimator, ...] = ("exact", "minibatch")
+RESHUFFLED_SIZE = 8
 OPTIONS: dict[str, dict[str, Any]] = {"debiased": {"debiased": True}, "minibatch": {"estimator": "minibatch"}}
 # Each rank's own share of the samples, by number of ranks. None is empty: there Lightning skips the validation.
 SHARES = {2: [range(30), range(30, 37)], 3: [range(20), range(20, 36), range(36, 37)]}
@@ -167,6 +170,26 @@ def fitted(rank: int, world_size: int, folder: Path) -> Any:
     return {**seen, "history": callback.history}
 
 
+def reshuffled(rank: int, world_size: int, folder: Path) -> Any:
+    """A fit that changes nothing, in which samples come to other ranks in each validation."""
+    seen = {}
+    for estimator in ESTIMATORS:
+        reference, module = models()
+        module.lr = 0.0
+        for block in module.net.blocks:
+            block.norm.momentum = 0.0
+        callback = CKACallback(reference=reference, estimator=estimator)
+        run = trainer(folder, world_size, callback, precision="64-true")
+        sampler = reshuffling(rank, world_size)
+        run.fit(module, train_loader(), DataLoader(sampler.dataset, RESHUFFLED_SIZE, sampler=sampler))
+        seen[estimator] = callback.history
+    return seen
+
+
+def reshuffling(rank: int, world_size: int) -> DistributedSampler[Any]:
+    return DistributedSampler(dataset(44, 1), world_size, rank, seed=5)
+
+
 def probed(rank: int, world_size: int, folder: Path) -> Any:
     """A validation on probes of five batches and of two, which leave a rank of three without; and a fit."""
     seen = {}
@@ -199,7 +222,7 @@ def write(seen: Any, folder: Path, name: str, world_size: int, rank: int) -> Non
 
 
 def fork_all(folder: Path) -> None:
-    for job, world_size in product((validated, too_few, changed, fitted, shared, probed), (2, 3)):
+    for job, world_size in product((validated, too_few, changed, fitted, shared, reshuffled, probed), (2, 3)):
         fork_ranks(work, job, world_size, folder, SECONDS)
 
 

@@ -101,6 +101,29 @@ def test_shares_of_other_sizes(folder: Path, world_size: int) -> None:
 
 
 @WORLD_SIZES
+@pytest.mark.parametrize("estimator", ranks_worker.ESTIMATORS)
+def test_samples_that_come_to_other_ranks(folder: Path, estimator: str, world_size: int) -> None:
+    """What was recorded of them comes along; their batches stay together, which counts for the minibatch estimator."""
+    ranks = [seen[estimator] for seen in seen_by_ranks(folder, "reshuffled", world_size)]
+    assert all(history == ranks[0] for history in ranks)
+    scores = []
+    for epoch, record in enumerate(ranks[0]):
+        batches = []
+        for rank in range(world_size):
+            sampler = ranks_worker.reshuffling(rank, world_size)
+            sampler.set_epoch(epoch)
+            places = enumerate(sampler)
+            own = [index for place, index in places if rank + place * world_size < 44]  # without repeated ones
+            size = ranks_worker.RESHUFFLED_SIZE
+            batches += [sampler.dataset[own[start : start + size]] for start in range(0, len(own), size)]
+        assert record["n"] == sum(len(batch[0]) for batch in batches) == 44
+        assert record["scores"] == by_hand(batches, estimator=estimator)
+        scores.append(record["scores"][BLOCKS[2]])
+    assert len(scores) == 2
+    assert (abs(scores[0] - scores[1]) < 1e-9) == (estimator == "exact")
+
+
+@WORLD_SIZES
 def test_a_probe_counts_every_batch_once(folder: Path, world_size: int) -> None:
     ranks = seen_by_ranks(folder, "probed", world_size)
     for seen in ranks:

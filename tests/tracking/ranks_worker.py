@@ -74,9 +74,7 @@ def models() -> tuple[Counted, Classifier]:
     return reference.double(), Classifier().double()
 
 
-def trainer(
-    folder: Path, world_size: int, *callbacks: pl.Callback, strategy: str = "ddp", **options: Any
-) -> pl.Trainer:
+def trainer(folder: Path, world_size: int, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     return pl.Trainer(
         default_root_dir=folder,
         accelerator="cpu",
@@ -235,7 +233,8 @@ class Writer(pl.Callback):
         self.callback = callback
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        seen = {"history": self.callback.history, "logged": logged(trainer)}
+        start_method = getattr(trainer.strategy.launcher, "_start_method", "script")
+        seen = {"history": self.callback.history, "logged": logged(trainer), "started by": start_method}
         write(seen, self.folder, f"{self.name}-{trainer.state.fn.value}", trainer.world_size, trainer.global_rank)
 
 

@@ -160,6 +160,8 @@ def test_processes_that_lightning_starts(folder: Path, strategy: str) -> None:
     if strategy != "ddp_fork":  # which was forked with the others
         sync_worker.run_to_end(ranks_worker.__file__, folder, strategy, seconds=120)
     fits, validations = (seen_by_ranks(folder, f"{strategy}-{stage}", 2) for stage in ("fit", "validate"))
+    started_by = {"ddp_fork": "fork", "ddp_spawn": "spawn", "ddp": "script"}
+    assert fits[0]["started by"] == validations[0]["started by"] == started_by[strategy]
     assert fits[0] == fits[1]
     assert [record["n"] for record in fits[0]["history"]] == [NUM_UNEVEN] * 2
     assert fits[0]["history"][0]["scores"] != fits[0]["history"][1]["scores"]

@@ -141,7 +141,8 @@ class TrainingStart:
         """Read this rank's share of the recording; whether all ranks found theirs."""
         ranks = data_ranks(trainer)
         mine = range(ranks.rank, stored["world_size"], ranks.size)
-        files = [find_tensors(self._recording_name(rank, stored["world_size"]), *place) for rank in mine]
+        names = [self._recording_name(rank, stored["world_size"]) for rank in mine]
+        files = [find_tensors(name, {"id": self._id}, *place) for name in names]
         found = all(file is not None and empty.fits(file.notes) for file in files)
         if not trainer.strategy.reduce_boolean_decision(found, all=True):
             return False
@@ -158,7 +159,7 @@ class TrainingStart:
         """Read the initial weights, whole ones or this process's shards; None if some process has not found its own."""
         found = None
         if num_files == 1 or (num_files == trainer.world_size and is_sharded(module)):
-            found = find_tensors(self._weights_name(trainer.global_rank, num_files), *place)
+            found = find_tensors(self._weights_name(trainer.global_rank, num_files), {"id": self._id}, *place)
         if not trainer.strategy.reduce_boolean_decision(found is not None, all=True) or found is None:
             return None
         _check_architecture(module, found.tensors, are_shards=num_files > 1)
@@ -182,7 +183,8 @@ class TrainingStart:
         try:
             if not recording.is_empty and ranks.leads:
                 tensors, notes = recording.tensors()
-                write_tensors(folder, self._recording_name(ranks.rank, ranks.size), tensors, notes)
+                name = self._recording_name(ranks.rank, ranks.size)
+                write_tensors(folder, name, tensors, {"id": self._id, **notes})
             if self.weights is not None and trainer.global_rank < num_files:
                 name = self._weights_name(trainer.global_rank, num_files)
                 write_tensors(folder, name, self.weights, {"id": self._id})

@@ -7,7 +7,7 @@ from hashlib import sha256
 from typing import Literal, NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lit_cka.features.compiled import Uncompiled, is_compiled
@@ -19,6 +19,7 @@ from lit_cka.reference.running import RunningReference
 from lit_cka.samples.counting import DataRanks
 from lit_cka.samples.sample_keys import BatchSamples
 from lit_cka.statistics.layer import ExactStatistics, MinibatchStatistics
+from lit_cka.tracking.explanations import Explanations
 from lit_cka.tracking.pairing import PairedPass
 
 Estimator = Literal["exact", "minibatch"]
@@ -79,7 +80,7 @@ class Tracker:
         self._dataloader = 0
         self._ranks = DataRanks(0, 1, None, torch.device("cpu"))
         self._ran_once = False
-        self._warned: set[tuple[str, str]] = set()
+        self._explanations = Explanations()
 
     def open(self, stage: str, num_dataloaders: int, ranks: DataRanks, *, record: bool = False) -> None:
         """Start anew for an evaluation over `num_dataloaders` sets: empty statistics, hooks in place.
@@ -184,20 +185,13 @@ class Tracker:
                 f"{dataloader.number} in {len(self.layer_names)} layers ({recorded.nbytes / 2**20:.1f} MiB)."
             )
             recorded.is_complete = True
-            for name, store in recorded.stores.items():
-                if not store.is_finite:
-                    self._warn_once(
-                        name,
-                        "nan",
-                        f"CKA of layer {name!r} is undefined (NaN): the reference's features, as they were recorded, "
-                        "hold NaN or infinity.",
-                    )
+            self._explanations.of_recording(recorded)
             if self.recording.dtype == "bfloat16":
                 cost = rounding_cost(recorded.stores.values(), torch.bfloat16, self._ranks.device, self._ranks.group)
                 if cost <= _MAX_ROUNDING_COST:
                     recorded.round_to(torch.bfloat16)
                 else:
-                    self._warn_once(
+                    self._explanations.once(
                         "",
                         "rounding",
                         f"Keeping the reference's features in bfloat16 can change CKA by {cost:.1e}, more than "
@@ -241,7 +235,9 @@ class Tracker:
         paired = self._passes[self._dataloader]
         self._report(problems, paired.add(samples, usable, reference))
         if paired.has_small_batches:
-            self._warn_once("", "small", "Batches of fewer than 4 samples are left out of the minibatch estimator.")
+            self._explanations.once(
+                "", "small", "Batches of fewer than 4 samples are left out of the minibatch estimator."
+            )
 
     def _report(self, problems: dict[str, str], found: dict[str, str]) -> None:
         problems = {**problems, **{name: f"Layer {name!r} can't be used: {text}" for name, text in found.items()}}
@@ -249,7 +245,7 @@ class Tracker:
             if name in problems and not self._ran_once:
                 raise ValueError(problems[name])
             if name in problems:
-                self._warn_once(name, "skipped", f"{problems[name]} This batch is left out for the layer.")
+                self._explanations.once(name, "skipped", f"{problems[name]} This batch is left out for the layer.")
         self._ran_once = True
 
     def scores(self, dataloader: int) -> dict[str, LayerScore]:
@@ -262,40 +258,14 @@ class Tracker:
         """
         paired = self._passes[dataloader]
         layers = paired.scores(self._ranks, debiased=self._debiased)
-        is_explained = self._explain_missing(dataloader, paired, is_empty=not any(score.n for score in layers.values()))
+        is_undefined = not any(score.n for score in layers.values())
+        where = f"{self._stage} dataloader {dataloader}"
+        is_explained = self._explanations.of_missing(where, paired, is_undefined=is_undefined)
         scores = {}
         for name, score in layers.items():
             if score.cka != score.cka and (score.n or not is_explained):
                 debiased = self._debiased or self._estimator != "exact"
                 text = f"CKA of layer {name!r} is undefined (NaN): {score.why_undefined(debiased=debiased)}."
-                self._warn_once(name, "nan", text)
+                self._explanations.once(name, "nan", text)
             scores[name] = LayerScore(score.cka, score.n, paired.widths.get(name, 0))
         return scores
-
-    def _explain_missing(self, dataloader: int, paired: PairedPass, *, is_empty: bool) -> bool:
-        """Warn of samples that could not be compared; return whether that says why none could."""
-        where = f"{self._stage} dataloader {dataloader}"
-        left_out = "they are left out, and n says how many were compared."
-        is_empty = is_empty and not paired.num_batches and not paired.num_changed
-        if is_empty:
-            self._warn_once(where, "empty", f"The {where} is empty: it gave no batch, so there is no CKA (NaN).")
-        if paired.num_unmatched:
-            self._warn_once(
-                where,
-                "unmatched",
-                f"{paired.num_unmatched} samples of {where} were not among those that the reference was recorded on: "
-                f"{left_out}",
-            )
-        if paired.num_changed:
-            self._warn_once(
-                where,
-                "changed",
-                f"{paired.num_changed} samples of {where} are not what they were when the reference was recorded, "
-                f"though they have the same indices: {left_out}",
-            )
-        return is_empty or bool(paired.num_unmatched or paired.num_changed)
-
-    def _warn_once(self, name: str, kind: str, text: str) -> None:
-        if (name, kind) not in self._warned:
-            self._warned.add((name, kind))
-            rank_zero_warn(text, stacklevel=4)

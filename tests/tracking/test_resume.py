@@ -153,8 +153,9 @@ def test_missing_files_are_an_error_that_says_what_to_do(tmp_path: Path) -> None
         file.unlink()
     with pytest.raises(
         FileNotFoundError, match=r"beside it there is no sound file 'cka_ref.*pass the original weights"
-    ):
+    ) as raised:
         fit(tmp_path, 3, checkpoint(tmp_path, 1))
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("kept", [stored, recorded])
@@ -175,6 +176,25 @@ def test_a_sound_copy_above_the_checkpoint_is_taken(tmp_path: Path) -> None:
         file.write_bytes(b"damaged")
     _, callback = fit(tmp_path, 4, checkpoint(tmp_path, 1), seed=7)
     assert callback.history == whole.history
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_files_of_another_training_are_not_taken_for_this_one_s(tmp_path: Path, above: bool) -> None:
+    """Whatever their names are; a sound copy elsewhere is."""
+    _, whole = fit(tmp_path / "whole", 4)
+    fit(tmp_path, 2)
+    fit(tmp_path / "other", 2, seed=5)
+    for files in (stored, recorded):
+        (mine,), (others,) = files(tmp_path), files(tmp_path / "other")
+        if above:
+            shutil.copy(mine, tmp_path)
+        shutil.copy(others, mine)
+    if above:
+        _, callback = fit(tmp_path, 4, checkpoint(tmp_path, 1), seed=7)
+        assert callback.history == whole.history
+    else:
+        with pytest.raises(FileNotFoundError, match="missing, damaged, or of other data"):
+            fit(tmp_path, 4, checkpoint(tmp_path, 1), seed=7)
 
 
 @pytest.mark.parametrize("name", ["http://127.0.0.1:9/x", "../../x", "/etc/passwd", "s3://bucket/x", ""])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import TypedDict
@@ -16,7 +17,7 @@ from typing_extensions import TypedDict
 from lit_cka.checkpoints.tensor_files import find_tensors, write_tensors
 from lit_cka.features.sharded_modules import is_in_partitions, is_sharded
 from lit_cka.reference.exchange import kept_weights
-from lit_cka.reference.places import places_of
+from lit_cka.reference.places import marks_of, places_of
 from lit_cka.reference.recording import Recording
 from lit_cka.samples.counting import data_ranks
 
@@ -57,6 +58,7 @@ class TrainingStart:
         self.are_live = False
         self.are_lost = False
         self.in_checkpoint: StoredStart | None = None
+        self._marks: dict[str, tuple[int, int]] = {}  # of the live weights when they were copied
         self._id = ""
         self._written: StoredStart | None = None
 
@@ -96,6 +98,23 @@ class TrainingStart:
         if self.weights is None and not self.are_lost:
             self.are_live, self.are_lost = True, is_in_partitions(module)
             self.weights = None if self.are_lost else kept_weights(module)
+            self._marks = {} if self.are_lost else marks_of(module)
+
+    def has_moved(self, module: nn.Module) -> bool:
+        """Whether the live model's weights have been changed since, though no step was taken: loaded, or drawn anew."""
+        if not self.are_live or self.weights is None:
+            return False
+        places = places_of(module)
+        changed = [name for name, mark in marks_of(module).items() if self._marks.get(name) != mark]
+        return any(
+            name not in self.weights or not torch.equal(places[name].local.cpu(), self.weights[name])
+            for name in changed
+        )
+
+    def keep_again(self, module: nn.Module) -> None:
+        """Take the weights as they are now for those that the training begins with."""
+        self.weights = None
+        self.keep(module)
 
     def require(self) -> None:
         """Raise if the initial weights are needed and can't be had.

@@ -165,9 +165,13 @@ class CKACallback(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = self._recorder.prepare(trainer, pl_module)
         self._probed_step = trainer.global_step
         self._has_warned = False
+        self._record(trainer, pl_module)
+
+    def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Have the reference recorded before the training, or say that there is nothing to record it on."""
+        model = self._recorder.begin(trainer, pl_module)
         if self._probe is not None:
             self._probe.record(trainer, model, self._recorder.start.to_exchange)
         elif "validate" in self.options.stages and trainer.enable_validation:
@@ -178,7 +182,14 @@ class CKACallback(pl.Callback):
         elif "validate" in self.options.stages:
             warn_no_validation()
             self._has_warned = True
-        self._recorder.start.are_live = False
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._recorder.has_to_begin_anew(trainer, pl_module):
+            self._record(trainer, pl_module)
+            self._recorder.start.are_live = False
 
     # Evaluation: the same for validation and test.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_cka.reference.recording import RecordedDataloader
+from lit_cka.reference.recorded_dataloader import RecordedDataloader
+from lit_cka.reference.rounding import MAX_ROUNDING_COST
 from lit_cka.tracking.pairing import PairedPass
 
 
@@ -31,6 +32,15 @@ class Explanations:
                     "hold NaN or infinity.",
                 )
 
+    def of_rounding(self, cost: float) -> None:
+        """Warn that features are not kept in the fewer bits that were asked for."""
+        self.once(
+            "",
+            "rounding",
+            f"Keeping the reference's features in bfloat16 can change CKA by {cost:.1e}, more than "
+            f"{MAX_ROUNDING_COST:g}: they are kept in float32.",
+        )
+
     def of_missing(self, where: str, paired: PairedPass, *, is_undefined: bool) -> bool:
         """Warn of samples that could not be compared.
 
@@ -42,7 +52,8 @@ class Explanations:
         Returns:
             Whether that says why there is no score, if there is none.
         """
-        is_empty = is_undefined and not paired.num_batches and not paired.num_changed
+        num_others = paired.num_changed + paired.num_passed_otherwise
+        is_empty = is_undefined and not paired.num_batches and not num_others
         if is_empty:
             self.once(where, "empty", f"The {where} is empty: it gave no batch, so there is no CKA (NaN).")
         if paired.num_unmatched:
@@ -59,7 +70,15 @@ class Explanations:
                 f"{paired.num_changed} samples of {where} are not what they were when the reference was recorded, "
                 f"though they have the same indices: {_LEFT_OUT}",
             )
-        return is_empty or bool(paired.num_unmatched or paired.num_changed)
+        if paired.num_passed_otherwise:
+            self.once(
+                where,
+                "passed",
+                f"The step passes something else to the model, for {paired.num_passed_otherwise} samples of {where}, "
+                f"than it did for the same batches when the reference was recorded (does it depend on the epoch?): "
+                f"{_LEFT_OUT}",
+            )
+        return is_empty or bool(paired.num_unmatched or num_others)
 
 
 _LEFT_OUT = "they are left out, and n says how many were compared."

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lit_cka.parallel.exchange import Group
 from lit_cka.parallel.rows_of_ranks import look_up_on_all_ranks
-from lit_cka.reference.recording import UNKNOWN, RecordedDataloader
+from lit_cka.reference.recorded_dataloader import RecordedDataloader
+from lit_cka.reference.sample_index import UNKNOWN
 from lit_cka.samples.counting import DataRanks
 from lit_cka.samples.sample_keys import BatchSamples
 from lit_cka.statistics.layer import (
@@ -51,6 +52,7 @@ class PairedPass:
         self.num_unmatched = 0
         self.has_small_batches = False  # too small for the minibatch estimator
         self.num_changed = 0  # samples that are not what they were when they were recorded
+        self.num_passed_otherwise = 0  # samples for which the step passes something else to the model than then
         self._recorded = recorded
         self._waiting: dict[str, list[_Waiting]] = {name: [] for name in statistics}
 
@@ -127,8 +129,9 @@ class PairedPass:
         """
         group = Group(ranks.rank, ranks.size, ranks.group)
         self._finish(ranks.device, group)
-        numbers = torch.tensor([self.num_batches, self.num_unmatched, self.num_changed], device=ranks.device)
-        self.num_batches, self.num_unmatched, self.num_changed = group.add_up([numbers])[0].tolist()
+        mine = [self.num_batches, self.num_unmatched, self.num_changed, self.num_passed_otherwise]
+        (numbers,) = group.add_up([torch.tensor(mine, device=ranks.device)])
+        self.num_batches, self.num_unmatched, self.num_changed, self.num_passed_otherwise = numbers.tolist()
         scores = score_layers(self.statistics, ranks.device, debiased=debiased, group=ranks.group)
         # Processes that hold the same samples may round in other ways.
         return scores if ranks.replicas is None else scores_of_first_rank(scores, ranks.device)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -20,13 +21,13 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
 from lit_cka import CKACallback
 from lit_cka.tracking.tracker import Estimator
 from tests.sync_worker import fork_ranks
-from tests.tracking.helpers import Classifier, dataset, loader, train_loader
+from tests.tracking.helpers import WIDTH, Classifier, dataset, loader, train_loader
 
 SECONDS = 60
 NUM_UNEVEN = 37  # samples, for 2 and for 3 ranks
@@ -80,12 +81,11 @@ def trainer(folder: Path, world_size: int, *callbacks: pl.Callback, **options: A
         accelerator="cpu",
         devices=world_size,
         callbacks=list(callbacks),
-        max_epochs=2,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **{"strategy": "ddp", **options},
+        **{"strategy": "ddp", "max_epochs": 2, **options},
     )
 
 
@@ -188,6 +188,53 @@ def reshuffling(rank: int, world_size: int) -> DistributedSampler[Any]:
     return DistributedSampler(dataset(44, 1), world_size, rank, seed=5)
 
 
+class Gathering(Classifier):
+    """Its step works with the other ranks, and takes statistics of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=0.0)
+        for block in self.net.blocks:
+            block.norm = nn.BatchNorm1d(WIDTH, track_running_stats=False)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("mean", self.all_gather(self(batch[0])).mean(), on_step=True, on_epoch=True, sync_dist=True)
+
+
+class Allowing(Gathering):
+    """Its step does not, and a rank may be without data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self(batch[0])
+
+
+def mixing(rank: int, world_size: int, folder: Path) -> Any:
+    """Fits that change nothing, in which samples come in other batches in each validation."""
+    seen = {}
+    for kind in (Gathering, Allowing):
+        pl.seed_everything(0, verbose=False)
+        module, callback = kind(), CKACallback(debiased=True)
+        run = trainer(folder, world_size, callback, max_epochs=4, use_distributed_sampler=False)
+        sampler = reshuffling(rank, world_size)
+        data = [DataLoader(sampler.dataset, RESHUFFLED_SIZE, sampler=sampler)]
+        if kind is Allowing:
+            is_last = rank == world_size - 1
+            data.append(DataLoader(dataset(20, 3), 8, sampler=[] if is_last else range(20)))
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            run.fit(module, train_loader(), data)
+        texts = [str(each.message) for each in warned]
+        seen[kind.__name__] = {
+            "warned": [text for text in texts if "other samples of its batch" in text],
+            "history": callback.history,
+            "mean": {name: value.item() for name, value in run.callback_metrics.items() if "mean_" in name},
+        }
+    return seen
+
+
 def probed(rank: int, world_size: int, folder: Path) -> Any:
     """A validation on probes of five batches and of two, which leave a rank of three without; and a fit."""
     seen = {}
@@ -220,7 +267,7 @@ def write(seen: Any, folder: Path, name: str, world_size: int, rank: int) -> Non
 
 
 def fork_all(folder: Path) -> None:
-    for job, world_size in product((validated, too_few, changed, fitted, shared, reshuffled, probed), (2, 3)):
+    for job, world_size in product((validated, too_few, changed, fitted, shared, reshuffled, mixing, probed), (2, 3)):
         fork_ranks(work, job, world_size, folder, SECONDS)
 
 

@@ -124,6 +124,19 @@ def test_samples_that_come_to_other_ranks(folder: Path, estimator: str, world_si
 
 
 @WORLD_SIZES
+@pytest.mark.parametrize("kind", ["Gathering", "Allowing"])
+def test_features_that_depend_on_the_other_samples_of_a_batch(folder: Path, kind: str, world_size: int) -> None:
+    """Which is found out without ranks that wait for each other, whatever their steps do, and how many they are."""
+    ranks = [seen[kind] for seen in seen_by_ranks(folder, "mixing", world_size)]
+    assert len(ranks[0]["warned"]) == 1
+    assert min(ranks[0]["history"][-1 if kind == "Gathering" else -2]["scores"].values()) < 0.99
+    for seen in ranks:
+        assert seen["history"] == ranks[0]["history"]
+        assert seen["mean"] == ranks[0]["mean"]
+        assert len(seen["history"]) == (8 if kind == "Allowing" else 4)
+
+
+@WORLD_SIZES
 def test_a_probe_counts_every_batch_once(folder: Path, world_size: int) -> None:
     ranks = seen_by_ranks(folder, "probed", world_size)
     for seen in ranks:

@@ -89,23 +89,27 @@ def read_tensors(filesystem: Any, path: str) -> TensorFile | None:
     return TensorFile(tensors, notes) if sound else None
 
 
-def find_tensors(name: str, checkpoint: str | os.PathLike[str], folders: Iterable[str]) -> TensorFile | None:
+def find_tensors(
+    name: str, notes: Mapping[str, Any], checkpoint: str | os.PathLike[str], folders: Iterable[str]
+) -> TensorFile | None:
     """Return the first sound file of this name beside a checkpoint, above it, or in one of the folders.
 
     Only the name comes from the checkpoint: whatever address it holds is never opened.
+
+    Args:
+        name: of the file.
+        notes: what has to be said in it, among other things.
+        checkpoint: local, or on any file system of fsspec.
+        folders: where else to look.
     """
     if not name or "/" in name or "\\" in name or name.startswith("."):
         return None
     filesystem, path = url_to_fs(os.fspath(checkpoint))
     near = path.rpartition("/")[0]
-    for folder in (near, near.rpartition("/")[0]):
-        found = read_tensors(filesystem, f"{folder}/{name}") if filesystem.exists(f"{folder}/{name}") else None
-        if found is not None:
-            return found
-    for each in folders:
-        filesystem, root = url_to_fs(each)
-        found = read_tensors(filesystem, f"{root}/{name}") if filesystem.exists(f"{root}/{name}") else None
-        if found is not None:
+    places = [(filesystem, near), (filesystem, near.rpartition("/")[0]), *map(url_to_fs, folders)]
+    for each, root in places:
+        found = read_tensors(each, f"{root}/{name}") if each.exists(f"{root}/{name}") else None
+        if found is not None and all(found.notes.get(key) == value for key, value in notes.items()):
             return found
     return None
 

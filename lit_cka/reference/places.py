@@ -73,3 +73,14 @@ def state_of(module: nn.Module) -> dict[str, Place]:
             if tensor is not None and name not in child._non_persistent_buffers_set:
                 places[plain_name(f"{prefix}.{name}" if prefix else name)] = Place(tensor, parts.get(id(tensor)))
     return places
+
+
+def marks_of(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return where the module's tensors are, and how often they were written to, by name.
+
+    As long as that is the same, nobody has changed them. It costs nothing; but where it differs, they may be equal.
+    """
+    return {
+        name: (place.local.data_ptr(), -1 if place.tensor.is_inference() else place.tensor._version)
+        for name, place in places_of(module).items()
+    }

@@ -14,6 +14,7 @@ from lit_cka.functional.moments import PairedMoments, add_samples, empty_moments
 from lit_cka.parallel.collectives import all_reduce_moments
 from lit_cka.reference.feature_store import FeatureStore
 
+MAX_ROUNDING_COST = 1e-4
 _NUM_TRIALS, _WIDTH = 4, 8
 
 

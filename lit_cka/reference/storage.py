@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import TypedDict
@@ -16,7 +17,7 @@ from typing_extensions import TypedDict
 from lit_cka.checkpoints.tensor_files import find_tensors, write_tensors
 from lit_cka.features.sharded_modules import is_in_partitions, is_sharded
 from lit_cka.reference.exchange import kept_weights
-from lit_cka.reference.places import places_of
+from lit_cka.reference.places import marks_of, places_of
 from lit_cka.reference.recording import Recording
 from lit_cka.samples.counting import data_ranks
 
@@ -57,6 +58,7 @@ class TrainingStart:
         self.are_live = False
         self.are_lost = False
         self.in_checkpoint: StoredStart | None = None
+        self._marks: dict[str, tuple[int, int]] = {}  # of the live weights when they were copied
         self._id = ""
         self._written: StoredStart | None = None
 
@@ -96,6 +98,23 @@ class TrainingStart:
         if self.weights is None and not self.are_lost:
             self.are_live, self.are_lost = True, is_in_partitions(module)
             self.weights = None if self.are_lost else kept_weights(module)
+            self._marks = {} if self.are_lost else marks_of(module)
+
+    def has_moved(self, module: nn.Module) -> bool:
+        """Whether the live model's weights have been changed since, though no step was taken: loaded, or drawn anew."""
+        if not self.are_live or self.weights is None:
+            return False
+        places = places_of(module)
+        changed = [name for name, mark in marks_of(module).items() if self._marks.get(name) != mark]
+        return any(
+            name not in self.weights or not torch.equal(places[name].local.cpu(), self.weights[name])
+            for name in changed
+        )
+
+    def keep_again(self, module: nn.Module) -> None:
+        """Take the weights as they are now for those that the training begins with."""
+        self.weights = None
+        self.keep(module)
 
     def require(self) -> None:
         """Raise if the initial weights are needed and can't be had.
@@ -141,13 +160,16 @@ class TrainingStart:
         """Read this rank's share of the recording; whether all ranks found theirs."""
         ranks = data_ranks(trainer)
         mine = range(ranks.rank, stored["world_size"], ranks.size)
-        files = [find_tensors(self._recording_name(rank, stored["world_size"]), *place) for rank in mine]
+        names = [self._recording_name(rank, stored["world_size"]) for rank in mine]
+        files = [find_tensors(name, {"id": self._id}, *place) for name in names]
         found = all(file is not None and empty.fits(file.notes) for file in files)
         if not trainer.strategy.reduce_boolean_decision(found, all=True):
             return False
         for file in files:
             if file is not None:
                 empty.load(file.tensors, file.notes)
+        # There may be fewer files than ranks: those without one know all the same what the others have.
+        empty.expect(trainer.strategy.broadcast(list(empty.dataloaders)))
         return True
 
     def _find_weights(
@@ -156,7 +178,7 @@ class TrainingStart:
         """Read the initial weights, whole ones or this process's shards; None if some process has not found its own."""
         found = None
         if num_files == 1 or (num_files == trainer.world_size and is_sharded(module)):
-            found = find_tensors(self._weights_name(trainer.global_rank, num_files), *place)
+            found = find_tensors(self._weights_name(trainer.global_rank, num_files), {"id": self._id}, *place)
         if not trainer.strategy.reduce_boolean_decision(found is not None, all=True) or found is None:
             return None
         _check_architecture(module, found.tensors, are_shards=num_files > 1)
@@ -180,7 +202,8 @@ class TrainingStart:
         try:
             if not recording.is_empty and ranks.leads:
                 tensors, notes = recording.tensors()
-                write_tensors(folder, self._recording_name(ranks.rank, ranks.size), tensors, notes)
+                name = self._recording_name(ranks.rank, ranks.size)
+                write_tensors(folder, name, tensors, {"id": self._id, **notes})
             if self.weights is not None and trainer.global_rank < num_files:
                 name = self._weights_name(trainer.global_rank, num_files)
                 write_tensors(folder, name, self.weights, {"id": self._id})

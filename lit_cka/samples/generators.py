@@ -53,7 +53,9 @@ def preserved_attributes(objects: Iterable[Any]) -> Iterator[None]:
     holders = [
         holder
         for holder, _ in _holders(objects)
-        if hasattr(holder, "__dict__") and (id(holder) in roots or isinstance(holder, Dataset) or callable(holder))
+        if hasattr(holder, "__dict__")
+        and not isinstance(holder, type)  # a class that batches are made by
+        and (id(holder) in roots or isinstance(holder, Dataset) or callable(holder))
     ]
     before = [(vars(holder), dict(vars(holder))) for holder in holders]
     contents = [(value, value.copy()) for _, kept in before for value in kept.values() if _grows(value)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Literal
 
 import numpy as np
@@ -44,6 +45,10 @@ class BatchSamples:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def batch_key(self) -> str:
+        """A key of the whole batch: of these samples in this order."""
+        return sha256(self.keys.numpy().tobytes()).hexdigest()
 
     def row_keys(self, num_rows: int) -> Tensor | None:
         """Keys (num_rows, 2) of the rows of a layer; None if unknown. See the function `row_keys`."""

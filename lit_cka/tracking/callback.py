@@ -16,7 +16,7 @@ from lit_cka.reference.recording import CacheDtype
 from lit_cka.reference.reference import INITIAL
 from lit_cka.tracking.evaluation import TrackedEvaluation, record_of
 from lit_cka.tracking.evaluation_loops import is_empty
-from lit_cka.tracking.hints import warn_bias, warn_monitors, warn_no_validation, warn_nothing_tracked
+from lit_cka.tracking.hints import warn_bias, warn_empty, warn_monitors, warn_no_validation, warn_nothing_tracked
 from lit_cka.tracking.history import THRESHOLDS, Record, Stage, latest_scores
 from lit_cka.tracking.options import TrackingOptions
 from lit_cka.tracking.probe import Probe
@@ -121,6 +121,7 @@ class CKACallback(pl.Callback):
         self._probed_step = 0
         self._stage = ""
         self._hinted = False
+        self._has_warned = False  # that there is nothing to track
         self._figures = LoggedFigures(prefix)
 
     @property
@@ -167,15 +168,31 @@ class CKACallback(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = self._recorder.prepare(trainer, pl_module)
         self._probed_step = trainer.global_step
+        self._has_warned = False
+        self._record(trainer, pl_module)
+
+    def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Have the reference recorded before the training, or say that there is nothing to record it on."""
+        model = self._recorder.begin(trainer, pl_module)
         if self._probe is not None:
             self._probe.record(trainer, model, self._recorder.start.to_exchange)
         elif "validate" in self.options.stages and trainer.enable_validation:
             self._recorder.before_run(trainer, trainer.fit_loop.epoch_loop.val_loop)
+            if is_empty(trainer.fit_loop.epoch_loop.val_loop):
+                warn_empty()
+                self._has_warned = True
         elif "validate" in self.options.stages:
             warn_no_validation()
-        self._recorder.start.are_live = False
+            self._has_warned = True
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._recorder.has_to_begin_anew(trainer, pl_module):
+            self._record(trainer, pl_module)
+            self._recorder.start.are_live = False
 
     # Evaluation: the same for validation and test.
 
@@ -315,9 +332,9 @@ class CKACallback(pl.Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        is_surprise = "validate" in self.options.stages and (trainer.enable_validation or self._probe is not None)
+        is_surprise = "validate" in self.options.stages and not self._has_warned
         if is_surprise and not self.history and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            warn_nothing_tracked(is_empty=is_empty(trainer.fit_loop.epoch_loop.val_loop))
+            warn_nothing_tracked()
         elif self.options.log_figures and trainer.is_global_zero:
             self._figures.finish(trainer, self.history)
             model = self._recorder.model

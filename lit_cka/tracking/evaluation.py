@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,9 +12,10 @@ from lit_cka.samples.hashing import content_hash
 from lit_cka.samples.sample_keys import BatchSamples
 from lit_cka.samples.samples import EvaluationSamples, content_keys
 from lit_cka.tracking.dataloaders import tracked_dataloaders
-from lit_cka.tracking.evaluation_loops import is_last_batch, repeat_step
+from lit_cka.tracking.evaluation_loops import changed_by_steps, is_last_batch, repeat_step, unnoticed_step
 from lit_cka.tracking.history import Record, Stage
 from lit_cka.tracking.options import TrackingOptions
+from lit_cka.tracking.preserved_state import preserved_state
 from lit_cka.tracking.recording_pass import RecordingPass
 from lit_cka.tracking.tracked_model import TrackedModel
 from lit_cka.tracking.tracker import LayerScore
@@ -30,6 +32,7 @@ class TrackedEvaluation:
         stage: "validate" or "test".
         options: of the callback.
         recording_pass: if the reference is recorded, rather than compared with.
+        again: makes another one, to see what the reference gives for a batch; None where nothing plays it any more.
     """
 
     def __init__(
@@ -41,10 +44,11 @@ class TrackedEvaluation:
         stage: Stage,
         options: TrackingOptions,
         recording_pass: RecordingPass | None,
+        again: Callable[[], RecordingPass] | None = None,
     ) -> None:
         self._trainer, self._model, self._samples, self._stage = trainer, model, samples, stage
         self._callback, self._max_batches = callback, options.max_batches
-        self._pass = recording_pass
+        self._pass, self._again = recording_pass, again
         self._batch: BatchSamples | None = None
         self.dataloaders, total = tracked_dataloaders(trainer, stage, options.dataloaders, options.min_num_samples)
         samples.begin(self.dataloaders, options.max_batches)
@@ -74,19 +78,23 @@ class TrackedEvaluation:
         if self._pass is not None:
             self._pass.begin_batch(batch, dataloader)
         else:
-            self._model.tracker.begin(dataloader)
+            if self._again is not None:
+                ranks = self._samples.ranks
+                self._model.other_batches.begin(self._model.tracker, self._batch, batch, batch_idx, dataloader, ranks)
+            self._model.tracker.begin(dataloader, batch)
 
     def end_batch(self, batch_idx: int, dataloader: int) -> None:
         """Take what the step since `begin_batch` showed."""
+        repeat = partial(repeat_step, self._trainer, self._callback, batch_idx=batch_idx, dataloader=dataloader)
         if self._pass is not None:
-            self._pass.end_batch(
-                self._batch,
-                dataloader,
-                is_last=is_last_batch(self._trainer),
-                repeat=partial(repeat_step, self._trainer, self._callback, batch_idx=batch_idx, dataloader=dataloader),
-            )
+            is_last = is_last_batch(self._trainer)
+            self._pass.end_batch(self._batch, dataloader, is_last=is_last, repeat=repeat)
         elif self._batch is not None:
             self._model.tracker.compare(self._batch)
+            if self._again is not None and self._model.other_batches.is_due:
+                held = changed_by_steps(self._trainer, self._callback)
+                with preserved_state(held), unnoticed_step(self._trainer):
+                    self._model.other_batches.check(self._model.tracker, self._batch, dataloader, self._again(), repeat)
 
     def scores(self) -> dict[int, dict[str, LayerScore]]:
         """Return the score of every layer, by dataloader; every rank has to call it."""
@@ -94,6 +102,7 @@ class TrackedEvaluation:
         for number in self.dataloaders:
             self._samples.resolve(number)
             scores[number] = self._model.tracker.scores(number)
+        self._model.other_batches.end_pass(self._samples.ranks)
         return scores
 
     def finish_recording(self) -> None:

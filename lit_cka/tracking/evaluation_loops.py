@@ -120,14 +120,14 @@ def unnoticed(trainer: pl.Trainer, callback: pl.Callback, max_batches: int | Non
     loop: Any = evaluation_loop(trainer)
     connector: Any = trainer._logger_connector
     loggers, verbose, num_steps = trainer.loggers, loop.verbose, trainer.num_sanity_val_steps
-    metrics = connector._progress_bar_metrics, connector._logged_metrics, connector._callback_metrics
+    connected = {name: value for name, value in vars(connector).items() if name != "trainer"}
     progress, times = copy.deepcopy(loop.batch_progress), _last_times(trainer)
-    connector.reset_results()
-    connector.reset_metrics()
     stage = trainer.state.stage
     if not trainer.testing:
         trainer.sanity_checking = True
         trainer.num_sanity_val_steps = float("inf") if max_batches is None else max_batches
+    connector.reset_results()  # of this loop: a training has logged, too
+    connector.reset_metrics()
     trainer.loggers, loop.verbose = [_SilentLogger(logger) for logger in loggers], False
     try:
         with isolate_rng(), _hooks_of(trainer, callback):
@@ -136,10 +136,34 @@ def unnoticed(trainer: pl.Trainer, callback: pl.Callback, max_batches: int | Non
         trainer.loggers, loop.verbose, trainer.num_sanity_val_steps = loggers, verbose, num_steps
         connector.reset_results()
         trainer.state.stage = stage
-        connector._progress_bar_metrics, connector._logged_metrics, connector._callback_metrics = metrics
+        vars(connector).update(connected)
         loop.batch_progress = progress
         vars(trainer).pop("_last_val_time", None)
         vars(trainer).update(times)
+
+
+@contextmanager
+def unnoticed_step(trainer: pl.Trainer) -> Iterator[None]:
+    """Let a step run once more in an evaluation that goes on: no logger, no value and no random state notices."""
+    loop: Any = evaluation_loop(trainer)
+    connector: Any = trainer._logger_connector
+    results, loggers = loop._results, trainer.loggers
+    connected = {name: value for name, value in vars(connector).items() if name != "trainer"}
+    loop._results = type(results)(training=False)
+    loop._results.batch, loop._results.dataloader_idx = results.batch, results.dataloader_idx
+    trainer.loggers = [_SilentLogger(logger) for logger in loggers]
+    try:
+        with isolate_rng():
+            yield
+    finally:
+        loop._results, trainer.loggers = results, loggers
+        vars(connector).update(connected)
+
+
+def changed_by_steps(trainer: pl.Trainer, callback: pl.Callback) -> list[Any]:
+    """Return what an unnoticed step or run may change, and has to be put back: it belongs to the user."""
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by a connector
+    return [trainer.lightning_module, datamodule, *batch_changers(trainer, callback)]
 
 
 def _last_times(trainer: pl.Trainer) -> dict[str, Any]:

@@ -37,13 +37,20 @@ def warn_no_validation() -> None:
     """Warn before a `fit` without a validation loop, which there is nothing to track in."""
     rank_zero_warn(
         "CKACallback will track nothing: this `fit` has no validation loop (no validation dataloader, no "
-        "`validation_step`, or `limit_val_batches=0`). Without one, give it batches of its own by `probe=`."
+        f"`validation_step`, or `limit_val_batches=0`). {_PROBE}"
     )
 
 
-def warn_nothing_tracked(*, is_empty: bool) -> None:
-    """Warn at the end of a `fit` in which no validation ran, perhaps since there were no batches for it."""
-    reason = "its validation dataloaders are empty" if is_empty else "no validation ran during `fit`"
+def warn_empty() -> None:
+    """Warn before a `fit` whose validation dataloaders have no batches."""
     rank_zero_warn(
-        f"CKACallback has tracked nothing: {reason}. Without a validation loop, give it batches of its own by `probe=`."
+        f"CKACallback has nothing to track: the validation dataloaders are empty at the start of this `fit`. {_PROBE}"
     )
+
+
+def warn_nothing_tracked() -> None:
+    """Warn at the end of a `fit` in which no validation ran."""
+    rank_zero_warn(f"CKACallback has tracked nothing: no validation ran during `fit`. {_PROBE}")
+
+
+_PROBE = "Without validation batches, give it some of its own by `probe=`."

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lit_cka.parallel.exchange import Group
 from lit_cka.parallel.rows_of_ranks import look_up_on_all_ranks
-from lit_cka.reference.recording import UNKNOWN, RecordedDataloader
+from lit_cka.reference.recorded_dataloader import RecordedDataloader
+from lit_cka.reference.sample_index import UNKNOWN
 from lit_cka.samples.counting import DataRanks
 from lit_cka.samples.sample_keys import BatchSamples
 from lit_cka.statistics.layer import (
@@ -51,6 +52,7 @@ class PairedPass:
         self.num_unmatched = 0
         self.has_small_batches = False  # too small for the minibatch estimator
         self.num_changed = 0  # samples that are not what they were when they were recorded
+        self.num_passed_otherwise = 0  # samples for which the step passes something else to the model than then
         self._recorded = recorded
         self._waiting: dict[str, list[_Waiting]] = {name: [] for name in statistics}
 
@@ -101,9 +103,11 @@ class PairedPass:
         if samples.content is not None and len(X) == len(samples):
             keys = torch.cat([keys, samples.content if bool(kept.all()) else samples.content[kept]], dim=1)
         positions = self._recorded.find_keys(name, keys)
-        found = positions >= 0
+        found, unknown = positions >= 0, positions == UNKNOWN
         if not bool(found.all()):
-            unknown = positions == UNKNOWN
+            if isinstance(self.statistics[name], MinibatchStatistics) and bool(unknown.any()):
+                unknown |= found  # a batch stays together
+                found = torch.zeros_like(found)
             self._waiting[name].append(_Waiting(X[unknown.to(X.device)], None, keys[unknown], None))
             X, positions = X[found.to(X.device)], positions[found]
         if len(positions):
@@ -123,7 +127,11 @@ class PairedPass:
             ranks: the processes that hold different samples.
             debiased: as for `score_layers`.
         """
-        self._finish(ranks.device, Group(ranks.rank, ranks.size, ranks.group))
+        group = Group(ranks.rank, ranks.size, ranks.group)
+        self._finish(ranks.device, group)
+        mine = [self.num_batches, self.num_unmatched, self.num_changed, self.num_passed_otherwise]
+        (numbers,) = group.add_up([torch.tensor(mine, device=ranks.device)])
+        self.num_batches, self.num_unmatched, self.num_changed, self.num_passed_otherwise = numbers.tolist()
         scores = score_layers(self.statistics, ranks.device, debiased=debiased, group=ranks.group)
         # Processes that hold the same samples may round in other ways.
         return scores if ranks.replicas is None else scores_of_first_rank(scores, ranks.device)
@@ -161,10 +169,15 @@ class PairedPass:
             found, rows = rows_of(keys)
             Y = rows[found.to(device)]
         if len(keys):
-            X = torch.cat([X for X, _ in asked])
-            if len(Y):
-                self._pair(name, X[found.to(X.device)], Y.to(X.device))
             self.num_unmatched = max(self.num_unmatched, int((~found).sum()))
+            sizes = [len(X) for X, _ in asked]
+            if not isinstance(self.statistics[name], MinibatchStatistics):
+                sizes, asked = [len(keys)], [(torch.cat([X for X, _ in asked]), keys)]
+            of_batches = found.split(sizes)
+            rows = Y.split([int(each.sum()) for each in of_batches])
+            for (X, _), known, of_batch in zip(asked, of_batches, rows, strict=True):
+                if len(of_batch):
+                    self._pair(name, X[known.to(X.device)], of_batch.to(X.device))
 
 
 def _with_content(keys: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class Probe:
         try:
             for index, batch, _ in self._each(trainer, model.module):
                 samples = samples_of_content(batch)
-                model.tracker.begin(0)
+                model.tracker.begin(0, batch)
                 _run(trainer, model.module, batch, index)
                 model.tracker.compare(samples)
         finally:

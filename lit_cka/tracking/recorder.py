@@ -17,10 +17,11 @@ from lit_cka.samples.sampler_indices import evaluated_loaders
 from lit_cka.samples.samples import EvaluationSamples
 from lit_cka.tracking.dataloaders import tracked_dataloaders
 from lit_cka.tracking.evaluation import TrackedEvaluation
-from lit_cka.tracking.evaluation_loops import batch_changers, call_before_runs, unnoticed
+from lit_cka.tracking.evaluation_loops import call_before_runs, changed_by_steps, unnoticed
 from lit_cka.tracking.history import Stage
 from lit_cka.tracking.options import TrackingOptions
 from lit_cka.tracking.preserved_state import preserved_state
+from lit_cka.tracking.recording_pass import RecordingPass
 from lit_cka.tracking.tracked_model import TrackedModel
 
 
@@ -49,6 +50,7 @@ class Recorder:
         self.is_recording_due = False
         self._callback, self._options, self._is_tracked = callback, options, is_tracked
         self._samples: EvaluationSamples
+        self._pass: RecordingPass | None = None
         self._undo = ExitStack()  # what was done to Lightning's loops
 
     def set_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -74,7 +76,7 @@ class Recorder:
 
     def close(self) -> None:
         """Leave Lightning's loops as they were."""
-        self.is_recording_due = False
+        self.is_recording_due = self.start.are_live = False
         self._undo.close()
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> TrackedModel:
@@ -90,6 +92,27 @@ class Recorder:
                 self.start.keep(pl_module)
         return self.model
 
+    def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> TrackedModel:
+        """Do so before a training, whose hooks may have loaded weights since the last time."""
+        if self._has_moved(trainer, pl_module):
+            self.start.keep_again(pl_module)
+        return self.prepare(trainer, pl_module)
+
+    def has_to_begin_anew(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Whether the first step begins from other weights than were recorded; what was recorded is then forgotten.
+
+        Hooks of the module, and of other callbacks, run after this callback's, and may load weights.
+        """
+        is_anew = self._has_moved(trainer, pl_module)
+        if is_anew:
+            self.model, self.start.weights = None, None
+        self.start.are_live = False
+        return is_anew
+
+    def _has_moved(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        is_live = self.start.are_live
+        return is_live and trainer.strategy.reduce_boolean_decision(self.start.has_moved(pl_module), all=False)
+
     def before_run(self, trainer: pl.Trainer, loop: Any) -> None:
         """Record in a run of its own, if the evaluation that is about to run needs it."""
         stage: Stage = "test" if trainer.testing else "validate"
@@ -98,23 +121,27 @@ class Recorder:
         if is_busy or not self._is_tracked(trainer, stage):
             return
         model, limit = self.prepare(trainer, trainer.lightning_module), self._options.max_batches
-        could_record = model.tracker.can_record
+        if not model.tracker.can_record:
+            return
         self.is_recording_due = self._needs_recording(trainer, loop, stage)
-        if could_record and not model.tracker.can_record:
+        if not model.tracker.can_record:
             # One batch, to know before the training what would go wrong beside it.
             self.is_recording_due, limit = True, 1
         try:
             if self.is_recording_due:
-                datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by a connector
-                held = [trainer.lightning_module, datamodule, *batch_changers(trainer, self._callback)]
                 with (
                     unread(evaluated_loaders(trainer)),
-                    preserved_state(held),
+                    preserved_state(changed_by_steps(trainer, self._callback)),
                     unnoticed(trainer, self._callback, limit),
                 ):
                     type(loop).run(loop)
         finally:
             self.is_recording_due = False
+            if self._pass is not None:  # before anybody hears of an error, and, say, writes a checkpoint
+                self._pass.finish()
+                self._pass = None
+            if not model.tracker.can_record:
+                model.forget_recording(stage)  # or it would be stored, and taken for the recording of all
 
     def _needs_recording(self, trainer: pl.Trainer, loop: Any, stage: Stage) -> bool:
         assert self.model is not None
@@ -124,7 +151,8 @@ class Recorder:
         options = self._options
         dataloaders, _ = tracked_dataloaders(trainer, stage, options.dataloaders, options.min_num_samples)
         words = {number: self._samples.dataset_words(number) for number in dataloaders}
-        if self.model.is_recorded(stage, words):
+        # Together, since what follows takes all ranks.
+        if trainer.strategy.reduce_boolean_decision(self.model.is_recorded(stage, words), all=True):
             return False
         if options.reference == INITIAL:
             self.start.require()
@@ -136,7 +164,9 @@ class Recorder:
     def evaluation(self, trainer: pl.Trainer, stage: Stage) -> TrackedEvaluation:
         """Return what follows the evaluation that starts now."""
         assert self.model is not None
-        recording_pass = self.model.recording_pass(self.start.to_exchange) if self.is_recording_due else None
+        self._pass = self.model.recording_pass(self.start.to_exchange) if self.is_recording_due else None
+        can_repeat = self._options.reference != INITIAL or self.start.are_live or self.start.weights is not None
+        again = partial(self.model.recording_pass, self.start.to_exchange) if can_repeat else None
         return TrackedEvaluation(
-            trainer, self._callback, self.model, self._samples, stage, self._options, recording_pass
+            trainer, self._callback, self.model, self._samples, stage, self._options, self._pass, again
         )

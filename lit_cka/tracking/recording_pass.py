@@ -55,7 +55,7 @@ class RecordingPass:
             self._step.enter_context(adapters_off(self._module))
         if not self._is_checked and self._tracker.running is None:
             self._first_batch = copied_batch(batch)
-        self._tracker.begin(dataloader)
+        self._tracker.begin(dataloader, batch)
 
     def end_batch(
         self, samples: BatchSamples | None, dataloader: int, *, is_last: bool, repeat: Callable[[Any], None]
@@ -82,6 +82,24 @@ class RecordingPass:
             if is_last:
                 self._put_back_weights()
 
+    def features_of(self, batch: Any, dataloader: int, repeat: Callable[[Any], None]) -> dict[str, Tensor]:
+        """Return what the reference gives for a batch by itself, by layer; nothing is recorded.
+
+        Args:
+            batch: it is used up.
+            dataloader: the number of its dataloader.
+            repeat: runs the step on a batch.
+        """
+        self._is_checked = True
+        with self._tracker.alone(), self._tracker.as_reference():
+            try:
+                self.begin_batch(batch, dataloader)
+                repeat(batch)
+            finally:
+                taken = self._tracker.take()
+                self.finish()
+        return self._tracker.of_reference(*taken)
+
     def finish(self) -> None:
         """Make the live model itself again; also after a pass that failed."""
         self._step.close()
@@ -99,7 +117,7 @@ class RecordingPass:
         if batch is None:
             return
         with self._tracker.alone(), preserved_rng(), preserved_state([self._module]):
-            self._tracker.begin(dataloader)
+            self._tracker.begin(dataloader, batch)
             repeat(batch)
             again, _, _ = self._tracker.take()
         name, score = lowest_score(features, again)
@@ -107,7 +125,8 @@ class RecordingPass:
             rank_zero_warn(
                 "The model does not give the same features for the same batch twice, in evaluation: it draws random "
                 "numbers, runs in train mode, or depends on something besides its inputs. An unchanged model would get "
-                f"a CKA of {score:.4f} in layer {name!r} on the first batch, not 1: read all scores against that."
+                f"a CKA of {score:.4f} in layer {name!r} on the first batch, not 1 (but where hooks or the step "
+                "set the seed for every pass): read all scores against that."
             )
 
 

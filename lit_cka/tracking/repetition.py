@@ -1,4 +1,4 @@
-"""Whether a model gives the same features for the same batch: `copied_batch`, `lowest_score`."""
+"""Whether a model gives the same features for the same samples: `copied_batch`, `lowest_score`, `lowest_cka`."""
 
 from __future__ import annotations
 
@@ -34,3 +34,11 @@ def lowest_score(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> t
         if lowest[0] is None or not score >= lowest[1]:
             lowest = (name, score)
     return lowest
+
+
+def lowest_cka(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[str | None, float]:
+    """Return the layer with the lowest CKA between features of the same samples; (None, 1.0) where none is defined."""
+    scores = {name: linear_cka(X, Y).item() for name, (X, Y) in pairs.items()}
+    defined = {name: score for name, score in scores.items() if score == score}
+    name = min(defined, key=defined.__getitem__, default=None)
+    return name, 1.0 if name is None else defined[name]

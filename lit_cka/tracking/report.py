@@ -60,6 +60,8 @@ def log_records(
         charted += [f"{prefix}/{name}{suffix}" for name in named]
         values.update({f"{prefix}/{name}{suffix}": value for name, value in named.items()})
         values[f"{prefix}/num_samples{suffix}"] = record["n"]
+    if trainer.barebones:  # which logs nothing, and warns of each attempt
+        return charted
     # All ranks have the same values already, so there is nothing to synchronise.
     pl_module.log_dict(
         {key: torch.tensor(value, dtype=torch.float32, device=pl_module.device) for key, value in values.items()},

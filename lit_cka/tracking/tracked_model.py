@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_cka.features.layers import select_layers
 from lit_cka.features.sharded_modules import is_sharded
@@ -17,6 +17,7 @@ from lit_cka.reference.recording import Dataloader, Recording
 from lit_cka.reference.reference import LiveReference, make_reference, running_copy
 from lit_cka.reference.running import RunningReference
 from lit_cka.tracking.options import TrackingOptions
+from lit_cka.tracking.other_batches import OtherBatches
 from lit_cka.tracking.recording_pass import RecordingPass
 from lit_cka.tracking.tracker import Tracker
 
@@ -27,6 +28,7 @@ class TrackedModel:
     Attributes:
         module: the live model.
         recording: what the reference gave for every sample, as far as it was recorded.
+        other_batches: whether features depend on the batch.
         tracker: takes features for the recording, or to compare them with it.
 
     Args:
@@ -50,6 +52,7 @@ class TrackedModel:
         self.recording = recording or Recording(
             self._layer_names, options.cache_memory * 2**30, options.cache_dtype, folder
         )
+        self.other_batches = OtherBatches()
         self.tracker = self._new_tracker(self._reference if isinstance(self._reference, RunningReference) else None)
 
     def _new_tracker(self, running: RunningReference | None) -> Tracker:
@@ -131,6 +134,7 @@ class TrackedModel:
         other = TrackedModel.__new__(TrackedModel)
         other.module, other._options, other._layer_names = module, self._options, self._layer_names
         other._reference, other.recording = self._reference, self.recording
+        other.other_batches = self.other_batches
         running = self.tracker.running
         other.tracker = other._new_tracker(None if running is None else running.of(module))
         other.tracker.can_record = self.tracker.can_record
@@ -145,8 +149,3 @@ class TrackedModel:
 _DIFFERS = (
     "the data differ at every pass, so that the reference would have to run beside it. Pass fixed batches as `probe=`."
 )
-
-
-def has_all_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> bool:
-    """Whether the weights are those of a module built like this one."""
-    return {name: tensor.shape for name, tensor in module.named_parameters()}.keys() <= weights.keys()

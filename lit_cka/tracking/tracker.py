@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack
-from hashlib import sha256
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lit_cka.features.compiled import Uncompiled, is_compiled
 from lit_cka.features.extractor import FeatureExtractor
 from lit_cka.features.pooling import Pooling
+from lit_cka.reference.recorded_dataloader import RecordedDataloader
 from lit_cka.reference.recording import Dataloader, Recording
-from lit_cka.reference.rounding import rounding_cost
+from lit_cka.reference.rounding import MAX_ROUNDING_COST, rounding_cost
 from lit_cka.reference.running import RunningReference
 from lit_cka.samples.counting import DataRanks
 from lit_cka.samples.sample_keys import BatchSamples
 from lit_cka.statistics.layer import ExactStatistics, MinibatchStatistics
+from lit_cka.tracking.explanations import Explanations
+from lit_cka.tracking.inputs import PassedTensors
 from lit_cka.tracking.pairing import PairedPass
 
 Estimator = Literal["exact", "minibatch"]
-_MAX_ROUNDING_COST = 1e-4
 
 
 class LayerScore(NamedTuple):
@@ -67,9 +69,10 @@ class Tracker:
             live,
             layer_names,
             pooling,
-            on_call=None if running is None else running.on_call,
+            on_call=self._on_call,
             on_return=None if running is None else running.on_return,
         )
+        self._passed = PassedTensors()
         self._hooks = ExitStack()
         self._has_compiled = False
         self._uncompiled = Uncompiled()
@@ -79,7 +82,7 @@ class Tracker:
         self._dataloader = 0
         self._ranks = DataRanks(0, 1, None, torch.device("cpu"))
         self._ran_once = False
-        self._warned: set[tuple[str, str]] = set()
+        self._explanations = Explanations()
 
     def open(self, stage: str, num_dataloaders: int, ranks: DataRanks, *, record: bool = False) -> None:
         """Start anew for an evaluation over `num_dataloaders` sets: empty statistics, hooks in place.
@@ -96,11 +99,10 @@ class Tracker:
         self._has_compiled = is_compiled(self.live) or (self.running is not None and is_compiled(self.running.module))
         self._passes = []
         for number in range(num_dataloaders):
-            dataloader = Dataloader(stage, number)
             if record:
-                self.recording.start(dataloader)
-            recorded = self.recording.dataloaders.get(dataloader) if self.can_record else None
-            self._passes.append(PairedPass({name: self._new() for name in self.layer_names}, recorded))
+                self.recording.start(Dataloader(stage, number))
+            statistics = {name: self._new() for name in self.layer_names}
+            self._passes.append(PairedPass(statistics, self.recorded(number)))
         if not self._has_compiled:
             self._hooks.enter_context(self._extractor)
         self._extractor.enabled = False
@@ -116,8 +118,15 @@ class Tracker:
         if self.running is not None:
             self.running.close()
 
-    def begin(self, dataloader: int) -> None:
+    def _on_call(self, name: str, outermost: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if outermost:
+            self._passed.note(args, kwargs)
+        if self.running is not None:
+            self.running.on_call(name, outermost, args, kwargs)
+
+    def begin(self, dataloader: int, batch: Any) -> None:
         """Watch the step on a batch of this dataloader."""
+        self._passed.begin(batch)
         self._extractor.drain()  # what a step that failed may have left
         self._extractor.enabled = True
         self._dataloader = dataloader
@@ -134,6 +143,22 @@ class Tracker:
     def alone(self) -> AbstractContextManager[None]:
         """For a step that is for this tracker only, whoever else watches the model."""
         return self._extractor.alone()
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Meanwhile, a step shows what the reference gives; it is in a recording pass anyway."""
+        before, self._records = self._records, True
+        try:
+            yield
+        finally:
+            self._records = before
+
+    def of_reference(
+        self, live: dict[str, Tensor], reference: dict[str, Tensor], problems: dict[str, str]
+    ) -> dict[str, Tensor]:
+        """Return the reference's features, of what `take` returned of a step that showed them."""
+        usable = {name: value for name, value in live.items() if name not in problems}
+        return usable if self.running is None else {name: reference[name] for name in usable}
 
     def take(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
         """End the step since `begin`, and return what it showed.
@@ -167,45 +192,36 @@ class Tracker:
         Raises:
             ValueError: as `compare` does.
         """
-        usable = {name: value for name, value in live.items() if name not in problems}
-        played = usable if self.running is None else {name: reference[name] for name in usable}
-        found = self.recording.add(Dataloader(self._stage, self._dataloader), samples, played)
-        self._report(problems, found)
+        dataloader = Dataloader(self._stage, self._dataloader)
+        features = self.of_reference(live, reference, problems)
+        self._report(problems, self.recording.add(dataloader, samples, features))
+        self.recording.dataloaders[dataloader].note_passed(samples, str(self._passed))
 
     def conclude_recording(self) -> None:
         """Say what is wrong with what was recorded, and keep it in the type that was asked for; all ranks call it."""
+        if not self.can_record:  # it was a trial
+            return
         for dataloader, recorded in self.recording.dataloaders.items():
             if dataloader.stage != self._stage:
                 continue
             rank_zero_info(
-                f"CKA: recorded the reference's features of {len(recorded)} samples of {dataloader.stage} dataloader "
+                f"CKA: recorded the reference's features of {len(recorded)} samples"
+                f"{' that this rank has' if self._ranks.size > 1 else ''} of {dataloader.stage} dataloader "
                 f"{dataloader.number} in {len(self.layer_names)} layers ({recorded.nbytes / 2**20:.1f} MiB)."
             )
             recorded.is_complete = True
-            for name, store in recorded.stores.items():
-                if not store.is_finite:
-                    self._warn_once(
-                        name,
-                        "nan",
-                        f"CKA of layer {name!r} is undefined (NaN): the reference's features, as they were recorded, "
-                        "hold NaN or infinity.",
-                    )
+            self._explanations.of_recording(recorded)
             if self.recording.dtype == "bfloat16":
                 cost = rounding_cost(recorded.stores.values(), torch.bfloat16, self._ranks.device, self._ranks.group)
-                if cost <= _MAX_ROUNDING_COST:
+                if cost <= MAX_ROUNDING_COST:
                     recorded.round_to(torch.bfloat16)
                 else:
-                    self._warn_once(
-                        "",
-                        "rounding",
-                        f"Keeping the reference's features in bfloat16 can change CKA by {cost:.1e}, more than "
-                        f"{_MAX_ROUNDING_COST:g}: they are kept in float32.",
-                    )
+                    self._explanations.of_rounding(cost)
 
     def needs_content(self, dataloader: int, samples: BatchSamples) -> bool:
         """Whether samples have to be known by what the batch holds of them: to be found in other datasets, too."""
-        recorded = self.recording.dataloaders.get(Dataloader(self._stage, dataloader))
-        return self._records or (recorded is not None and self.can_record and not recorded.knows(samples))
+        recorded = self.recorded(dataloader)
+        return self._records or (recorded is not None and not recorded.knows(samples))
 
     def has_changed(self, dataloader: int, samples: BatchSamples, content: bytes | None) -> bool:
         """Whether a batch of recorded samples is not what it was then; in a recording, note what it is.
@@ -215,17 +231,20 @@ class Tracker:
             samples: of the batch.
             content: a hash of all that it holds; None if that can't be told.
         """
-        recorded = self.recording.dataloaders.get(Dataloader(self._stage, dataloader))
-        if recorded is None or content is None or not self.can_record:
+        recorded = self.recorded(dataloader)
+        if recorded is None or content is None:
             return False
-        key = sha256(samples.keys.numpy().tobytes()).hexdigest()
         if self._records:
-            recorded.contents[key] = content.hex()
+            recorded.note_content(samples, content)
             return False
-        if recorded.contents.get(key, content.hex()) == content.hex():
+        if not recorded.has_other_content(samples, content):
             return False
         self._passes[dataloader].num_changed += len(samples)
         return True
+
+    def recorded(self, dataloader: int) -> RecordedDataloader | None:
+        """What was recorded of a dataloader of this stage, and is compared with; None if there is nothing."""
+        return self.recording.dataloaders.get(Dataloader(self._stage, dataloader)) if self.can_record else None
 
     def compare(self, samples: BatchSamples) -> None:
         """Add what the step since `begin` showed to the statistics of its dataloader.
@@ -237,9 +256,15 @@ class Tracker:
         live, reference, problems = self.take()
         usable = {name: value for name, value in live.items() if name not in problems}
         paired = self._passes[self._dataloader]
+        recorded = self.recorded(self._dataloader)
+        if recorded is not None and recorded.was_passed_otherwise(samples, str(self._passed)):
+            paired.num_passed_otherwise += len(samples)
+            return
         self._report(problems, paired.add(samples, usable, reference))
         if paired.has_small_batches:
-            self._warn_once("", "small", "Batches of fewer than 4 samples are left out of the minibatch estimator.")
+            self._explanations.once(
+                "", "small", "Batches of fewer than 4 samples are left out of the minibatch estimator."
+            )
 
     def _report(self, problems: dict[str, str], found: dict[str, str]) -> None:
         problems = {**problems, **{name: f"Layer {name!r} can't be used: {text}" for name, text in found.items()}}
@@ -247,7 +272,7 @@ class Tracker:
             if name in problems and not self._ran_once:
                 raise ValueError(problems[name])
             if name in problems:
-                self._warn_once(name, "skipped", f"{problems[name]} This batch is left out for the layer.")
+                self._explanations.once(name, "skipped", f"{problems[name]} This batch is left out for the layer.")
         self._ran_once = True
 
     def scores(self, dataloader: int) -> dict[str, LayerScore]:
@@ -260,40 +285,14 @@ class Tracker:
         """
         paired = self._passes[dataloader]
         layers = paired.scores(self._ranks, debiased=self._debiased)
-        is_explained = self._explain_missing(dataloader, paired, is_empty=not any(score.n for score in layers.values()))
+        is_undefined = not any(score.n for score in layers.values())
+        where = f"{self._stage} dataloader {dataloader}"
+        is_explained = self._explanations.of_missing(where, paired, is_undefined=is_undefined)
         scores = {}
         for name, score in layers.items():
             if score.cka != score.cka and (score.n or not is_explained):
                 debiased = self._debiased or self._estimator != "exact"
                 text = f"CKA of layer {name!r} is undefined (NaN): {score.why_undefined(debiased=debiased)}."
-                self._warn_once(name, "nan", text)
+                self._explanations.once(name, "nan", text)
             scores[name] = LayerScore(score.cka, score.n, paired.widths.get(name, 0))
         return scores
-
-    def _explain_missing(self, dataloader: int, paired: PairedPass, *, is_empty: bool) -> bool:
-        """Warn of samples that could not be compared; return whether that says why none could."""
-        where = f"{self._stage} dataloader {dataloader}"
-        left_out = "they are left out, and n says how many were compared."
-        is_empty = is_empty and not paired.num_batches and not paired.num_changed
-        if is_empty:
-            self._warn_once(where, "empty", f"The {where} is empty: it gave no batch, so there is no CKA (NaN).")
-        if paired.num_unmatched:
-            self._warn_once(
-                where,
-                "unmatched",
-                f"{paired.num_unmatched} samples of {where} were not among those that the reference was recorded on: "
-                f"{left_out}",
-            )
-        if paired.num_changed:
-            self._warn_once(
-                where,
-                "changed",
-                f"{paired.num_changed} samples of {where} are not what they were when the reference was recorded, "
-                f"though they have the same indices: {left_out}",
-            )
-        return is_empty or bool(paired.num_unmatched or paired.num_changed)
-
-    def _warn_once(self, name: str, kind: str, text: str) -> None:
-        if (name, kind) not in self._warned:
-            self._warned.add((name, kind))
-            rank_zero_warn(text, stacklevel=4)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from lit_cka.reference import recording as module
-from lit_cka.reference.recording import GAP, UNKNOWN, Dataloader, Recording
+from lit_cka.reference.recorded_dataloader import GAP
+from lit_cka.reference.recording import Dataloader, Recording
+from lit_cka.reference.sample_index import UNKNOWN
 from lit_cka.samples.batch_rows import BatchRows
 from lit_cka.samples.sample_keys import BatchSamples
 

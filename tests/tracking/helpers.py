@@ -98,10 +98,9 @@ def trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
+        "devices": 1,
     }
-    return pl.Trainer(
-        default_root_dir=folder, accelerator="cpu", devices=1, callbacks=list(callbacks), **{**defaults, **options}
-    )
+    return pl.Trainer(default_root_dir=folder, accelerator="cpu", callbacks=list(callbacks), **{**defaults, **options})
 
 
 class Keeper(pl.Callback):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -20,12 +21,13 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
 from lit_cka import CKACallback
+from lit_cka.tracking.tracker import Estimator
 from tests.sync_worker import fork_ranks
-from tests.tracking.helpers import Classifier, dataset, loader, train_loader
+from tests.tracking.helpers import WIDTH, Classifier, dataset, loader, train_loader
 
 SECONDS = 60
 NUM_UNEVEN = 37  # samples, for 2 and for 3 ranks
@@ -46,6 +48,8 @@ CASES = [
     *(Case(n, 3, "dropping") for n in (8, 37)),
     *(Case(n, 3, "limited") for n in (10, 37)),
 ]
+ESTIMATORS: tuple[Estimator, ...] = ("exact", "minibatch")
+RESHUFFLED_SIZE = 8
 OPTIONS: dict[str, dict[str, Any]] = {"debiased": {"debiased": True}, "minibatch": {"estimator": "minibatch"}}
 # Each rank's own share of the samples, by number of ranks. None is empty: there Lightning skips the validation.
 SHARES = {2: [range(30), range(30, 37)], 3: [range(20), range(20, 36), range(36, 37)]}
@@ -71,20 +75,17 @@ def models() -> tuple[Counted, Classifier]:
     return reference.double(), Classifier().double()
 
 
-def trainer(
-    folder: Path, world_size: int, *callbacks: pl.Callback, strategy: str = "ddp", **options: Any
-) -> pl.Trainer:
+def trainer(folder: Path, world_size: int, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     return pl.Trainer(
         default_root_dir=folder,
         accelerator="cpu",
         devices=world_size,
         callbacks=list(callbacks),
-        max_epochs=2,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **{"strategy": "ddp", **options},
+        **{"strategy": "ddp", "max_epochs": 2, **options},
     )
 
 
@@ -167,6 +168,73 @@ def fitted(rank: int, world_size: int, folder: Path) -> Any:
     return {**seen, "history": callback.history}
 
 
+def reshuffled(rank: int, world_size: int, folder: Path) -> Any:
+    """A fit that changes nothing, in which samples come to other ranks in each validation."""
+    seen = {}
+    for estimator in ESTIMATORS:
+        reference, module = models()
+        module.lr = 0.0
+        for block in module.net.blocks:
+            block.norm.momentum = 0.0
+        callback = CKACallback(reference=reference, estimator=estimator)
+        run = trainer(folder, world_size, callback, precision="64-true")
+        sampler = reshuffling(rank, world_size)
+        run.fit(module, train_loader(), DataLoader(sampler.dataset, RESHUFFLED_SIZE, sampler=sampler))
+        seen[estimator] = callback.history
+    return seen
+
+
+def reshuffling(rank: int, world_size: int) -> DistributedSampler[Any]:
+    return DistributedSampler(dataset(44, 1), world_size, rank, seed=5)
+
+
+class Gathering(Classifier):
+    """Its step works with the other ranks, and takes statistics of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=0.0)
+        for block in self.net.blocks:
+            block.norm = nn.BatchNorm1d(WIDTH, track_running_stats=False)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("mean", self.all_gather(self(batch[0])).mean(), on_step=True, on_epoch=True, sync_dist=True)
+
+
+class Allowing(Gathering):
+    """Its step does not, and a rank may be without data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self(batch[0])
+
+
+def mixing(rank: int, world_size: int, folder: Path) -> Any:
+    """Fits that change nothing, in which samples come in other batches in each validation."""
+    seen = {}
+    for kind in (Gathering, Allowing):
+        pl.seed_everything(0, verbose=False)
+        module, callback = kind(), CKACallback(debiased=True)
+        run = trainer(folder, world_size, callback, max_epochs=4, use_distributed_sampler=False)
+        sampler = reshuffling(rank, world_size)
+        data = [DataLoader(sampler.dataset, RESHUFFLED_SIZE, sampler=sampler)]
+        if kind is Allowing:
+            is_last = rank == world_size - 1
+            data.append(DataLoader(dataset(20, 3), 8, sampler=[] if is_last else range(20)))
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            run.fit(module, train_loader(), data)
+        texts = [str(each.message) for each in warned]
+        seen[kind.__name__] = {
+            "warned": [text for text in texts if "other samples of its batch" in text],
+            "history": callback.history,
+            "mean": {name: value.item() for name, value in run.callback_metrics.items() if "mean_" in name},
+        }
+    return seen
+
+
 def probed(rank: int, world_size: int, folder: Path) -> Any:
     """A validation on probes of five batches and of two, which leave a rank of three without; and a fit."""
     seen = {}
@@ -199,7 +267,7 @@ def write(seen: Any, folder: Path, name: str, world_size: int, rank: int) -> Non
 
 
 def fork_all(folder: Path) -> None:
-    for job, world_size in product((validated, too_few, changed, fitted, shared, probed), (2, 3)):
+    for job, world_size in product((validated, too_few, changed, fitted, shared, reshuffled, mixing, probed), (2, 3)):
         fork_ranks(work, job, world_size, folder, SECONDS)
 
 
@@ -212,7 +280,8 @@ class Writer(pl.Callback):
         self.callback = callback
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        seen = {"history": self.callback.history, "logged": logged(trainer)}
+        start_method = getattr(trainer.strategy.launcher, "_start_method", "script")
+        seen = {"history": self.callback.history, "logged": logged(trainer), "started by": start_method}
         write(seen, self.folder, f"{self.name}-{trainer.state.fn.value}", trainer.world_size, trainer.global_rank)
 
 

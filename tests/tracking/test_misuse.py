@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
@@ -367,15 +368,6 @@ def test_a_dataloader_that_gives_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Total length of")
-@pytest.mark.parametrize("data", [[], DataLoader(TensorDataset(torch.zeros(0, WIDTH), torch.zeros(0)))], ids=["", "0"])
-def test_dataloaders_that_are_known_to_be_empty(tmp_path: Path, data: Any) -> None:
-    callback = CKACallback()
-    message = own_warnings(tmp_path, Classifier(), callback, data)[-1]
-    assert message.startswith("CKACallback has tracked nothing: its validation dataloaders are empty.")
-    assert callback.history == []
-
-
-@pytest.mark.filterwarnings("ignore:Total length of")
 def test_one_of_two_dataloaders_is_empty(tmp_path: Path) -> None:
     class Seeing(Classifier):
         num_steps = 0
@@ -418,6 +410,42 @@ def test_samples_that_do_not_come_again(tmp_path: Path, step: int, expected: lis
     batches = [dataset(300, 1)[step:40]]
     by_hand = hand_cka(before, module, BLOCKS, batches, debiased=True)
     assert callback.scores == pytest.approx(by_hand, abs=1e-7, nan_ok=True)
+
+
+class Stream(IterableDataset):
+    start = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return (dataset(80, 1)[index] for index in range(self.start, self.start + 40))
+
+
+def test_samples_of_which_none_comes_again(tmp_path: Path) -> None:
+    module, callback, stream = Classifier(), CKACallback(debiased=True), Stream()
+    module.on_train_epoch_start = lambda: setattr(stream, "start", 40 * (module.current_epoch == 2))
+    data = DataLoader(stream, batch_size=16)
+    (message,) = own_warnings(tmp_path, module, callback, data, max_epochs=3)
+    assert message.startswith("40 samples of validate dataloader 0 were not among those")
+    assert [record["n"] for record in callback.history] == [40, 40, 0]
+    assert all(np.isnan(score) for score in callback.scores.values())
+
+
+def test_a_layer_that_misses_batches_of_the_recording(tmp_path: Path) -> None:
+    """And runs in all of them later: its samples of those batches have nothing to be compared with."""
+    module, other = Classifier(Changing()), Classifier(Changing())
+    module.net.is_on = True
+    module.on_validation_batch_start = lambda batch, index: setattr(
+        module.net, "is_on", index == 0 or not module.trainer.sanity_checking
+    )
+    callback = CKACallback(layers=[*BLOCKS, "net.extra"], reference=other.state_dict(), debiased=True)
+    (message,) = own_warnings(tmp_path, module, callback, loader())
+    assert message.startswith("Layer 'net.extra' has not run.")
+    assert "This batch is left out for the layer." in message
+    by_hand = hand_cka(other, module, BLOCKS, loader(), debiased=True)
+    run = lambda model, batch: model.net.extra(batch[0])  # noqa: E731
+    of_extra = hand_cka(other, module, ["net.extra"], list(loader())[:1], run=run, debiased=True)
+    assert callback.scores == pytest.approx({**by_hand, **of_extra}, abs=1e-9)
+    assert of_extra["net.extra"] < 0.9
+    assert [record["n"] for record in callback.history] == [16, 16]  # the fewest of any layer
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_dtype": "bfloat16"}, {"estimator": "minibatch"}], ids=str)
@@ -635,9 +663,68 @@ def test_few_samples_for_the_width_are_hinted_at_once(tmp_path: Path) -> None:
     assert hints(tmp_path, CKACallback(estimator="minibatch"), n=29) == []
 
 
-def test_a_fit_without_validation_says_so(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="will track nothing: this `fit` has no validation loop"):
-        trainer(tmp_path, CKACallback(), limit_val_batches=0).fit(Classifier(), train_loader(), loader())
+class Unvalidated(pl.LightningModule):
+    """Has nothing to validate with; and knows what was warned of before its first training batch."""
+
+    training_step, loss, forward = Classifier.training_step, Classifier.loss, Classifier.forward
+    configure_optimizers = Classifier.configure_optimizers
+
+    def __init__(self, warned: list[warnings.WarningMessage]) -> None:
+        super().__init__()
+        self.net, self.lr, self.losses = Net(), 0.2, []
+        self.warned, self.warned_before = warned, ""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.warned_before = self.warned_before or "\n".join(str(each.message) for each in self.warned)
+
+
+class Validated(Unvalidated):
+    validation_step = Classifier.validation_step
+
+
+def empty() -> DataLoader:
+    return DataLoader(TensorDataset(torch.zeros(0, WIDTH), torch.zeros(0)))
+
+
+NO_LOOP, EMPTY = (
+    "will track nothing: this `fit` has no validation loop",
+    "has nothing to track: .* are empty at the start",
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "options", "message"),
+    [
+        (Validated, None, {}, NO_LOOP),
+        (Unvalidated, loader(), {}, NO_LOOP),
+        (Validated, loader(), {"limit_val_batches": 0}, NO_LOOP),
+        (Validated, [], {}, EMPTY),
+        (Validated, empty(), {}, EMPTY),
+        (Validated, [empty(), empty()], {"num_sanity_val_steps": 0}, EMPTY),
+    ],
+    ids=["no loader", "no step", "no batches", "an empty list", "an empty loader", "two"],
+)
+def test_that_there_is_nothing_to_track_is_said_before_the_first_batch(
+    tmp_path: Path, kind: type[Unvalidated], data: Any, options: dict[str, Any], message: str
+) -> None:
+    callback = CKACallback()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        module = kind(seen)
+        trainer(tmp_path, callback, **options).fit(module, train_loader(), data)
+    assert re.search(message, module.warned_before)
+    assert "probe=" in module.warned_before
+    assert len(matching(seen, "CKA")) == 1  # and no more at the end
+    assert callback.history == []
+    assert len(module.losses) == 8
+
+
+@pytest.mark.parametrize("options", [{"stages": ["test"]}, {"probe": loader()}], ids=str)
+def test_where_no_validation_is_asked_for_none_is_missed(tmp_path: Path, options: dict[str, Any]) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trainer(tmp_path, CKACallback(**options)).fit(Validated(seen), train_loader())
+    assert matching(seen, "CKA") == []
 
 
 def test_features_of_any_width(tmp_path: Path) -> None:

@@ -101,6 +101,42 @@ def test_shares_of_other_sizes(folder: Path, world_size: int) -> None:
 
 
 @WORLD_SIZES
+@pytest.mark.parametrize("estimator", ranks_worker.ESTIMATORS)
+def test_samples_that_come_to_other_ranks(folder: Path, estimator: str, world_size: int) -> None:
+    """What was recorded of them comes along; their batches stay together, which counts for the minibatch estimator."""
+    ranks = [seen[estimator] for seen in seen_by_ranks(folder, "reshuffled", world_size)]
+    assert all(history == ranks[0] for history in ranks)
+    scores = []
+    for epoch, record in enumerate(ranks[0]):
+        batches = []
+        for rank in range(world_size):
+            sampler = ranks_worker.reshuffling(rank, world_size)
+            sampler.set_epoch(epoch)
+            places = enumerate(sampler)
+            own = [index for place, index in places if rank + place * world_size < 44]  # without repeated ones
+            size = ranks_worker.RESHUFFLED_SIZE
+            batches += [sampler.dataset[own[start : start + size]] for start in range(0, len(own), size)]
+        assert record["n"] == sum(len(batch[0]) for batch in batches) == 44
+        assert record["scores"] == by_hand(batches, estimator=estimator)
+        scores.append(record["scores"][BLOCKS[2]])
+    assert len(scores) == 2
+    assert (abs(scores[0] - scores[1]) < 1e-9) == (estimator == "exact")
+
+
+@WORLD_SIZES
+@pytest.mark.parametrize("kind", ["Gathering", "Allowing"])
+def test_features_that_depend_on_the_other_samples_of_a_batch(folder: Path, kind: str, world_size: int) -> None:
+    """Which is found out without ranks that wait for each other, whatever their steps do, and how many they are."""
+    ranks = [seen[kind] for seen in seen_by_ranks(folder, "mixing", world_size)]
+    assert len(ranks[0]["warned"]) == 1
+    assert min(ranks[0]["history"][-1 if kind == "Gathering" else -2]["scores"].values()) < 0.99
+    for seen in ranks:
+        assert seen["history"] == ranks[0]["history"]
+        assert seen["mean"] == ranks[0]["mean"]
+        assert len(seen["history"]) == (8 if kind == "Allowing" else 4)
+
+
+@WORLD_SIZES
 def test_a_probe_counts_every_batch_once(folder: Path, world_size: int) -> None:
     ranks = seen_by_ranks(folder, "probed", world_size)
     for seen in ranks:
@@ -137,6 +173,8 @@ def test_processes_that_lightning_starts(folder: Path, strategy: str) -> None:
     if strategy != "ddp_fork":  # which was forked with the others
         sync_worker.run_to_end(ranks_worker.__file__, folder, strategy, seconds=120)
     fits, validations = (seen_by_ranks(folder, f"{strategy}-{stage}", 2) for stage in ("fit", "validate"))
+    started_by = {"ddp_fork": "fork", "ddp_spawn": "spawn", "ddp": "script"}
+    assert fits[0]["started by"] == validations[0]["started by"] == started_by[strategy]
     assert fits[0] == fits[1]
     assert [record["n"] for record in fits[0]["history"]] == [NUM_UNEVEN] * 2
     assert fits[0]["history"][0]["scores"] != fits[0]["history"][1]["scores"]

@@ -17,12 +17,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import lit_cka
 from lit_cka import CKACallback
 from lit_cka.checkpoints.state_dicts import load_state_dict
 from tests.tracking import kill_worker
-from tests.tracking.helpers import BLOCKS, Classifier, frozen, hand_cka, loader, trainer
+from tests.tracking.helpers import BLOCKS, WIDTH, Classifier, frozen, hand_cka, loader, trainer
 
 
 def fit(
@@ -152,8 +153,9 @@ def test_missing_files_are_an_error_that_says_what_to_do(tmp_path: Path) -> None
         file.unlink()
     with pytest.raises(
         FileNotFoundError, match=r"beside it there is no sound file 'cka_ref.*pass the original weights"
-    ):
+    ) as raised:
         fit(tmp_path, 3, checkpoint(tmp_path, 1))
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("kept", [stored, recorded])
@@ -174,6 +176,25 @@ def test_a_sound_copy_above_the_checkpoint_is_taken(tmp_path: Path) -> None:
         file.write_bytes(b"damaged")
     _, callback = fit(tmp_path, 4, checkpoint(tmp_path, 1), seed=7)
     assert callback.history == whole.history
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_files_of_another_training_are_not_taken_for_this_one_s(tmp_path: Path, above: bool) -> None:
+    """Whatever their names are; a sound copy elsewhere is."""
+    _, whole = fit(tmp_path / "whole", 4)
+    fit(tmp_path, 2)
+    fit(tmp_path / "other", 2, seed=5)
+    for files in (stored, recorded):
+        (mine,), (others,) = files(tmp_path), files(tmp_path / "other")
+        if above:
+            shutil.copy(mine, tmp_path)
+        shutil.copy(others, mine)
+    if above:
+        _, callback = fit(tmp_path, 4, checkpoint(tmp_path, 1), seed=7)
+        assert callback.history == whole.history
+    else:
+        with pytest.raises(FileNotFoundError, match="missing, damaged, or of other data"):
+            fit(tmp_path, 4, checkpoint(tmp_path, 1), seed=7)
 
 
 @pytest.mark.parametrize("name", ["http://127.0.0.1:9/x", "../../x", "/etc/passwd", "s3://bucket/x", ""])
@@ -253,27 +274,86 @@ def test_a_disk_that_is_full_does_not_end_the_training(tmp_path: Path, monkeypat
     assert len(callback.history) == 2
 
 
+def test_data_that_differ_at_every_pass_are_compared_with_a_model_again(tmp_path: Path) -> None:
+    """And not with what one of the passes has recorded."""
+
+    class Augmented(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            x, y = super().__getitem__(index)
+            return x + torch.randn(WIDTH), y
+
+    data = DataLoader(Augmented(*loader().dataset.tensors), batch_size=16)
+    resumed = None
+    for max_epochs in (2, 4):
+        module, callback = Classifier(lr=0.0), CKACallback(log_figures=False)
+        for block in module.net.blocks:
+            block.norm = nn.Identity()  # whose running statistics would move on
+        checkpoints = ModelCheckpoint(tmp_path / "checkpoints", filename="{epoch}", save_top_k=-1)
+        run = trainer(tmp_path, callback, checkpoints, max_epochs=max_epochs, enable_checkpointing=True)
+        with pytest.warns(UserWarning, match="The data differ at every pass"):
+            run.fit(module, loader(32, seed=0, batch_size=8), data, ckpt_path=resumed, weights_only=True)
+        resumed = checkpoint(tmp_path, 1)
+    assert recorded(tmp_path) == []
+    assert [record["n"] for record in callback.history] == [44] * 4
+    for record in callback.history:
+        assert record["scores"] == pytest.approx(dict.fromkeys(BLOCKS, 1.0), abs=1e-9)
+
+
 def test_no_checkpoints_no_file(tmp_path: Path) -> None:
     trainer(tmp_path, CKACallback(log_figures=False)).fit(Classifier(), loader(32), loader())
     assert not list(tmp_path.rglob("cka_re*"))
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
-@pytest.mark.timeout(900)
-def test_killed_at_any_moment(tmp_path: Path, kills: int) -> None:
+def killed(folder: Path, num_chains: int, sizes: list[int]) -> list[list[Any]]:
+    """The histories of a fit that was not killed, and of those that were, on each of the ranks that they ended on."""
     process = subprocess.Popen(
-        [sys.executable, kill_worker.__file__, str(tmp_path), str(kills)],
+        [sys.executable, kill_worker.__file__, str(folder), str(num_chains), *map(str, sizes)],
         env={**os.environ, "PYTHONPATH": str(Path(lit_cka.__file__).parents[1])},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
     try:
-        assert process.wait(timeout=60 * (kills + 1)) == 0
+        assert process.wait(timeout=60 * (num_chains + 1)) == 0
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    histories = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", *range(kills))]
-    assert len(histories[0]) == 6
-    assert all(history == histories[0] for history in histories)
+    chains = ["stopped", "damaged", *range(num_chains)]
+    names = ["whole-0", *(f"{chain}-{rank}" for chain in chains for rank in range(sizes[-1]))]
+    return [json.loads((folder / f"{name}.json").read_text()) for name in names]
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.timeout(900)
+def test_killed_at_any_moment(tmp_path: Path, kills: int) -> None:
+    whole, *histories = killed(tmp_path, kills, [1, 1])
+    assert len(whole) == 6
+    assert len(histories) == 2 + kills
+    assert all(history == whole for history in histories)
+
+
+@pytest.mark.parametrize(
+    ("num_chains", "sizes"),
+    [
+        (1, [1, 2, 1]),
+        (1, [2, 1, 2]),
+        *(pytest.param(10, sizes, marks=pytest.mark.slow) for sizes in ([1, 2, 1], [2, 1, 2], [3, 2, 3])),
+    ],
+    ids=str,
+)
+@pytest.mark.timeout(900)
+def test_killed_and_resumed_on_another_number_of_ranks(tmp_path: Path, num_chains: int, sizes: list[int]) -> None:
+    """With the validation data in another order, and in batches of another size, after each kill."""
+    whole, *histories = killed(tmp_path, num_chains, sizes)
+    assert len(whole) == 6
+    assert min(whole[-1]["scores"].values()) < 0.99
+    assert len(histories) == (2 + num_chains) * sizes[-1]
+    for history in histories:
+        assert [without_scores(record) for record in history] == [without_scores(record) for record in whole]
+        for record, expected in zip(history, whole, strict=True):
+            assert record["scores"] == pytest.approx(expected["scores"], abs=1e-10)
+
+
+def without_scores(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "scores"}

@@ -253,6 +253,97 @@ def test_the_callback_follows_another_module_in_the_next_fit(tmp_path: Path) -> 
     assert callback.scores == close(hand_cka(before, second, BLOCKS, loader()))
 
 
+# When the training begins.
+
+
+class Late(Classifier):
+    """Loads its weights by one of its hooks."""
+
+    def __init__(self, hook: str) -> None:
+        super().__init__()
+        self.start = {name: value + 0.3 for name, value in Net().state_dict().items() if value.is_floating_point()}
+        setattr(self, hook, self.load)
+
+    def load(self) -> None:
+        if not self.losses:
+            self.net.load_state_dict(self.start, strict=False)
+
+
+@pytest.mark.parametrize("num_sanity_val_steps", [0, 2])
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_epoch_start"])
+def test_weights_that_hooks_load_are_what_a_training_starts_from(
+    tmp_path: Path, hook: str, num_sanity_val_steps: int
+) -> None:
+    """For a test after it, too, whose data have not been there at the start."""
+    module, keeper, callback = Late(hook), Keeper(), CKACallback()
+    before = Classifier()
+    before.load_state_dict(module.state_dict())
+    before.net.load_state_dict(module.start, strict=False)
+    run = trainer(tmp_path, callback, keeper, num_sanity_val_steps=num_sanity_val_steps)
+    run.fit(module, train_loader(), loader())
+    for record, after in zip(callback.history, keeper.models, strict=True):
+        assert record["scores"] == close(hand_cka(before, after, BLOCKS, loader()))
+    run.test(module, loader(37, seed=5), verbose=False)
+    assert callback.history[-1]["stage"] == "test"
+    assert callback.scores == close(hand_cka(before, module, BLOCKS, loader(37, seed=5)))
+
+
+def test_a_probe_starts_from_them_too(tmp_path: Path) -> None:
+    module, callback = Late("on_train_start"), CKACallback(probe=loader())
+    before = Classifier()
+    before.load_state_dict(module.state_dict())
+    before.net.load_state_dict(module.start, strict=False)
+    trainer(tmp_path, callback).fit(module, train_loader(), loader(20, seed=9))
+    assert callback.scores == close(hand_cka(before, module, BLOCKS, loader()))
+
+
+class Counting(Classifier):
+    num_steps = 0
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        super().validation_step(batch, batch_idx)
+        type(self).num_steps += 1
+
+
+class Touching(Counting):
+    """Writes its weights anew, as they are."""
+
+    def on_train_start(self) -> None:
+        self.load_state_dict(self.state_dict())
+
+
+@pytest.mark.parametrize("kind", [Counting, Touching])
+def test_the_reference_is_recorded_once_where_nothing_has_changed(tmp_path: Path, kind: type[Counting]) -> None:
+    kind.num_steps = 0
+    trainer(tmp_path, CKACallback(), num_sanity_val_steps=0, max_epochs=1).fit(kind(), train_loader(), loader())
+    assert kind.num_steps == 3 + 1 + 3  # the first batch of the recording is repeated
+
+
+class Watching(pl.Callback):
+    """Looks at the weights when something has gone wrong, before others do."""
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self.seen = {name: value.clone() for name, value in module.state_dict().items()}
+
+
+class Failing(Classifier):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        if batch_idx == 1:
+            raise ArithmeticError("The step has failed.")
+
+
+def test_a_recording_that_fails_leaves_the_weights_to_whoever_hears_of_it(tmp_path: Path) -> None:
+    """Who might write them to a checkpoint."""
+    module, watching, other = Failing(), Watching(), Classifier()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    run = trainer(tmp_path, watching, CKACallback(reference=other), num_sanity_val_steps=0)
+    with pytest.raises(ArithmeticError):
+        run.fit(module, train_loader(), loader())
+    assert before.keys() == watching.seen.keys()
+    assert all(torch.equal(value, watching.seen[name]) for name, value in before.items())
+
+
 # Modules of others.
 
 

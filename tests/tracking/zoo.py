@@ -59,7 +59,7 @@ class Kind:
         options: of the trainer.
         layers: to track; None for those of `Net`.
         differs: whether the module gives other features for the same batch, so that there is a warning.
-        warns: what else is warned of; a part of the message.
+        mixes: whether the features of a sample depend on its batch, and batches differ, so that there is a warning.
     """
 
     build: Callable[[], pl.LightningModule]
@@ -69,7 +69,7 @@ class Kind:
     options: dict[str, Any] = field(default_factory=dict)
     layers: Any = ("**.a", "**.b")
     differs: bool = False
-    warns: str | None = None
+    mixes: bool = False
 
 
 KINDS: dict[str, Kind] = {}
@@ -817,6 +817,51 @@ class WeightsLoadedInFitStart(Base):
 
 
 @kind()
+class WeightsLoadedInTrainStart(Base):
+    """After the callback's own hook."""
+
+    def on_train_start(self) -> None:
+        torch.manual_seed(5)
+        self.net.load_state_dict(Net().state_dict())
+
+
+@kind()
+class WeightsReplacedInTheFirstEpoch(Base):
+    def on_train_epoch_start(self) -> None:
+        for parameter in self.net.parameters() if self.current_epoch == 0 else ():
+            parameter.data = parameter.data + 0.1
+
+
+class Loading(pl.Callback):
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        torch.manual_seed(5)
+        module.net.load_state_dict(Net().state_dict())
+        module.log("at the start", 3.0)
+
+
+@kind(callbacks=lambda lr: [Loading()])
+class WeightsLoadedByACallbackThatLogs(Base):
+    pass
+
+
+class Child(pl.LightningModule):
+    """A module of its own, which looks at the trainer that it is in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.step = Net(), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.step = self.trainer.global_step
+        return self.net(x)
+
+
+@kind()
+class LightningModuleInside(Base):
+    network = Child
+
+
+@kind()
 class SomeWeightsFrozen(Base):
     def __init__(self) -> None:
         super().__init__()
@@ -882,6 +927,41 @@ class MovingAverageOfWeights(Base):
 @kind(callbacks=lambda lr: [StochasticWeightAveraging(swa_lrs=lr or 1e-30, swa_epoch_start=1)])
 class StochasticAverageOfWeights(Base):
     pass
+
+
+class AveragingByHand(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.average = copy.deepcopy(self.net).requires_grad_(False)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        for own, other in zip(self.average.parameters(), self.net.parameters(), strict=True):
+            own.lerp_(other.detach(), 0.5)
+
+
+@kind(layers=["net.a", "net.b"])
+class AverageSwappedInByHand(AveragingByHand):
+    def on_validation_start(self) -> None:
+        for own, other in zip(self.average.parameters(), self.net.parameters(), strict=True):
+            own.data, other.data = other.data, own.data
+
+    on_validation_end = on_validation_start
+
+
+@kind()
+class WeightsThatAdaptInTheStep(Base):
+    """Test-time training: they are changed in the step, and put back."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        kept = copy.deepcopy(self.net.state_dict())
+        with torch.inference_mode(False), torch.enable_grad():
+            loss = self.net(batch[0].clone()).pow(2).mean()
+            gradients = torch.autograd.grad(loss, list(self.net.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(self.net.parameters(), gradients, strict=True):
+                parameter.sub_(0.1 * gradient)
+        self.outputs.append(torch.cat([parameter.flatten() for parameter in self.net.parameters()]))
+        self.net.load_state_dict(kept)
 
 
 @kind(options={"accumulate_grad_batches": 2, "gradient_clip_val": 0.1})
@@ -1094,6 +1174,27 @@ def shuffled_by_a_generator() -> DataLoader[Any]:
     return DataLoader(samples(), BATCH_SIZE, sampler=RandomSampler(samples(), generator=generator))
 
 
+@kind(val=lambda: loader(shuffle=True), mixes=True)
+class ShuffledWithStatisticsOfTheBatch(Base):
+    """Which is found out by another run of a step, that nobody notices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH, track_running_stats=False)
+        self.accuracy = torchmetrics.classification.MulticlassAccuracy(3)
+
+    def arguments(self, batch: Any) -> tuple[Any, ...]:
+        return (self.norm(batch[0]),)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.accuracy(self.outputs[-1], batch[1])
+        self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
+        self.log("loss", self.loss(self.outputs[-1], batch), on_step=True, on_epoch=True)
+        self.logger.log_metrics({"batch": float(batch_idx)})
+        torch.rand(3)
+
+
 @kind(val=shuffled_by_a_generator)
 class ShuffledByAGenerator(Base):
     pass
@@ -1165,6 +1266,21 @@ class Crops(Dataset):  # type: ignore[type-arg]
         return torch.stack([x, x.flip(0), -x]), y
 
 
+class Bag:
+    """A batch of a class of its own, whose constructor collates it."""
+
+    def __init__(self, samples: list[Any]) -> None:
+        self.parts = [torch.stack(part) for part in zip(*samples, strict=True)]
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.parts[index]
+
+
+@kind(val=lambda: loader(collate_fn=Bag))
+class BatchesOfAClass(Base):
+    pass
+
+
 @kind(val=lambda: DataLoader(Crops(), BATCH_SIZE))
 class SeveralCrops(Base):
     """Items of several rows."""
@@ -1203,6 +1319,11 @@ class DataModuleWithHooks(Base):
 
 @kind(train=Images, val=lambda: None, options={"reload_dataloaders_every_n_epochs": 1})
 class DataLoadedAnew(Base):
+    pass
+
+
+@kind(options={"barebones": True, "logger": None, "num_sanity_val_steps": None})
+class Barebones(Base):
     pass
 
 

@@ -95,14 +95,16 @@ class PeerAtEpochEnd(pl.Callback):
         self.log_dict({f"cka/{name}": value for name, value in zip(self.layer_names, values, strict=True)})
 
 
-# "Cache off" is also what a shuffled or augmented validation set costs: the reference runs every time.
 VARIANTS = {
     "bare": "bare",
     "tracked": "tracked",
     "figures": "tracked, with figures",
-    "uncached": "tracked, cache off",
+    "in_file": "tracked, recording in a file",
     "peer": "pytorch-cka at epoch end",
 }
+
+
+RECORDING = {"tracked", "figures", "in_file"}  # the variants that record before the first batch
 
 
 def new_callbacks(variant: str) -> list[pl.Callback]:
@@ -111,7 +113,7 @@ def new_callbacks(variant: str) -> list[pl.Callback]:
         return [CKACallback(log_figures=False)]
     if variant == "figures":
         return [CKACallback()]
-    if variant == "uncached":
+    if variant == "in_file":
         return [CKACallback(log_figures=False, cache_memory=0)]
     return [PeerAtEpochEnd()] if variant == "peer" else []
 
@@ -122,16 +124,32 @@ def fit(
     callbacks: list[pl.Callback],
     epochs: int,
     folder: Path,
-    around_validation: Callable[[Callable[[], Any]], Any],
+    around_pass: Callable[[Callable[[], Any]], Any],
+    before_step: Callable[[], None] = lambda: None,
     device: str = "cpu",
+    precision: Any = "32-true",
 ) -> None:
-    """A `fit` with one validation an epoch, each run as `around_validation(run)`: all of it, its logging included."""
+    """A `fit` with one validation an epoch.
+
+    Args:
+        network: in the classifier.
+        loader: of the training, one batch an epoch, and of the validation.
+        callbacks: of the trainer.
+        epochs: how many validations.
+        folder: for logs.
+        around_pass: called as `around_pass(run)` for each validation, all of it, its logging included; before these
+            for the recording, if one of the callbacks records.
+        before_step: called before each of their steps.
+        device: "cpu" or "cuda".
+        precision: of the trainer.
+    """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     trainer = pl.Trainer(
         accelerator="gpu" if device == "cuda" else device,
         devices=1,
         max_epochs=epochs,
+        precision=precision,
         limit_train_batches=1,
         num_sanity_val_steps=0,
         callbacks=callbacks,
@@ -140,7 +158,19 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    run = loop.run
-    loop.run = lambda: around_validation(run)  # type: ignore[method-assign]
+    fit_loop: Any = trainer.fit_loop
+    loop = fit_loop.epoch_loop.val_loop
+    start, step = fit_loop.on_run_start, loop._evaluation_step
+    records = any(isinstance(callback, CKACallback) for callback in callbacks)
+
+    def paced_start() -> None:  # the hooks `on_train_start`, in which the reference is recorded
+        around_pass(start) if records else start()
+        run = loop.run  # as the callbacks have it by now
+        loop.run = lambda: around_pass(run)
+
+    def paced_step(*args: Any) -> Any:
+        before_step()
+        return step(*args)
+
+    fit_loop.on_run_start, loop._evaluation_step = paced_start, paced_step
     trainer.fit(Classifier(network), loader, loader)

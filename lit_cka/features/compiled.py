@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import ClassVar
 
 import torch
@@ -22,7 +23,10 @@ def is_compiled(model: nn.Module) -> bool:
         isinstance(module, OptimizedModule)
         or getattr(module, "_compiled_call_impl", None) is not None
         or has_compiled_steps(module)
-        or any(hasattr(value, "_torchdynamo_orig_callable") for value in vars(module).values())
+        or any(
+            isinstance(value, FunctionType) and hasattr(value, "_torchdynamo_orig_callable")
+            for value in vars(module).values()
+        )
         for module in model.modules()
     )
 

@@ -10,12 +10,14 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias, Union
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 METHODS = ("mean", "last", "cls", "flatten")
 _SUMMED_AT_ONCE = 2**16  # numbers, by each thread
+_THREADS_OF_TORCH = 2  # up to so many, NumPy with its one is faster
 Pooling: TypeAlias = Union[str, Callable[[Tensor], Tensor]]
 
 _CHANNELS_FIRST = ("Conv", "BatchNorm", "GroupNorm", "InstanceNorm")  # torch modules whose channels are axis 1
@@ -88,24 +90,46 @@ def pool(output: Tensor, method: str, layout: str, mask: Tensor | None = None) -
         last = (mask != 0).long().mul(torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1)
         picked = tokens[torch.arange(len(tokens), device=tokens.device), last]
         return picked.masked_fill(~(mask != 0).any(dim=1, keepdim=True), torch.nan)
-    kept = None if mask is None else mask != 0
-    total = sum_kept(tokens, kept)
-    return total.div_(tokens.shape[1] if kept is None else kept.to(total.device).sum(dim=1, keepdim=True))
+    if mask is None:
+        return mean_over_positions(tokens)
+    total = sum_kept(tokens, mask != 0)
+    return total.div_((mask != 0).to(total.device).sum(dim=1, keepdim=True))
+
+
+def mean_over_positions(tokens: Tensor) -> Tensor:
+    """Returns the float64 mean (n, d) over all positions (n, positions, d)."""
+    num_positions = tokens.shape[1]
+    if tokens.device.type == "cpu" and tokens.dtype == torch.float32 and torch.get_num_threads() <= _THREADS_OF_TORCH:
+        try:
+            values = tokens.detach().numpy()
+        except (RuntimeError, TypeError):  # a tensor within a transform, whose memory is not NumPy's to see
+            pass
+        else:
+            # Converts what a CPU's cache holds at a time, where torch first writes all out in float64.
+            with np.errstate(all="ignore"):  # of infinite features, or no positions
+                total = np.add.reduce(values, axis=1, dtype=np.float64)
+                return torch.from_numpy(np.true_divide(total, num_positions, out=total))
+    return sum_kept(tokens, None).div_(num_positions)
 
 
 def sum_kept(tokens: Tensor, kept: Tensor | None) -> Tensor:
     """Returns the float64 sum (n, d) over those of the positions (n, positions, d) that are kept (n, positions)."""
-    n, num_positions, width = tokens.shape
     if tokens.device.type == "mps":  # which has no float64
         tokens, kept = tokens.cpu(), None if kept is None else kept.cpu()
-    # A few samples at a time on a CPU, where torch first writes all that is to be summed out in float64.
-    at_once = _SUMMED_AT_ONCE * torch.get_num_threads()
-    size = n if tokens.device.type != "cpu" else max(at_once // max(num_positions * width, 1), 1)
+    if tokens.device.type != "cpu":
+        return _summed(tokens, kept)
+    _, num_positions, width = tokens.shape
+    size = max(_SUMMED_AT_ONCE * torch.get_num_threads() // max(num_positions * width, 1), 1)  # a few samples
     if kept is None:
-        return torch.cat([part.sum(dim=1, dtype=torch.float64) for part in tokens.split(size)])
-    parts = zip(tokens.split(size), kept[:, :, None].split(size), strict=True)
-    # where, not a product: what stands at a padding position may be infinite, and 0 * inf is NaN.
-    return torch.cat([torch.where(keep, part, 0).sum(dim=1, dtype=torch.float64) for part, keep in parts])
+        return torch.cat([_summed(part, None) for part in tokens.split(size)])
+    return torch.cat([_summed(*parts) for parts in zip(tokens.split(size), kept.split(size), strict=True)])
+
+
+def _summed(tokens: Tensor, kept: Tensor | None) -> Tensor:
+    if kept is not None:
+        # where, not a product: what stands at a padding position may be infinite, and 0 * inf is NaN.
+        tokens = torch.where(kept[:, :, None], tokens, 0)
+    return tokens.sum(dim=1, dtype=torch.float64)
 
 
 def pool_nested(tensor: Tensor, method: str) -> Tensor:

@@ -156,8 +156,7 @@ _UNKNOWN = (
 def _of_columns(module: nn.Module, output: Tensor, mesh: DeviceMesh | None) -> DTensor | None:
     """Returns the output of a column-parallel layer that is a shard, as a DTensor."""
     axis = {nn.Linear: 0, nn.Embedding: 1}.get(type(module))
-    weight = getattr(module, "weight", None)
-    if axis is None or not is_dtensor(weight):
+    if axis is None or not is_dtensor(weight := getattr(module, "weight", None)):
         return None
     mesh = mesh or (weight.device_mesh if weight.device_mesh.ndim == 1 else None)
     if mesh is None or _sharded_axis(weight, mesh) != axis:

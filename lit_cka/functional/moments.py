@@ -170,7 +170,9 @@ def merge_moments(first: PairedMoments, second: PairedMoments) -> PairedMoments:
 
 
 @takes_arrays
-def add_samples(moments: PairedMoments, X: Tensor, Y: Tensor, *, products: Products | None = None) -> PairedMoments:
+def add_samples(
+    moments: PairedMoments, X: Tensor, Y: Tensor, *, products: Products | None = None, overwrite: bool = False
+) -> PairedMoments:
     """Returns `merge_moments(moments, paired_moments(X, Y))` at little more than the cost of their products.
 
     The samples are measured from the mean of the union at once. Sums over `y` alone are kept up if `moments` has them.
@@ -181,31 +183,43 @@ def add_samples(moments: PairedMoments, X: Tensor, Y: Tensor, *, products: Produ
         Y: as for `paired_moments`.
         products: of features, in "float64", or in "float32" with sums in float64, which changes CKA by less than 1e-6;
             None takes float32 where the device is slow at float64 (`has_fast_float64`). All else is in float64.
+        overwrite: whether `X` and `Y` are the caller's to lose, and may be changed, which saves their copies.
 
     Raises:
         ValueError: as `paired_moments`, and on other `products`.
     """
     check_features(X, Y)
     products = chosen_products(products, X.device)
-    x, y = as_float64(X), as_float64(Y)
-    if len(x) == 0:
+    if len(X) == 0:
         return moments
+    x, y = (as_float64(features) if overwrite else as_float64(features).clone() for features in (X, Y))
     n = moments.n + len(x)
-    mean_x = moments.mean_x + len(x) / n * (mean_over_samples(x) - moments.mean_x)
-    mean_y = moments.mean_y + len(x) / n * (mean_over_samples(y) - moments.mean_y)
-    d, e = moments.mean_x - mean_x, moments.mean_y - mean_y
-    x, y = x - mean_x, y - mean_y
-    a, b = x.square().sum(dim=1), y.square().sum(dim=1)
+    mean_x = _centre_on_union(x, moments.n, moments.mean_x)
+    mean_y = _centre_on_union(y, moments.n, moments.mean_y)
+    a, b = (torch.einsum("nd,nd->n", features, features) for features in (x, y))
     with_yy = moments.yy.numel() > 0
     sums = [a.sum(), b.sum(), a @ a, b @ b if with_yy else 0, a @ b, a @ x, a @ y, b @ x, b @ y if with_yy else 0]
-    vectors = [old + new for old, new in zip(recentred_vectors(moments, d, e), sums, strict=True)]
+    # Of no samples there is nothing to recentre; another device would have to be waited for to know.
+    is_first = moments.n.device.type == "cpu" and not moments.n
+    earlier = [field.clone() for field in moments[3:]] if is_first else recentre_moments(moments, mean_x, mean_y)[3:]
+    xx, yy, xy, *vectors = earlier
+    vectors = [old + new for old, new in zip(vectors, sums, strict=True)]
 
     (left, scale_x), (right, scale_y) = rounded(x, products, X.device), rounded(y, products, X.device)
-    xx = torch.addr(moments.xx, moments.n * d, d)
-    xy = torch.addr(moments.xy, moments.n * d, e)
-    yy = torch.addr(moments.yy, moments.n * e, e) if with_yy else moments.yy
     add_product(xx, left, left, scale_x * scale_x)
     add_product(xy, left, right, scale_x * scale_y)
     if with_yy:
         add_product(yy, right, right, scale_y * scale_y)
     return PairedMoments(n, mean_x, mean_y, xx, yy, xy, *vectors)
+
+
+def _centre_on_union(X: Tensor, n: Tensor, mean: Tensor) -> Tensor:
+    """Measure `X` from the mean of its samples and `n` others with that `mean`, in place; return the new mean.
+
+    As in `mean_over_samples`, the samples are measured from the first one first.
+    """
+    first = X[0].clone()
+    X -= first
+    of_union = mean + len(X) / (n + len(X)) * (first + X.mean(dim=0) - mean)
+    X -= of_union - first
+    return of_union

@@ -34,9 +34,11 @@ class Rows:
         self.origins = [None] * len(blocks) if origins is None else origins
         self.device = float64_device(blocks[0].device) if device is None else device
         self.scale = scale
+        self._sizes = [block.shape[0] for block in blocks]
+        self._num_rows = sum(self._sizes)
 
     def __len__(self) -> int:
-        return sum(len(block) for block in self.blocks)
+        return self._num_rows
 
     @property
     def width(self) -> int:
@@ -50,16 +52,16 @@ class Rows:
         Computed in float64, and rounded to another `dtype` at the end.
         """
         columns = slice(first, self.width if last is None else min(last, self.width))
-        stop = min(stop, len(self))
+        stop = min(stop, self._num_rows)
         read = torch.empty(stop - start, columns.stop - columns.start, dtype=torch.float64, device=self.device)
         before = 0  # samples of earlier blocks
-        for block, origin in zip(self.blocks, self.origins, strict=True):
-            begin, end = max(start, before), min(stop, before + len(block))
+        for block, origin, size in zip(self.blocks, self.origins, self._sizes, strict=True):
+            begin, end = max(start, before), min(stop, before + size)
             if begin < end:
                 part = read[begin - start : end - start].copy_(block[begin - before : end - before, columns])
                 if origin is not None:
                     part += origin[columns]
-            before += len(block)
+            before += size
         return (read if self.scale == 1 else read.mul_(self.scale)).to(dtype)
 
     def measured_from(self, point: Tensor, scale: float = 1.0) -> Rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from weakref import finalize
@@ -83,6 +84,10 @@ class FeatureStore:
             self._gaps.append((self._num_rows, num_rows))
             self._num_rows, self._num_waiting = num_rows, 0  # what waits stays where it is, before the gap
 
+    def has_all(self, run: range) -> bool:
+        """Whether all rows of a run of positions are there."""
+        return run.stop <= self._num_rows and not self._gaps
+
     def mask_gaps(self, positions: Tensor, value: int) -> Tensor:
         """Return the positions, with this value for those in a gap or beyond the end."""
         positions = positions.masked_fill(positions >= self._num_rows, value)
@@ -90,23 +95,33 @@ class FeatureStore:
             positions = positions.masked_fill((positions >= start) & (positions < end), value)
         return positions
 
-    def rows(self, positions: Tensor, device: torch.device) -> Tensor:
+    def rows(self, positions: Tensor | range, device: torch.device) -> Tensor:
         """Return the rows (n, d), float64, at these positions; (n, 0) of a store without any."""
         if self._pivot is None:
             return torch.zeros(len(positions), 0, dtype=torch.float64, device=device)
-        return self._offsets(positions).to(device, torch.float64) + self._pivot.to(device)
+        return self.offsets(positions).to(device, torch.float64) + self._pivot.to(device)
+
+    def offsets(self, positions: Tensor | range) -> Tensor:
+        """Return the rows (n, d) at these positions as they are held, measured from the pivot: not to be changed."""
+        return self._run(positions) if isinstance(positions, range) else self._offsets(positions)
+
+    def _run(self, run: range) -> Tensor:
+        """Return the offsets at a run of positions that are all there."""
+        parts: list[Tensor] = []
+        start, number = run.start, bisect_right(self._starts, run.start) - 1
+        while start < run.stop:
+            block, first = self._blocks[number], self._starts[number]
+            parts.append(block[start - first : run.stop - first])
+            start, number = first + block.shape[0], number + 1
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _offsets(self, positions: Tensor) -> Tensor:
         if not len(positions):
             return torch.empty(0, self.width, dtype=self.dtype)
-        starts = torch.tensor(self._starts)
-        blocks = torch.searchsorted(starts, positions, right=True) - 1
+        blocks = torch.searchsorted(torch.tensor(self._starts), positions, right=True) - 1
         first = int(blocks[0])
         if bool((blocks == first).all()):
-            local = positions - self._starts[first]
-            if len(local) == len(self._blocks[first]) and bool((local == torch.arange(len(local))).all()):
-                return self._blocks[first]
-            return self._blocks[first][local]
+            return self._blocks[first][positions - self._starts[first]]
         found = torch.empty(len(positions), self.width, dtype=self.dtype)
         for block in blocks.unique().tolist():
             here = blocks == block

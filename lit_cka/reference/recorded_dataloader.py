@@ -131,12 +131,17 @@ class RecordedDataloader:
             name: of the layer.
             keys: (n, 2), or (n, 4) with the keys by content beside them, for what the first ones do not find.
         """
-        if name not in self.indices:
+        positions = self.find(self.indices.get(name), keys)
+        return self.stores[name].mask_gaps(positions, GAP) if name in self.indices else positions
+
+    def find(self, index: SampleIndex | None, keys: Tensor) -> Tensor:
+        """Return where rows are in all layers that have this index, but for their gaps; see `find_keys`."""
+        if index is None:
             return torch.full((len(keys),), UNKNOWN)
-        positions = self.indices[name].find(keys[:, :2])
-        if keys.shape[1] == 4 and self.indices[name] is self._shared:
+        positions = index.find(keys[:, :2])
+        if keys.shape[1] == 4 and index is self._shared:
             positions = torch.where(positions < 0, self._by_content.find(keys[:, 2:]), positions)
-        return self.stores[name].mask_gaps(positions, GAP)
+        return positions
 
     def pairs_of(self, samples: BatchSamples, features: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """Return features of a batch, and what was recorded of the same samples, by layer, of those that were.

@@ -55,6 +55,8 @@ def _sums_about_mean(layer: Layer, device: torch.device) -> list[Tensor]:
     if moments is None:
         moments = empty_moments(layer.d_x, layer.d_y, device)
         moments = moments if layer.samples.with_yy else without_yy(moments)
+    if len(layer.counts) == 1:
+        return list(moments[3:])  # about the mean of them all already
     return list(recentre_moments(moments, layer.mean_x, layer.mean_y)[3:])
 
 

@@ -76,16 +76,21 @@ class ExactStatistics:
         self.space: Literal["samples", "features"] | None = None
         self.reference_terms: ReferenceTerms | None = None
 
-    def add(self, X: Tensor, Y: Tensor) -> None:
+    def add(self, X: Tensor, Y: Tensor, origin: Tensor | None = None) -> None:
         """Add a batch's features, `X` (n, d_x) of the live model and `Y` (n, d_y) of the reference.
 
         They are of the same samples in the same order, in any floating dtype, and are not copied at once: they must
         not be changed in place afterwards. What is kept is on the device of `X`.
 
+        Args:
+            X: of the live model.
+            Y: of the reference.
+            origin: (d_y,) that `Y` is measured from: its features are `Y + origin`. None for 0.
+
         Raises:
             ValueError: if `X` and `Y` differ in n, or the widths from those of earlier batches.
         """
-        self.samples.add(X, Y)
+        self.samples.add(X, Y, origin)
 
     def score(self, device: torch.device, *, debiased: bool, group: Any = None) -> Score:
         """Returns the linear CKA of all samples of the pass, of all ranks of the group. Every rank has to call it.

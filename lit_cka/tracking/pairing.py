@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lit_cka.parallel.exchange import Group
 from lit_cka.parallel.rows_of_ranks import look_up_on_all_ranks
-from lit_cka.reference.recorded_dataloader import RecordedDataloader
-from lit_cka.reference.sample_index import UNKNOWN
+from lit_cka.reference.recorded_dataloader import GAP, RecordedDataloader
+from lit_cka.reference.sample_index import UNKNOWN, SampleIndex
 from lit_cka.samples.counting import DataRanks
 from lit_cka.samples.sample_keys import BatchSamples
 from lit_cka.statistics.layer import (
@@ -30,6 +30,42 @@ class _Waiting(NamedTuple):
     Y: Tensor | None  # (m, d) of the reference; None to be looked up
     keys: Tensor  # (m, 2)
     samples: BatchSamples | None  # whose rows these all are, if it is not known yet which of them count
+
+
+class _BatchRows:
+    """Which rows of the reference those of a batch are to be paired with: the same in all layers with as many rows
+    and the same index.
+
+    Attributes:
+        kept: which rows this rank counts; None if that is not known yet.
+        all_count: whether it counts all of them.
+        keys: (m, 2), or (m, 4) with keys by content, of all rows; once looked up, of those that count.
+        positions: (m,) in the recording, of those that count.
+        run: the same where they are one after the other.
+    """
+
+    def __init__(self, samples: BatchSamples, num_rows: int) -> None:
+        keys = samples.row_keys(num_rows)
+        self.kept = samples.row_counted(num_rows)
+        self.all_count = self.kept is not None and bool(self.kept.all())
+        if keys is not None and samples.content is not None and num_rows == len(samples):
+            keys = torch.cat([keys, samples.content], dim=1)
+        self.keys = keys
+        self.positions = torch.zeros(0, dtype=torch.int64)
+        self.run: range | None = None
+
+    def look_up(self, recorded: RecordedDataloader, index: SampleIndex | None) -> None:
+        """Find the rows that count."""
+        assert self.keys is not None
+        self.keys = self.keys if self.all_count else self.keys[self.kept]
+        self.positions = recorded.find(index, self.keys)
+        if len(self.positions) and int(self.positions[0]) >= 0:
+            run = range(int(self.positions[0]), int(self.positions[0]) + len(self.positions))
+            self.run = run if torch.equal(self.positions, torch.arange(run.start, run.stop)) else None
+
+    def counted(self, rows: Tensor) -> Tensor:
+        """Return those of a layer's rows that count."""
+        return rows if self.all_count or self.kept is None else rows[self.kept.to(rows.device)]
 
 
 class PairedPass:
@@ -66,58 +102,80 @@ class PairedPass:
         """
         self.num_batches += 1
         problems: dict[str, str] = {}
+        rows: dict[tuple[int, int], _BatchRows] = {}
         for name, X in live.items():
             try:
-                self._add(name, samples, X, None if self._recorded is not None else reference[name])
+                self._add(name, samples, X, None if self._recorded is not None else reference[name], rows)
             except ValueError as error:
                 problems[name] = str(error)
         return problems
 
-    def _add(self, name: str, samples: BatchSamples, X: Tensor, Y: Tensor | None) -> None:
+    def _add(
+        self,
+        name: str,
+        samples: BatchSamples,
+        X: Tensor,
+        Y: Tensor | None,
+        known: dict[tuple[int, int], _BatchRows],
+    ) -> None:
         if Y is not None and len(X) != len(Y):
             raise ValueError(f"the live model gave features of {len(X)} samples, the reference of {len(Y)}.")
-        keys = samples.row_keys(len(X))
-        if keys is None:
+        index = None if self._recorded is None else self._recorded.indices.get(name)
+        same = (X.shape[0], id(index))
+        is_new = same not in known
+        if is_new:
+            known[same] = _BatchRows(samples, X.shape[0])
+        rows = known[same]
+        if rows.keys is None:
             if Y is None:
                 raise ValueError("which samples the batch holds can't be told, and so not what was recorded of them.")
             self._pair(name, X, Y)
-            return
-        kept = samples.row_counted(len(X))
-        if kept is None:
+        elif rows.kept is None:
             if isinstance(self.statistics[name], MinibatchStatistics):
                 raise ValueError(
                     "which of the samples repeat those of other ranks is known at the end of the pass only, and "
                     'estimator="minibatch" needs it in every batch.'
                 )
-            if samples.content is not None and len(X) == len(samples):
-                keys = torch.cat([keys, samples.content], dim=1)
-            self._waiting[name].append(_Waiting(X, Y, keys, samples))
-            return
-        if not bool(kept.all()):
-            there = kept.to(X.device)
-            X, Y, keys = X[there], None if Y is None else Y[there], keys[kept]
-        if Y is not None:
-            self._pair(name, X, Y)
-            return
+            self._waiting[name].append(_Waiting(X, Y, rows.keys, samples))
+        elif Y is not None:
+            self._pair(name, rows.counted(X), rows.counted(Y))
+        else:
+            assert self._recorded is not None
+            if is_new:
+                rows.look_up(self._recorded, index)
+            self._pair_recorded(name, rows.counted(X), rows)
+
+    def _pair_recorded(self, name: str, X: Tensor, rows: _BatchRows) -> None:
+        """Pair the rows with what this process has recorded of them; the others wait for the end of the pass."""
         assert self._recorded is not None
-        if samples.content is not None and len(X) == len(samples):
-            keys = torch.cat([keys, samples.content if bool(kept.all()) else samples.content[kept]], dim=1)
-        positions = self._recorded.find_keys(name, keys)
+        assert rows.keys is not None
+        store, positions = self._recorded.stores[name], rows.positions
+        if rows.run is not None and store.has_all(rows.run):
+            self._pair(name, X, store.offsets(rows.run).to(X.device), store.pivot)
+            return
+        positions = store.mask_gaps(positions, GAP)
         found, unknown = positions >= 0, positions == UNKNOWN
         if not bool(found.all()):
             if isinstance(self.statistics[name], MinibatchStatistics) and bool(unknown.any()):
                 unknown |= found  # a batch stays together
                 found = torch.zeros_like(found)
-            self._waiting[name].append(_Waiting(X[unknown.to(X.device)], None, keys[unknown], None))
+            self._waiting[name].append(_Waiting(X[unknown.to(X.device)], None, rows.keys[unknown], None))
             X, positions = X[found.to(X.device)], positions[found]
         if len(positions):
-            self._pair(name, X, self._recorded.stores[name].rows(positions, X.device))
+            self._pair(name, X, store.offsets(positions).to(X.device), store.pivot)
 
-    def _pair(self, name: str, X: Tensor, Y: Tensor) -> None:
-        if isinstance(self.statistics[name], MinibatchStatistics) and len(X) < 4:
-            self.has_small_batches = self.has_small_batches or len(X) > 0
+    def _pair(self, name: str, X: Tensor, Y: Tensor, origin: Tensor | None = None) -> None:
+        """Add rows of the live model, and the reference's of the same samples, measured from the origin if there is
+        one.
+        """
+        statistics, num_rows = self.statistics[name], X.shape[0]
+        if isinstance(statistics, ExactStatistics):
+            statistics.add(X, Y, origin)
+        elif num_rows >= 4:
+            statistics.add(X, Y if origin is None else Y.to(torch.float64) + origin.to(Y.device))
+        else:
+            self.has_small_batches = self.has_small_batches or num_rows > 0
             return
-        self.statistics[name].add(X, Y)
         self.widths[name] = max(X.shape[1], Y.shape[1])
 
     def scores(self, ranks: DataRanks, *, debiased: bool) -> dict[str, Score]:

@@ -28,8 +28,15 @@ def values(letters: str) -> Tensor:
     return torch.randn([SIZES[letter] for letter in letters], generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(params=["NumPy", "torch"])
+def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who takes the means on a CPU: NumPy where torch has few threads."""
+    monkeypatch.setattr(pooling, "_THREADS_OF_TORCH", torch.get_num_threads() - (request.param == "torch"))
+    return str(request.param)
+
+
 @pytest.mark.parametrize(("layout", "ordered"), LAYOUTS)
-def test_pooling_every_layout(layout: str, ordered: str) -> None:
+def test_pooling_every_layout(layout: str, ordered: str, by: str) -> None:
     tokens = values(ordered)
     output = torch.einsum(f"{ordered}->{layout}", tokens)
     flat = tokens.reshape(3, -1, 6)
@@ -48,12 +55,26 @@ def test_features_without_positions_are_returned_as_they_are(method: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_means_are_taken_in_float64(dtype: torch.dtype) -> None:
+def test_means_are_taken_in_float64(dtype: torch.dtype, by: str) -> None:
     tokens = (1000 + values("NTC")).to(dtype)
     for mask in (None, torch.ones(3, 5)):
         mean = pool(tokens, "mean", "NTC", mask)
         assert mean.dtype == torch.float64
         torch.testing.assert_close(mean, tokens.double().mean(1), rtol=1e-14, atol=0)
+
+
+def test_means_of_what_is_not_finite_and_of_nothing_are_nan_without_a_warning(by: str) -> None:
+    tokens = torch.zeros(2, 3, 1)
+    tokens[0, :2, 0] = torch.tensor([torch.inf, -torch.inf])
+    assert pool(tokens, "mean", "NTC").isnan().tolist() == [[True], [False]]
+    assert pool(tokens[:, :0], "mean", "NTC").isnan().all()
+    assert pool(tokens[:0], "mean", "NTC").shape == (0, 1)
+
+
+def test_means_within_a_transform_whose_tensors_have_no_memory(by: str) -> None:
+    tokens = values("NTC")
+    means = torch.func.vmap(lambda sample: pool(sample[None], "mean", "NTC")[0])(tokens)
+    torch.testing.assert_close(means, tokens.double().mean(1), rtol=1e-14, atol=0)
 
 
 MASKS = {

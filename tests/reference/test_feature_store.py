@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,11 @@ def test_rows_by_position(
         found = store.rows(torch.tensor(positions, dtype=torch.int64), CPU)
         tolerance = 0 if dtype == torch.float64 else 1e-6
         torch.testing.assert_close(found, X[positions], rtol=0, atol=max(tolerance, 1e-11))
+    for start, stop in itertools.combinations(range(8), 2):
+        assert store.has_all(range(start, stop))
+        found = store.offsets(range(start, stop)).double() + store.pivot
+        torch.testing.assert_close(found, X[start:stop], rtol=0, atol=max(tolerance, 1e-11))
+    assert not store.has_all(range(6, 8))
     assert list(tmp_path.iterdir()) == []  # the file has no name
 
 
@@ -49,6 +55,7 @@ def test_gaps_are_found_nowhere() -> None:
     positions = store.mask_gaps(torch.arange(11), -7)
     assert positions.tolist() == [0, 1, -7, -7, 4, 5, 6, -7, -7, -7, -7]
     torch.testing.assert_close(store.rows(torch.tensor([6, 1, 4]), CPU), X[[4, 1, 2]])
+    assert not store.has_all(range(1, 5))
 
 
 def test_what_several_processes_have_recorded_is_put_together() -> None:

@@ -59,6 +59,40 @@ def test_sums_over_the_reference_may_be_left_out(sizes: list[int]) -> None:
     assert moments.yy.numel() == moments.by.numel() == 0
 
 
+@pytest.mark.parametrize("size", [3, 400], ids=["rows", "moments"])
+def test_what_is_measured_from_an_origin_is_what_it_stands_for(size: int) -> None:
+    """Batches of all kinds in turn: the order of both sides is the same, whatever was joined meanwhile."""
+    X, Y = paired_features(4 * size, 5, 4, offset=1e3)
+    samples = PairedSamples()
+    for i, (x, y) in enumerate(zip(X.split(size), Y.split(size), strict=True)):
+        origin = y.mean(dim=0) if i % 2 else None
+        samples.add(x, y if origin is None else y - origin, origin)
+    samples.summary(CPU)
+    moments, expected = samples.moments(CPU, (0, 0)), paired_moments(X, Y)
+    assert moments is not None
+    for name, value in moments._asdict().items():
+        wanted = getattr(expected, name)
+        np.testing.assert_allclose(value, wanted, rtol=0, atol=1e-9 * float(wanted.abs().max()), err_msg=name)
+
+
+def test_features_that_are_measured_from_an_origin_are_not_copied() -> None:
+    X, Y = paired_features(8, 5, 4)
+    samples = PairedSamples()
+    samples.add(X, Y, torch.ones(4))
+    assert samples.rows()[1].blocks[0].data_ptr() == Y.data_ptr()
+
+
+def test_scoring_takes_no_more_than_what_comes_later_is_added_to() -> None:
+    """Rows that are few stay, whose products are in another order otherwise, and moments are not held twice."""
+    samples, X, Y = added([30, 7])
+    first = samples.summary(CPU)
+    samples.add(X, Y)
+    assert (first.n, samples.summary(CPU).n) == (37, 74)
+    moments, expected = samples.moments(CPU, (0, 0)), paired_moments(torch.cat([X, X]), torch.cat([Y, Y]))
+    assert moments is not None
+    torch.testing.assert_close(moments.xy, expected.xy, rtol=1e-9, atol=0)
+
+
 def test_no_samples() -> None:
     samples = PairedSamples()
     assert samples.summary(CPU)[:5] == (0, 0, 0, 0, 0)
@@ -71,11 +105,11 @@ def test_no_samples() -> None:
 @pytest.mark.parametrize(
     ("features", "kept"),
     [
-        (torch.linspace(0, 1, 2 * 10**5).reshape(100, -1), torch.float32),
-        (torch.linspace(0, 1, 2 * 10**5).reshape(100, -1).double(), torch.float32),
-        (torch.linspace(0, 1, 2 * 10**5, dtype=torch.float64).reshape(100, -1), torch.float32),
-        (torch.linspace(0, 1e50, 2 * 10**5, dtype=torch.float64).reshape(100, -1), torch.float64),
-        (torch.linspace(0, 1, 3 * 10**5).reshape(100, -1).bfloat16(), torch.bfloat16),
+        (torch.linspace(0, 1, 8 * 10**5).reshape(100, -1), torch.float32),
+        (torch.linspace(0, 1, 8 * 10**5).reshape(100, -1).double(), torch.float32),
+        (torch.linspace(0, 1, 8 * 10**5, dtype=torch.float64).reshape(100, -1), torch.float32),
+        (torch.linspace(0, 1e50, 8 * 10**5, dtype=torch.float64).reshape(100, -1), torch.float64),
+        (torch.linspace(0, 1, 12 * 10**5).reshape(100, -1).bfloat16(), torch.bfloat16),
     ],
     ids=["float32", "float64 with float32's digits", "float64", "too large for float32", "bfloat16"],
 )

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
 
 from lit_cka.features.layers import select_layers
 from lit_cka.features.sharded_modules import is_sharded
 from lit_cka.reference.adapters import switch_off_adapters
-from lit_cka.reference.exchange import WeightExchange
+from lit_cka.reference.exchange import WeightExchange, Weights
 from lit_cka.reference.recording import Dataloader, Recording
 from lit_cka.reference.reference import LiveReference, make_reference, running_copy
 from lit_cka.reference.running import RunningReference
@@ -87,7 +86,7 @@ class TrackedModel:
                 return False
         return True
 
-    def recording_pass(self, initial: Mapping[str, Tensor] | None) -> RecordingPass:
+    def recording_pass(self, initial: Weights | None) -> RecordingPass:
         """Return the pass that records the reference.
 
         Args:
@@ -95,13 +94,13 @@ class TrackedModel:
         """
         return RecordingPass(self.module, self.tracker, self._live_reference(initial))
 
-    def _live_reference(self, initial: Mapping[str, Tensor] | None) -> LiveReference:
+    def _live_reference(self, initial: Weights | None) -> LiveReference:
         if isinstance(self._reference, RunningReference):
             return LiveReference()
         is_initial = self._reference == LiveReference()
         return LiveReference(weights=initial) if is_initial and initial is not None else self._reference
 
-    def run_reference_beside(self, initial: Mapping[str, Tensor] | None) -> None:
+    def run_reference_beside(self, initial: Weights | None) -> None:
         """Have the reference run beside the live model in every pass, since the data differ each time.
 
         Raises:
@@ -145,8 +144,3 @@ class TrackedModel:
 _DIFFERS = (
     "the data differ at every pass, so that the reference would have to run beside it. Pass fixed batches as `probe=`."
 )
-
-
-def has_all_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> bool:
-    """Whether the weights are those of a module built like this one."""
-    return {name: tensor.shape for name, tensor in module.named_parameters()}.keys() <= weights.keys()

@@ -41,7 +41,7 @@ class Place:
     @property
     def layout(self) -> str:
         """Which part of the whole is here, in words that are the same for the same part alone."""
-        if self.part is not None:
+        if self.part is not None and len(self.part.held) < self.shape.numel():
             return f"{tuple(self.shape)} from {self.part.start}, {len(self.part.held)}"
         if isinstance(self.tensor, DTensor):
             mesh = self.tensor.device_mesh

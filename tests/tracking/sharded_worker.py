@@ -365,4 +365,7 @@ def main(ways: Sequence[Way], folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    from tests.tracking import sharded_memory_worker  # which imports this module
+
     main((WHOLE, *WAYS), Path(sys.argv[1]))
+    sharded_memory_worker.main(Path(sys.argv[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ from tests.tracking.every_way import (  # noqa: F401  # the tests
     ways_of,
     whole,
 )
+from tests.tracking.sharded_memory_worker import FULLY_SHARDED
+from tests.tracking.sharded_memory_worker import LAYERS as BLOCKS
 from tests.tracking.sharded_worker import FSDP2, LAYERS, NUM_TEST, NUM_VAL, SECONDS, WAYS
 
 pytestmark = pytest.mark.skipif(
@@ -60,3 +63,17 @@ def test_a_whole_model_moves_in_every_layer(folder: Path) -> None:
 def test_shards_of_another_way_are_refused(folder: Path) -> None:
     for seen in seen_by_ranks(folder, FSDP2, "resumed"):
         assert "written by processes that shared the model out in another way" in seen["shared out again"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what a process takes")
+@pytest.mark.parametrize("name", [way.name for way in FULLY_SHARDED])
+def test_no_process_holds_the_whole_model(folder: Path, name: str) -> None:
+    for rank in range(2):
+        seen = json.loads((folder / f"memory-{name}-{rank}.json").read_text())
+        assert seen["bare"]["largest"] <= seen["whole"] / 4  # a block at a time
+        assert list(seen["scores"][0]) == BLOCKS
+        assert min(seen["scores"][0].values()) == pytest.approx(1.0, abs=1e-12)
+        assert max(seen["scores"][1].values()) < 0.9995
+        for reference, share in (("initial", 0.1), ("path", 0.6)):  # its own half is kept while the others are in place
+            assert seen[reference]["largest"] == seen["bare"]["largest"]
+            assert seen[reference]["growth"] - seen["bare"]["growth"] < share * seen["whole"]

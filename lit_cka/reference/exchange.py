@@ -153,8 +153,8 @@ def weights_for(module: nn.Module, weights: Mapping[str, Tensor], layer_names: l
         layer_names: the layers that are compared, as in `module.named_modules()`.
 
     Raises:
-        ValueError: if they are of another architecture, the message names what is missing; or if FSDP has put the
-            module's parameters where they have no names.
+        ValueError: if they are of another architecture, the message names what is missing, or what is tied in the
+            module alone; or if FSDP has put the module's parameters where they have no names.
     """
     if has_nameless_parameters(outermost(module)):
         raise ValueError(
@@ -178,7 +178,18 @@ def weights_for(module: nn.Module, weights: Mapping[str, Tensor], layer_names: l
     require_weights(needed, expected, fits[prefix])
     # A wrapper's names: those that the module's tensors have where they stand.
     names = {id(place.tensor): name for name, place in places_of(module).items()}
-    return {names[tensors[name]]: value for name, value in fits[prefix].items() if tensors[name] in names}
+    fitting: dict[str, Tensor] = {}
+    for name, value in fits[prefix].items():
+        target = names.get(tensors[name])
+        if target is None:
+            continue
+        first = fitting.setdefault(target, value)
+        if first is not value and not torch.equal(first, value):
+            raise ValueError(
+                f"{name!r} is one tensor with {target!r} in {type(module).__name__}, but they differ in the weights to "
+                "compare with, which are of another architecture. Pass a module with these weights as `reference=`."
+            )
+    return fitting
 
 
 def common_parents(layer_names: list[str]) -> list[str]:

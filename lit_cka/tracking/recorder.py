@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lit_cka.parallel.ranks import agreed
 from lit_cka.reference.reference import INITIAL
 from lit_cka.reference.storage import TrainingStart
 from lit_cka.samples.drawing import unread
@@ -83,7 +84,9 @@ class Recorder:
         if self.start.is_of_another_training():
             self.model = None
         if self.model is None:
-            self.model = TrackedModel(pl_module, self._options, trainer.default_root_dir)
+            # A file with the reference may be missing for one process alone, for which the others would wait.
+            build = partial(TrackedModel, pl_module, self._options, trainer.default_root_dir)
+            self.model = agreed(build)
             is_initial = self._options.reference == INITIAL
             self.start.find(trainer, pl_module, self.model.recording, is_initial=is_initial)
             self.start.begin(trainer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_cka.features.layers import select_layers
 from lit_cka.features.sharded_modules import is_sharded
-from lit_cka.parallel.ranks import run_on_all_ranks
+from lit_cka.parallel.ranks import agreed
 from lit_cka.reference.adapters import switch_off_adapters
 from lit_cka.reference.exchange import WeightExchange, Weights
 from lit_cka.reference.recording import Dataloader, Recording
@@ -93,15 +94,10 @@ class TrackedModel:
         Args:
             initial: the weights that the training began with, if the live model has others by now.
         """
-        built: list[RecordingPass] = []
-        reference = self._live_reference(initial)
-
-        def build() -> None:
-            built.append(RecordingPass(self.module, self.tracker, reference, in_step=self.is_sharded))
-
-        # What is wrong with weights may be seen by one process alone, for whom the others would wait.
-        run_on_all_ranks(build) if self.is_sharded and reference.weights is not None else build()
-        return built[0]
+        reference, in_step = self._live_reference(initial), self.is_sharded
+        build = partial(RecordingPass, self.module, self.tracker, reference, in_step=in_step)
+        # What is wrong with shards may be seen by one process alone, for which the others would wait.
+        return agreed(build) if in_step and reference.weights is not None else build()
 
     def _live_reference(self, initial: Weights | None) -> LiveReference:
         if isinstance(self._reference, RunningReference):

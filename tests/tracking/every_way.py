@@ -24,8 +24,8 @@ def seen_by_ranks(folder: Path, way: Way, job: str) -> list[Any]:
     return [each[job] for each in seen]
 
 
-def whole(folder: Path, job: str) -> Any:
-    (seen,) = seen_by_ranks(folder, WHOLE, job)
+def whole(folder: Path, job: str, way: Way = WHOLE) -> Any:
+    (seen,) = seen_by_ranks(folder, way.whole, job)
     return seen
 
 
@@ -40,14 +40,14 @@ def done(history: list[dict[str, Any]], way: Way) -> list[dict[str, Any]]:
 
 
 def test_scores_are_those_of_the_whole_model(folder: Path, way: Way) -> None:
-    expected = whole(folder, "fitted")
+    expected = whole(folder, "fitted", way)
     ranks = seen_by_ranks(folder, way, "fitted")
     for seen in ranks:
-        assert seen["history"] == same(done(expected["history"], way))
+        assert seen["history"] == same(done(expected["history"], way), way.tolerance)
         assert seen["history"] == ranks[0]["history"]  # no process differs by a bit
         for key, value in seen["logged"].items():
             # Lightning's mean counts the repeated samples.
-            assert value == pytest.approx(expected["logged"][key], abs=1e-6 if key != "val_loss" else 0.1)
+            assert value == pytest.approx(expected["logged"][key], abs=way.tolerance if key != "val_loss" else 0.1)
         assert seen["logged"] == ranks[0]["logged"]
 
 
@@ -71,47 +71,55 @@ def test_a_model_that_is_not_trained_has_a_cka_of_1(folder: Path, way: Way) -> N
 
 @pytest.mark.parametrize("reference", ["state dict", "path", "module"])
 def test_other_weights_of_the_same_architecture(folder: Path, way: Way, reference: str) -> None:
-    expected = whole(folder, "compared")
+    expected = whole(folder, "compared", way)
     assert expected[reference] == same(expected["state dict"], 1e-12)
     assert min(expected["state dict"][0]["scores"].values()) < 0.9
-    alone = seen_by_ranks(folder, way, "resumed")
-    for seen, resumed in zip(seen_by_ranks(folder, way, "compared"), alone, strict=True):
-        assert seen[reference] == same(expected[reference])
-        assert seen[f"weights, {reference}"] == resumed["weights of one epoch"]  # the model got its own ones back
+    for seen in seen_by_ranks(folder, way, "compared"):
+        if way.variant == "without names" and reference != "module":
+            assert seen[f"message, {reference}"].startswith("Expected FSDP to leave the model's parameters their names")
+            continue
+        assert seen[reference] == same(expected[reference], way.tolerance)
+        assert seen[f"weights, {reference}"] == seen["weights of bare"]  # the model got its own ones back
 
 
 def test_a_resumed_training_goes_on_with_its_reference(folder: Path, way: Way) -> None:
     """Also in a test of data that were not there before: their recording takes the initial weights."""
-    expected = whole(folder, "resumed")["history"]
-    assert expected == same(whole(folder, "fitted")["history"], 1e-12)
+    if not way.saves:
+        pytest.skip("no checkpoints")
+    expected = whole(folder, "resumed", way)["history"]
+    assert expected == same(whole(folder, "fitted", way)["history"], 1e-12)
     for seen in seen_by_ranks(folder, way, "resumed"):
-        assert seen["history"] == same(done(expected, way))
+        assert seen["history"] == same(done(expected, way), way.tolerance)
 
 
 def test_a_test_of_a_checkpoint_finds_the_initial_weights(folder: Path, way: Way) -> None:
-    expected = whole(folder, "resumed")["history of a test"]
+    if not way.tests_checkpoints or not way.saves:
+        pytest.skip("no tests of checkpoints")
+    expected = whole(folder, "resumed", way)["history of a test"]
     assert [record["stage"] for record in expected] == ["validate", "test"]
-    assert max(expected[1]["scores"].values()) < 1 - 1e-7
-    for seen in seen_by_ranks(folder, way, "resumed") if way.tests_checkpoints else ():
-        assert seen["history of a test"] == same(expected)
+    assert min(expected[1]["scores"].values()) < 0.999
+    for seen in seen_by_ranks(folder, way, "resumed"):
+        assert seen["history of a test"] == same(expected, way.tolerance)
 
 
 def test_damaged_weights_of_one_process_are_an_error_on_all(folder: Path, way: Way) -> None:
-    for seen in seen_by_ranks(folder, way, "resumed") if way.tests_checkpoints else ():
+    if not way.tests_checkpoints or not way.saves:
+        pytest.skip("no tests of checkpoints")
+    for seen in seen_by_ranks(folder, way, "resumed"):
         assert seen["damaged"].startswith("These data have not been recorded, and the weights that the training began")
 
 
 def test_a_probe(folder: Path, way: Way) -> None:
     """Of three batches after every third step, and of one, which is given to `predict_step`."""
-    expected = whole(folder, "probed")
+    expected = whole(folder, "probed", way)
     assert [record["n"] for record in expected["several"]] == [NUM_TEST]
     assert [record["n"] for record in expected["one"]] == [8]
-    alone = seen_by_ranks(folder, way, "resumed")
-    for seen, resumed in zip(seen_by_ranks(folder, way, "probed"), alone, strict=True):
+    bare = seen_by_ranks(folder, way, "compared")
+    for seen, compared in zip(seen_by_ranks(folder, way, "probed"), bare, strict=True):
         for name in ("several", "one"):
-            assert max(expected[name][0]["scores"].values()) < 1 - 1e-7
-            assert seen[name] == same(expected[name])
-            assert seen[f"weights, {name}"] == resumed["weights of one epoch"]
+            assert min(expected[name][0]["scores"].values()) < 0.999
+            assert seen[name] == same(expected[name], way.tolerance)
+            assert seen[f"weights, {name}"] == compared["weights of bare"]
         is_split = not way.kind.startswith(("zero1", "zero2"))
         assert ("is empty on some of them" in seen["empty"]) is is_split
 

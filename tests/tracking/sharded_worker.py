@@ -25,7 +25,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, DistributedSampler, Subset
@@ -48,7 +59,7 @@ class Way(NamedTuple):
 
     That is FSDP2 by default; "flat" is FSDP around parts, as the module wraps them, and "wrapped" is FSDP as Lightning
     wraps it around the LightningModule. Some ways can't do all, without the callback either: test a module that they
-    have fitted, or load a checkpoint for a test.
+    have fitted, load a checkpoint for a test, or save one.
     """
 
     name: str
@@ -57,10 +68,19 @@ class Way(NamedTuple):
     kind: str = ""
     tests_again: bool = True
     tests_checkpoints: bool = True
+    saves: bool = True
+    variant: str = ""
+    tolerance: float = 1e-6  # of scores
 
     @property
     def world_size(self) -> int:
         return self.data * self.tensor
+
+    @property
+    def whole(self) -> Way:
+        """The same model in one process."""
+        shown = self.variant if self.variant in ("tied", "frozen") else ""
+        return Way(f"whole{shown}", variant=shown)
 
 
 WHOLE = Way("whole")
@@ -98,9 +118,14 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def network(seed: int) -> Net:
+def network(seed: int, variant: str = "") -> Net:
     torch.manual_seed(seed)
-    return Net()
+    net = Net()
+    if variant == "tied":
+        net.blocks[1].norm.weight = net.blocks[0].norm.weight
+    if variant == "frozen":
+        net.blocks[0].requires_grad_(False)
+    return net
 
 
 class Module(pl.LightningModule):
@@ -108,7 +133,7 @@ class Module(pl.LightningModule):
 
     def __init__(self, way: Way, lr: float = LEARNING_RATE) -> None:
         super().__init__()
-        self.net, self.lr = network(0), lr
+        self.net, self.lr = network(0, way.variant), lr
         self._way = way
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,7 +149,22 @@ class Module(pl.LightningModule):
         self.training_step(batch, batch_idx)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+        parameters = self.trainer.model.parameters() if self._way.variant == "without names" else self.parameters()
+        return torch.optim.SGD(parameters, lr=self.lr, momentum=0.9)
+
+
+FSDP2_VARIANTS: dict[str, dict[str, Any]] = {
+    "bf16": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
+    "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+    "kept": {"reshard_after_forward": False},
+}
+FSDP_VARIANTS: dict[str, dict[str, Any]] = {
+    "bf16": {"mixed_precision": MixedPrecision(param_dtype=torch.bfloat16)},
+    "gradients": {"sharding_strategy": "SHARD_GRAD_OP"},
+    "not sharded": {"sharding_strategy": "NO_SHARD"},
+    "checkpointing": {"activation_checkpointing_policy": {Block}},
+    "without names": {"use_orig_params": False},
+}
 
 
 class Sharding(Module):
@@ -141,8 +181,19 @@ class Sharding(Module):
             net.blocks[0] = flat(net.blocks[0])
             self.net = flat(net)
         elif way.data > 1:
-            for part in (*net.blocks, net):
-                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+            self._shard(way, net)
+
+    def _shard(self, way: Way, net: Net) -> None:
+        options = FSDP2_VARIANTS.get(way.variant, {})
+        if way.variant == "ignored":
+            options = {"ignored_params": set(net.head.parameters())}
+        for index, block in enumerate(net.blocks):
+            if way.variant == "checkpointing":
+                net.blocks[index] = checkpoint_wrapper(block)
+            if way.variant == "compile":
+                block.compile()
+        for part in (*net.blocks, net) if way.variant != "tied" else (net,):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"], **options)
 
 
 def module_of(way: Way, lr: float = LEARNING_RATE) -> Module:
@@ -170,14 +221,19 @@ class FlatStrategy(FSDPStrategy):
     def _setup_model(self, model: nn.Module) -> nn.Module:
         if any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
             return super()._setup_model(model)
-        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+        options = {"mixed_precision": self.mixed_precision, "sharding_strategy": self.sharding_strategy, **self.kwargs}
+        wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+        if self._activation_checkpointing_kwargs:
+            apply_activation_checkpointing(wrapped, check_fn=lambda module: isinstance(module, Block))
+        return wrapped
 
 
 def strategy(way: Way) -> Strategy | str:
     if way.world_size == 1:
         return "auto"
     if way.kind == "wrapped":
-        return FlatStrategy(process_group_backend="gloo", auto_wrap_policy={Block})
+        policy = {} if way.variant == "tied" else {"auto_wrap_policy": {Block}}
+        return FlatStrategy(process_group_backend="gloo", **policy, **FSDP_VARIANTS.get(way.variant, {}))
     if way.kind == "flat":
         return FlatStrategy(process_group_backend="gloo")
     if way.kind.startswith("zero"):
@@ -223,7 +279,7 @@ def weights_of(module: nn.Module) -> str:
             part.reshard()
     for name, tensor in module.named_parameters():
         local = tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
-        digest.update(name.encode() + local.detach().clone().numpy().tobytes())
+        digest.update(name.encode() + local.detach().clone().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -266,15 +322,18 @@ def still(way: Way, rank: int, folder: Path) -> Any:
 
 def compared(way: Way, rank: int, folder: Path) -> dict[str, Any]:
     """Fits of one epoch against other weights of the same architecture: a state dict, its file, and a module."""
-    other = network(1)
+    other = network(1, way.variant)
     path = folder / f"other-{way.name}-{rank}.safetensors"
-    save_file(other.state_dict(), path)
+    save_file({name: weight.clone() for name, weight in other.state_dict().items()}, path)
     references = {"state dict": other.state_dict(), "path": path, "module": other}
-    seen = {}
+    bare = module_of(way)
+    trainer(way, folder, max_epochs=1).fit(bare, train_loader(way, rank), loader(NUM_VAL))
+    seen: dict[str, Any] = {"weights of bare": weights_of(bare)}
     for name, reference in references.items():
         callback, module = CKACallback(LAYERS, reference=reference), module_of(way)
         run = trainer(way, folder, callback, max_epochs=1)
-        run.fit(module, train_loader(way, rank), loader(NUM_VAL))
+        data = train_loader(way, rank), loader(NUM_VAL)
+        seen[f"message, {name}"] = message_of(lambda run=run, module=module, data=data: run.fit(module, *data))
         seen[name] = callback.history
         seen[f"weights, {name}"] = weights_of(module)
     return seen
@@ -286,7 +345,6 @@ def resumed(way: Way, rank: int, folder: Path) -> dict[str, Any]:
     checkpoints = ModelCheckpoint(place, filename="first")
     run, module = trainer(way, place, CKACallback(LAYERS), checkpoints, max_epochs=1), module_of(way)
     run.fit(module, train_loader(way, rank), loader(NUM_VAL))
-    weights = weights_of(module)
     first = checkpoints.best_model_path
 
     def resume(callback: CKACallback, way: Way = way) -> None:
@@ -302,7 +360,7 @@ def resumed(way: Way, rank: int, folder: Path) -> dict[str, Any]:
     resume(callback)
     if way.tests_checkpoints:
         test(alone)
-    seen = {"history": callback.history, "history of a test": alone.history, "weights of one epoch": weights}
+    seen = {"history": callback.history, "history of a test": alone.history}
     if way == FSDP2:  # on as many processes, which have other shards
         seen["shared out again"] = message_of(lambda: resume(CKACallback(LAYERS), TENSOR))
     if way.world_size > 1:
@@ -351,7 +409,8 @@ def work(way: Way, rank: int, world_size: int, folder: Path) -> None:
         meeting = f"file://{folder}/{way.name}"
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
     seen = {}
-    for job in (fitted, still, compared, resumed, probed, without):
+    jobs = (fitted, still, compared, probed, without, *((resumed,) if way.saves else ()))
+    for job in jobs:
         seen[job.__name__] = job(way, rank, folder)
         (folder / f"{way.name}-{rank}.json").write_text(json.dumps(seen))
     if world_size > 1:

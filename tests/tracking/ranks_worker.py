@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
 
 from lit_cka import CKACallback
 from lit_cka.tracking.tracker import Estimator
@@ -252,6 +252,47 @@ def probed(rank: int, world_size: int, folder: Path) -> Any:
     return {**seen, "fit": callback.history, "logged": logged(run)}
 
 
+class Stream(IterableDataset[Any]):
+    """Samples without a length."""
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = num_samples
+
+    def __iter__(self) -> Iterator[Any]:
+        x, y = dataset(NUM_UNEVEN, 1)[: self.num_samples]
+        return iter(zip(x.double(), y, strict=True))
+
+
+def lacking(rank: int, world_size: int, folder: Path) -> Any:
+    """The last rank has no sample, known before or not; or no file with the reference."""
+    is_last = rank == world_size - 1
+    seen: dict[str, Any] = {}
+    empty = DataLoader(Subset(dataset(NUM_UNEVEN, 1), range(0 if is_last else NUM_UNEVEN)), batch_size=8)
+    for name, options in {"tracked": {}, "probed": {"probe": loader(8)}, "other stage": {"stages": ("test",)}}.items():
+        _, module = models()
+        module.allow_zero_length_dataloader_with_multiple_devices = True
+        run = trainer(folder, world_size, CKACallback(**options), use_distributed_sampler=False, precision="64-true")
+        try:
+            seen[name] = f"no error but {run.validate(module, empty, verbose=False)}"
+        except ValueError as error:
+            seen[name] = str(error)
+    reference, module = models()
+    callback = CKACallback(reference=reference)
+    run = trainer(folder, world_size, callback, precision="64-true")
+    run.validate(module, DataLoader(Stream(NUM_UNEVEN if rank == 0 else 0), batch_size=8), verbose=False)
+    seen["stream"] = callback.history
+    path = folder / f"reference-{world_size}{'-gone' if is_last else ''}.pt"
+    if rank == 0:
+        torch.save(reference.state_dict(), path)
+    dist.barrier()
+    try:
+        run = trainer(folder, world_size, CKACallback(reference=path), precision="64-true")
+        run.validate(module, loader(NUM_UNEVEN), verbose=False)
+    except OSError as error:
+        seen["file"] = str(error)
+    return seen
+
+
 def work(job: Callable[[int, int, Path], Any], rank: int, world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0")  # for Lightning, which takes it that all ranks are started
@@ -267,7 +308,8 @@ def write(seen: Any, folder: Path, name: str, world_size: int, rank: int) -> Non
 
 
 def fork_all(folder: Path) -> None:
-    for job, world_size in product((validated, too_few, changed, fitted, shared, reshuffled, mixing, probed), (2, 3)):
+    jobs = (validated, too_few, changed, fitted, shared, reshuffled, mixing, probed, lacking)
+    for job, world_size in product(jobs, (2, 3)):
         fork_ranks(work, job, world_size, folder, SECONDS)
 
 

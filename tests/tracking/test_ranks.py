@@ -137,6 +137,25 @@ def test_features_that_depend_on_the_other_samples_of_a_batch(folder: Path, kind
 
 
 @WORLD_SIZES
+def test_a_rank_without_samples(folder: Path, world_size: int) -> None:
+    """Lightning calls no hook where it knows of it, so that the others would wait; else there is nothing to add."""
+    for seen in seen_by_ranks(folder, "lacking", world_size):
+        for name in ("tracked", "probed"):
+            assert seen[name].startswith("Expected every rank to have batches to validate on, or none, but only some")
+        assert seen["other stage"].startswith("no error")
+        (record,) = seen["stream"]
+        assert record["n"] == NUM_UNEVEN
+        assert record["scores"] == by_hand([dataset(NUM_UNEVEN, 1)[:]])
+
+
+@WORLD_SIZES
+def test_a_reference_that_one_rank_lacks_is_an_error_on_all(folder: Path, world_size: int) -> None:
+    for seen in seen_by_ranks(folder, "lacking", world_size):
+        assert seen["file"].startswith("Expected a checkpoint file at")
+        assert "-gone.pt" in seen["file"]
+
+
+@WORLD_SIZES
 def test_a_probe_counts_every_batch_once(folder: Path, world_size: int) -> None:
     ranks = seen_by_ranks(folder, "probed", world_size)
     for seen in ranks:

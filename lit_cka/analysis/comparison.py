@@ -15,6 +15,7 @@ from lit_cka.analysis.extraction import extract
 from lit_cka.analysis.features import Features, matched
 from lit_cka.analysis.measures import Settings, gram_matrices, similarity
 from lit_cka.analysis.uncertainty import bootstrap_cka, permutation_test
+from lit_cka.features.given_masks import Mask
 from lit_cka.features.layers import Layers
 from lit_cka.features.pooling import Pooling
 from lit_cka.tracking.history import verdict
@@ -84,6 +85,7 @@ def compare(
     layers: Layers | None = None,
     layers_b: Layers | None = None,
     pooling: Pooling = "mean",
+    mask: Mask | None = None,
     names: tuple[str, str] = ("a", "b"),
     data: str = "data",
     settings: Settings | None = None,
@@ -104,6 +106,7 @@ def compare(
         layers: of the first model.
         layers_b: of the second; None for what `layers` says.
         pooling: as in `FeatureExtractor`.
+        mask: which tokens count, as in `FeatureExtractor`.
         names: of the models, for tables and figures.
         data: name of the dataset.
         settings: what to compute; None for debiased linear CKA.
@@ -120,7 +123,7 @@ def compare(
         >>> compare(net, None, [X], layers=["0", "2"], progress=False).values.shape
         (2, 2)
     """
-    options: dict[str, Any] = {"pooling": pooling, "device": device, "data": data, "progress": progress}
+    options: dict[str, Any] = {"pooling": pooling, "mask": mask, "device": device, "data": data, "progress": progress}
     options["distributed"] = distributed
     a = extract(model_a, loader, layers=layers, name=names[0], **options)
     if model_b is None:

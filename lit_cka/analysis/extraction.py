@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRand
 from lit_cka.analysis.features import Features
 from lit_cka.features.calling import call_model, evaluating
 from lit_cka.features.extractor import FeatureExtractor, tensors_in
+from lit_cka.features.given_masks import Mask
 from lit_cka.features.layers import Layers
 from lit_cka.features.pooling import Pooling
 from lit_cka.parallel.devices import usable_device
@@ -29,6 +30,7 @@ def extract(
     *,
     layers: Layers | None = None,
     pooling: Pooling = "mean",
+    mask: Mask | None = None,
     device: torch.device | str | None = None,
     ids: Sequence[str] | None = None,
     name: str = "model",
@@ -48,6 +50,7 @@ def extract(
             the same samples in other forms have to give them in the same order.
         layers: see `lit_cka.features.select_layers`; None for the repeated blocks.
         pooling: as in `FeatureExtractor`.
+        mask: which tokens count, as in `FeatureExtractor`.
         device: where to run, and from where the model then goes back; None for where it is.
         ids: of all samples in order, in place of those in batches.
         name: of the model, for tables and files.
@@ -66,14 +69,14 @@ def extract(
         model.to(place)
         try:
             return extract(
-                model, loader, layers=layers, pooling=pooling, ids=ids, name=name, data=data, progress=progress,
-                distributed=distributed,
+                model, loader, layers=layers, pooling=pooling, mask=mask, ids=ids, name=name, data=data,
+                progress=progress, distributed=distributed,
             )  # fmt: skip
         finally:
             model.to(home)
     from lightning.fabric.utilities import move_data_to_device
 
-    extractor = FeatureExtractor(model, layers, pooling)
+    extractor = FeatureExtractor(model, layers, pooling, mask=mask)
     run = _Halving(model, extractor)
 
     def batches(rank: int, num_ranks: int) -> list[_BatchFeatures]:

@@ -81,6 +81,22 @@ def said_tokens(mask: Mask, module_type: type, args: tuple[Any, ...], kwargs: Ma
     return checked_tokens(arguments[mask] if kept is None else kept)
 
 
+def tokens_of_batch(mask: Mask | None, batch: Any) -> Tensor | None:
+    """Returns the tokens that count, (n, tokens), by a step's batch: what a callable makes of it, or what it holds
+    under a name; None where it holds nothing of that name.
+
+    Raises:
+        ValueError: as `said_tokens`.
+    """
+    if callable(mask):
+        return checked_tokens(mask(batch))
+    held = batch.get(mask) if mask is not None and isinstance(batch, Mapping) else None
+    if mask is None or not isinstance(held, Tensor):
+        return None
+    kept = tokens_kept(mask, held)
+    return checked_tokens(held if kept is None else kept)
+
+
 def checked_tokens(tokens: Any) -> Tensor:
     """Returns what a callable mask has returned, if it is one tensor (n, tokens); raises a ValueError if not."""
     if isinstance(tokens, Tensor) and tokens.ndim == 2:

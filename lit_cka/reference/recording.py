@@ -36,10 +36,14 @@ class Recording:
         dtype: of the features, as offsets from about their mean: "auto" is float64 as long as they are few, then
             float32, which changes a score by less than 1e-7; "bfloat16" where it does no harm.
         folder: where that file would be.
+        pooled: how a layer's output became a row, in words that differ where that does.
     """
 
-    def __init__(self, layer_names: list[str], max_bytes: float, dtype: CacheDtype, folder: str | Path) -> None:
+    def __init__(
+        self, layer_names: list[str], max_bytes: float, dtype: CacheDtype, folder: str | Path, pooled: str = ""
+    ) -> None:
         self.layer_names = layer_names
+        self.pooled = pooled
         self.dtype: CacheDtype = dtype
         self.dataloaders: dict[Dataloader, RecordedDataloader] = {}
         # In bfloat16 only once it is known to do no harm.
@@ -93,7 +97,9 @@ class Recording:
             held, about = recorded.tensors()
             tensors.update({f"{number}.{name}": value for name, value in held.items()})
             described.append({"stage": dataloader.stage, "number": dataloader.number, **about})
-        return tensors, {"layers": self.layer_names, "dtype": self.dtype, "dataloaders": described}
+        return tensors, {
+            "layers": self.layer_names, "pooled": self.pooled, "dtype": self.dtype, "dataloaders": described,
+        }  # fmt: skip
 
     def expect(self, dataloaders: Iterable[Dataloader]) -> None:
         """Take these dataloaders as recorded, on other processes at least."""
@@ -103,8 +109,8 @@ class Recording:
                 self.dataloaders[dataloader].is_complete = True
 
     def fits(self, notes: Mapping[str, Any]) -> bool:
-        """Whether these notes are of a recording of the same layers."""
-        return notes.get("layers") == self.layer_names
+        """Whether these notes are of a recording of the same layers, pooled in the same way."""
+        return notes.get("layers") == self.layer_names and notes.get("pooled") == self.pooled
 
     def load(self, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         """Add what `tensors` has returned, of one rank or of several, one after the other."""

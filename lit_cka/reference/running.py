@@ -40,6 +40,8 @@ class RunningReference:
         self._prefix = prefix
         self._layer_names = layer_names
         self._pooling = pooling
+        self.mask: str | None = None  # the name of the argument that says which tokens count
+        self._tokens: Tensor | None = None
         self._extractors: dict[str, FeatureExtractor] = {}
         self._guarded: set[str] = set()  # calls that were seen not to read live weights
         self._called: dict[str, nn.Module] = {}  # the live model's modules that are called, by name
@@ -53,8 +55,12 @@ class RunningReference:
         """Return the same reference for another live model of the same architecture."""
         return RunningReference(live, self.module, self._prefix, self._layer_names, self._pooling)
 
-    def begin(self, *, first: bool) -> None:
-        """Prepare for the step on a batch. In the first one, what goes wrong is raised, and inputs are traced."""
+    def begin(self, *, first: bool, tokens: Tensor | None = None) -> None:
+        """Prepare for the step on a batch. In the first one, what goes wrong is raised, and inputs are traced.
+
+        `tokens` are those that count, if that is not left to the model's calls to say.
+        """
+        self._tokens = tokens
         self._features, self._problems = {}, {}
         self._is_active, self._first = True, first
         self._taint = WeightTaint(self._live) if first and self._prefix is None else None
@@ -122,6 +128,7 @@ class RunningReference:
         args, kwargs = private_copy((args, kwargs))
         extractor.model.train(self._called[name].training)
         self._running = extractor.enabled = True
+        extractor.tokens = self._tokens
         try:
             guard = nullcontext() if name in self._guarded else LiveWeightGuard(self._live)
             with preserved_rng(), guard:
@@ -140,7 +147,8 @@ class RunningReference:
         module = {"": self.module, **named_layers(self.module)}[root]
         with torch.inference_mode(False):
             module.to(self._device(name))
-        extractor = FeatureExtractor(module, [below(name, layer) for layer in layer_names], self._pooling).__enter__()
+        layers = [below(name, layer) for layer in layer_names]
+        extractor = FeatureExtractor(module, layers, self._pooling, mask=self.mask).__enter__()
         extractor.enabled = False
         return extractor
 

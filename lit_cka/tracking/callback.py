@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lit_cka.features.given_masks import Mask
 from lit_cka.features.layers import Layers
 from lit_cka.features.pooling import Pooling
 from lit_cka.reference.recording import CacheDtype
@@ -47,6 +48,9 @@ class CKACallback(pl.Callback):
             live model.
         pooling: from a layer's output to one vector per sample: "mean" over tokens (as the attention mask says) or
             space, "last" token, "cls" token, "flatten", or a callable. "mean:NCHW" states the layout.
+        mask: which tokens count. None for the attention mask that the model is called with, in whatever form. Or the
+            name of an entry of the batch or of an argument of the model, or a callable of the step's batch, that is
+            nonzero for tokens that count, (samples, tokens).
         estimator: "exact", over all samples at once, or "minibatch", from each batch's unbiased HSIC (Nguyen et al.
             2021), for features too wide for exact statistics.
         debiased: of the exact estimator: use the unbiased HSIC, for fewer than about 5 samples per feature.
@@ -79,6 +83,7 @@ class CKACallback(pl.Callback):
         layers: Layers | None = None,
         reference: Union[str, os.PathLike[str], nn.Module, Mapping[str, Tensor]] = INITIAL,
         pooling: Pooling = "mean",
+        mask: Mask | None = None,
         estimator: Estimator = "exact",
         debiased: bool = False,
         stages: Sequence[Stage] = ("validate", "test"),
@@ -97,6 +102,7 @@ class CKACallback(pl.Callback):
             layers=layers,
             reference=reference,
             pooling=pooling,
+            mask=mask,
             estimator=estimator,
             debiased=debiased,
             stages=stages,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lit_cka.features.given_masks import Mask
 from lit_cka.features.layers import Layers
 from lit_cka.features.pooling import Pooling, parse_pooling
 from lit_cka.functional.cka import min_num_samples
@@ -25,6 +26,7 @@ class TrackingOptions:
     layers: Layers | None
     reference: ReferenceLike
     pooling: Pooling
+    mask: Mask | None
     estimator: Estimator
     debiased: bool
     stages: Sequence[Stage]
@@ -68,6 +70,17 @@ class TrackingOptions:
             raise ValueError("Expected `probe`, batches to measure on, together with `probe_every_n_steps`.")
         if self.has_probe and (self.dataloaders is not None or self.max_batches is not None):
             raise ValueError("Expected no `dataloaders` or `max_batches` with `probe`: its own batches are all used.")
+
+    @property
+    def how_pooled(self) -> str:
+        """From a layer's output to a row, in words that differ where that does."""
+        named = (
+            f"{each.__module__}.{getattr(each, '__qualname__', type(each).__qualname__)}"
+            if callable(each)
+            else str(each)
+            for each in (self.pooling, self.mask)
+        )
+        return ", mask ".join(named)
 
     @property
     def min_num_samples(self) -> int:

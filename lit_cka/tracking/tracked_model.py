@@ -51,7 +51,7 @@ class TrackedModel:
         self._layer_names = select_layers(module, options.layers)
         self._reference = make_reference(module, options.reference, self._layer_names, options.pooling)
         self.recording = recording or Recording(
-            self._layer_names, options.cache_memory * 2**30, options.cache_dtype, folder
+            self._layer_names, options.cache_memory * 2**30, options.cache_dtype, folder, options.how_pooled
         )
         self.other_batches = OtherBatches()
         self.tracker = self._new_tracker(self._reference if isinstance(self._reference, RunningReference) else None)
@@ -66,6 +66,7 @@ class TrackedModel:
             running,
             options.estimator,
             options.debiased,
+            options.mask,
         )
 
     @property

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lit_cka.features.compiled import Uncompiled, is_compiled
 from lit_cka.features.extractor import FeatureExtractor
+from lit_cka.features.given_masks import Mask, tokens_of_batch
 from lit_cka.features.pooling import Pooling
 from lit_cka.reference.recorded_dataloader import RecordedDataloader
 from lit_cka.reference.recording import Dataloader, Recording
@@ -46,6 +47,8 @@ class Tracker:
         running: a reference that runs beside the live model; None if the live model itself was recorded.
         estimator: "exact" (`LinearCKA`) or "minibatch" (`MinibatchCKA`).
         debiased: as for `LinearCKA`.
+        mask: which tokens count, by a name in the batch or in the model's call, or by a callable of the step's batch;
+            None for the mask that the model is called with.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Tracker:
         running: RunningReference | None = None,
         estimator: Estimator = "exact",
         debiased: bool = False,
+        mask: Mask | None = None,
     ) -> None:
         self.live = live
         self.layer_names = layer_names
@@ -65,10 +69,15 @@ class Tracker:
         self.can_record = True  # unless the data differ at every pass
         self._estimator = estimator
         self._debiased = debiased
+        self._mask = mask
+        name = mask if isinstance(mask, str) else None
+        if running is not None:
+            running.mask = name
         self._extractor = FeatureExtractor(
             live,
             layer_names,
             pooling,
+            mask=name,
             on_call=self._on_call,
             on_return=None if running is None else running.on_return,
         )
@@ -126,7 +135,9 @@ class Tracker:
 
     def begin(self, dataloader: int, batch: Any) -> None:
         """Watch the step on a batch of this dataloader."""
+        tokens = tokens_of_batch(self._mask, batch)
         self._passed.begin(batch)
+        self._extractor.tokens = tokens
         self._extractor.drain()  # what a step that failed may have left
         self._extractor.enabled = True
         self._dataloader = dataloader
@@ -134,7 +145,7 @@ class Tracker:
             self._uncompiled.start()
             self._hooks.enter_context(self._extractor)
         if self._runs_reference:
-            self.running.begin(first=not self._ran_once)  # type: ignore[union-attr]
+            self.running.begin(first=not self._ran_once, tokens=tokens)  # type: ignore[union-attr]
 
     @property
     def _runs_reference(self) -> bool:

@@ -64,7 +64,8 @@ class FeatureExtractor:
         self.model = model
         self.layer_names = select_layers(model, layers)
         self.enabled = True
-        self.tokens: Tensor | None = None
+        self.tokens: Tensor | None = None  # those that count, (n, tokens), where the watcher knows
+        self.num_samples: int | None = None  # of the batch that the model is run on, likewise
         self._mask = mask
         self._pooling = LayerPooling(pooling)
         self._on_call = on_call
@@ -173,6 +174,8 @@ class FeatureExtractor:
             if outermost:
                 self._num_calls += 1
                 self._batch_sizes, self._input_sizes = _sizes((args, kwargs))
+                if self.num_samples in self._batch_sizes:  # whatever other tensors there are
+                    self._batch_sizes = {self.num_samples}
                 self._pooling.tokens = self._tokens_kept(type(target), args, kwargs)
             self._running.append(name)
             call = mask_call(type(target), args, kwargs)

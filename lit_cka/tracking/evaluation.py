@@ -75,13 +75,14 @@ class TrackedEvaluation:
         ):
             self._batch = None
             return
+        num_samples = len(self._batch) if self._batch.kind == "index" else None
         if self._pass is not None:
-            self._pass.begin_batch(batch, dataloader)
+            self._pass.begin_batch(batch, dataloader, num_samples)
         else:
             if self._again is not None:
                 ranks = self._samples.ranks
                 self._model.other_batches.begin(self._model.tracker, self._batch, batch, batch_idx, dataloader, ranks)
-            self._model.tracker.begin(dataloader, batch)
+            self._model.tracker.begin(dataloader, batch, num_samples)
 
     def end_batch(self, batch_idx: int, dataloader: int) -> None:
         """Take what the step since `begin_batch` showed."""

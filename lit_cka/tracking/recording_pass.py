@@ -44,22 +44,25 @@ class RecordingPass:
         self._exchange = None if self._reference.weights is None else WeightExchange(pl_module, self._reference.weights)
         self._step = ExitStack()
         self._first_batch: Any = None
+        self._num_samples: int | None = None
         self._is_checked = False
 
-    def begin_batch(self, batch: Any, dataloader: int) -> None:
+    def begin_batch(self, batch: Any, dataloader: int, num_samples: int | None = None) -> None:
         """Have the live model play the reference from here on.
 
         Args:
             batch: it is copied, if it is the first.
             dataloader: the number of its dataloader.
+            num_samples: that it holds, if known.
         """
+        self._num_samples = num_samples
         if self._exchange is not None:
             self._exchange.put_in()
         if self._reference.adapters_off:
             self._step.enter_context(adapters_off(self._module))
         if not self._is_checked and self._tracker.running is None:
             self._first_batch = copied_batch(batch)
-        self._tracker.begin(dataloader, batch)
+        self._tracker.begin(dataloader, batch, num_samples)
 
     def end_batch(
         self, samples: BatchSamples | None, dataloader: int, *, is_last: bool, repeat: Callable[[Any], None]
@@ -124,7 +127,7 @@ class RecordingPass:
         if not can_repeat:
             return
         with self._tracker.alone(), preserved_rng(), preserved_state([self._module]):
-            self._tracker.begin(dataloader, batch)
+            self._tracker.begin(dataloader, batch, self._num_samples)
             repeat(batch)
             again, _, _ = self._tracker.take()
         name, score = lowest_score(features, again)

@@ -133,8 +133,9 @@ class Tracker:
         if self.running is not None:
             self.running.on_call(name, outermost, args, kwargs)
 
-    def begin(self, dataloader: int, batch: Any) -> None:
-        """Watch the step on a batch of this dataloader."""
+    def begin(self, dataloader: int, batch: Any, num_samples: int | None = None) -> None:
+        """Watch the step on a batch of this dataloader, of so many samples, if that is known."""
+        self._extractor.num_samples = num_samples
         tokens = tokens_of_batch(self._mask, batch)
         self._passed.begin(batch)
         self._extractor.tokens = tokens

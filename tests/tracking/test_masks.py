@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_cka import CKACallback
+from lit_cka.features import FeatureExtractor
 from lit_cka.functional import linear_cka
 from tests.tracking.helpers import trainer
 
@@ -167,3 +168,26 @@ def test_a_recording_that_was_pooled_otherwise_is_not_taken(tmp_path: Path, opti
             output = encoder.layers[1](x + encoder.layers[0](x).tanh()).double() * (weights != 0).double()[..., None]
         pooled.append(output.sum(1) / (weights != 0).sum(1, keepdim=True))
     assert callback.scores["encoder.layers.1"] == pytest.approx(linear_cka(*pooled).item(), abs=1e-9)
+
+
+class WithPositions(Text):
+    """Passes a tensor without samples as well."""
+
+    def step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.encoder(batch[0], positions=torch.arange(TOKENS)[:, None]).square().mean()
+
+    training_step = validation_step = step
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_the_number_of_samples_is_that_of_the_batch(tmp_path: Path) -> None:
+    """Not of whatever tensor has a leading axis: by shapes alone, the tokens could be the samples."""
+    module = WithPositions(None)
+    callback, before = fitted(tmp_path, module)
+    assert callback.history[-1]["n"] == 48
+    assert callback.scores["encoder.layers.1"] == pytest.approx(by_hand(module, before, masked=False), abs=1e-9)
+    x = data().tensors[0][:8]
+    with FeatureExtractor(module.encoder, "layers.1") as extractor, torch.no_grad():
+        module.encoder(x, positions=torch.arange(TOKENS)[:, None])
+        with pytest.raises(ValueError, match="can be read as NTC or TNC"):
+            extractor.collect()

@@ -719,7 +719,7 @@ def test_that_there_is_nothing_to_track_is_said_before_the_first_batch(
     assert len(module.losses) == 8
 
 
-@pytest.mark.parametrize("options", [{"stages": ["test"]}, {"probe": loader()}], ids=str)
+@pytest.mark.parametrize("options", [{"stages": ["test"]}, {"probe": loader()}], ids=["test alone", "probe"])
 def test_where_no_validation_is_asked_for_none_is_missed(tmp_path: Path, options: dict[str, Any]) -> None:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

@@ -160,19 +160,23 @@ class RecordedDataloader:
                 pairs[name] = value[found.to(value.device)], rows
         return pairs
 
-    def note_content(self, samples: BatchSamples, content: bytes) -> None:
+    def note_content(self, samples: BatchSamples) -> None:
         """Note what a batch holds."""
-        self.batches[samples.batch_key()] = RecordedBatch(content.hex(), "")
+        self.batches[samples.batch_key()] = RecordedBatch(samples.content_key(), "")
+
+    def has(self, samples: BatchSamples) -> bool:
+        """Whether this very batch was recorded."""
+        return samples.batch_key() in self.batches
 
     def note_passed(self, samples: BatchSamples, passed: str) -> None:
         """Note what the step passes to the model for a batch."""
         key = samples.batch_key()
         self.batches[key] = self.batches.get(key, RecordedBatch("", ""))._replace(passed=passed)
 
-    def has_other_content(self, samples: BatchSamples, content: bytes) -> bool:
+    def has_other_content(self, samples: BatchSamples) -> bool:
         """Whether it is known of this batch that it held something else."""
         known = self.batches.get(samples.batch_key())
-        return known is not None and known.content not in ("", content.hex())
+        return known is not None and known.content not in ("", samples.content_key())
 
     def was_passed_otherwise(self, samples: BatchSamples, passed: str) -> bool:
         """Whether it is known of this batch that the step passed something else to the model."""

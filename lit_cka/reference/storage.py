@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 from lit_cka.checkpoints.tensor_files import find_tensors, write_tensors
 from lit_cka.features.flat_parameters import why_parts_are_closed
 from lit_cka.features.sharded_modules import is_sharded
-from lit_cka.reference.exchange import Weights, kept_weights, own_shards
+from lit_cka.reference.exchange import WeightExchange, Weights, kept_weights, own_shards
 from lit_cka.reference.places import layout_of, marks_of, places_of
 from lit_cka.reference.recording import Recording
 from lit_cka.samples.counting import data_ranks
@@ -103,14 +103,25 @@ class TrainingStart:
 
     def has_moved(self, module: nn.Module) -> bool:
         """Whether the live model's weights have been changed since, though no step was taken: loaded, or drawn anew."""
+        return bool(self._moved(module))
+
+    def put_back(self, module: nn.Module) -> None:
+        """Give the live model the weights that it had, if it should still have them, after hooks were run for us."""
+        moved = self._moved(module)
+        if self.weights is not None and moved:
+            shapes = {name: place.local.shape for name, place in places_of(module).items()}
+            kept = self.weights.tensors
+            same = {name: kept[name] for name in moved if name in kept and kept[name].shape == shapes[name]}
+            WeightExchange(module, Weights(same, self.weights.layout)).put_in()
+
+    def _moved(self, module: nn.Module) -> list[str]:
         if not self.are_live or self.weights is None:
-            return False
-        places = places_of(module)
+            return []
+        places, weights = places_of(module), self.weights.tensors
         changed = [name for name, mark in marks_of(module).items() if self._marks.get(name) != mark]
-        return any(
-            name not in self.weights.tensors or not torch.equal(places[name].local.cpu(), self.weights.tensors[name])
-            for name in changed
-        )
+        return [
+            name for name in changed if name not in weights or not torch.equal(places[name].local.cpu(), weights[name])
+        ]
 
     def keep_again(self, module: nn.Module) -> None:
         """Take the weights as they are now for those that the training begins with."""

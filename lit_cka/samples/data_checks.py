@@ -45,23 +45,27 @@ def root_of(dataset: Any) -> tuple[Any, npt.NDArray[np.int64] | None]:
     return dataset, indices
 
 
-def dataset_fingerprint(dataset: Any) -> int:
+def dataset_fingerprint(dataset: Any, known: int | None = None) -> int:
     """A fingerprint of 64 bits of a map-style dataset: of its length and of some samples, the last one among them.
 
     All of it counts where it is made of tensors. Datasets whose samples change, or can't be hashed or drawn, all have
     the same one.
+
+    Args:
+        dataset: what is drawn from, beside its own use.
+        known: its fingerprint some time ago; then it is drawn once, not twice.
     """
     if type(dataset) is TensorDataset and sum(tensor.nbytes for tensor in dataset.tensors) <= _MOST_BYTES:
         return _as_number(content_hash(dataset.tensors))
     indices = _probes(dataset, _NUM_PROBES)
-    if not indices:
+    if not indices or known == _UNKNOWN:
         return _UNKNOWN
     with untouched(dataset):
         drawn = []
-        for draw in range(2):
+        for draw in range(2 if known is None else 1):
             change_random_states(draw, dataset)
             drawn.append(_quietly(lambda: [content_hash(sample) for sample in fetch(dataset, indices)]))
-    is_fixed = drawn[0] is not None and None not in drawn[0] and drawn[0] == drawn[1]
+    is_fixed = drawn[0] is not None and None not in drawn[0] and drawn[0] == drawn[-1]
     return _as_number(content_hash([len(dataset), drawn[0]])) if is_fixed else _UNKNOWN
 
 

@@ -48,7 +48,12 @@ class BatchSamples:
 
     def batch_key(self) -> str:
         """A key of the whole batch: of these samples in this order."""
-        return sha256(self.keys.numpy().tobytes()).hexdigest()
+        return _digest(self.keys)
+
+    def content_key(self) -> str:
+        """A key of all that the batch holds, where that is known."""
+        assert self.content is not None
+        return _digest(self.content)
 
     def row_keys(self, num_rows: int) -> Tensor | None:
         """Keys (num_rows, 2) of the rows of a layer; None if unknown. See the function `row_keys`."""
@@ -68,6 +73,10 @@ class BatchSamples:
             return self.counted.any().expand(num_rows)
         m = num_rows // len(self.keys)
         return self.counted.repeat_interleave(m) if order == "by sample" else self.counted.repeat(m)
+
+
+def _digest(keys: Tensor) -> str:
+    return sha256(keys.contiguous().numpy().data).hexdigest()[:32]
 
 
 def keys_of_hashes(hashes: Sequence[bytes]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from lit_cka.samples.batch_rows import BatchRows, rows_of
 from lit_cka.samples.counting import COUNTS, NOT, OPEN, DataRanks, Occurrences, any_rank, data_ranks, settle
@@ -206,6 +206,9 @@ class EvaluationSamples:
         if data is None:
             root, indices = root_of(loader.dataset)
             data = _Data(loader, keeps_order(loader), dataset_fingerprint(root), indices)
+        elif id(loader) not in self._data and _may_shuffle(loader):
+            # In another order, the batches do not tell whether their samples are what they were in the pass before.
+            data = replace(data, fingerprint=dataset_fingerprint(root_of(loader.dataset)[0], data.fingerprint))
         self._data[id(loader)] = data
         return data
 
@@ -248,6 +251,13 @@ class EvaluationSamples:
         for batch, counted in zip(batches, mask.split([len(batch.keys) for batch in batches]), strict=True):
             batch.counted = counted
         return mask
+
+
+def _may_shuffle(loader: DataLoader[Any]) -> bool:
+    sampler = loader.sampler
+    if type(loader.batch_sampler) is not BatchSampler:
+        return True
+    return sampler.shuffle if isinstance(sampler, DistributedSampler) else not isinstance(sampler, SequentialSampler)
 
 
 def _keys_in(data: _Data, indices: Indices) -> Tensor | None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lit_cka.samples.hashing import content_hash
 from lit_cka.samples.sample_keys import BatchSamples
 from lit_cka.samples.samples import EvaluationSamples, content_keys
 from lit_cka.tracking.dataloaders import tracked_dataloaders
@@ -67,12 +66,11 @@ class TrackedEvaluation:
         if self._max_batches is not None and batch_idx >= self._max_batches:
             return
         self._batch = self._samples.of_batch(dataloader, batch_idx, batch)
-        if self._batch.kind == "index" and self._model.tracker.needs_content(dataloader, self._batch):
+        tracker = self._model.tracker
+        looks = tracker.looks_at_content(batch_idx, self._model.module.device)
+        if self._batch.kind == "index" and (looks or tracker.needs_content(dataloader, self._batch)):
             self._batch.content = content_keys(batch, len(self._batch))
-        # On an accelerator, the batch would have to be copied back for it.
-        if (batch_idx == 0 or self._model.module.device.type == "cpu") and self._model.tracker.has_changed(
-            dataloader, self._batch, content_hash(batch)
-        ):
+        if tracker.has_changed(dataloader, self._batch):
             self._batch = None
             return
         num_samples = len(self._batch) if self._batch.kind == "index" else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +14,9 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lit_cka.features.lightning_private import combined_loader, evaluation_loop
+
+# How far an evaluation loop is.
+_PROGRESS = ("batch_progress", "_restarting", "_restart_stage", "_has_run", "_seen_batches_per_dataloader")
 
 
 def evaluation_loops(trainer: pl.Trainer) -> list[Any]:
@@ -121,7 +124,11 @@ def unnoticed(trainer: pl.Trainer, callback: pl.Callback, max_batches: int | Non
     connector: Any = trainer._logger_connector
     loggers, verbose, num_steps = trainer.loggers, loop.verbose, trainer.num_sanity_val_steps
     connected = {name: value for name, value in vars(connector).items() if name != "trainer"}
-    progress, times = copy.deepcopy(loop.batch_progress), _last_times(trainer)
+    # A loop that goes on where a checkpoint was written would leave out batches; and does so afterwards.
+    of_loop, times = {name: vars(loop)[name] for name in _PROGRESS}, _last_times(trainer)
+    vars(loop).update(
+        batch_progress=type(loop.batch_progress)(), _restarting=False, _seen_batches_per_dataloader=defaultdict(int)
+    )
     stage = trainer.state.stage
     if not trainer.testing:
         trainer.sanity_checking = True
@@ -137,7 +144,7 @@ def unnoticed(trainer: pl.Trainer, callback: pl.Callback, max_batches: int | Non
         connector.reset_results()
         trainer.state.stage = stage
         vars(connector).update(connected)
-        loop.batch_progress = progress
+        vars(loop).update(of_loop)
         vars(trainer).pop("_last_val_time", None)
         vars(trainer).update(times)
 

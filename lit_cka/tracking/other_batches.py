@@ -41,7 +41,7 @@ class OtherBatches:
         recorded = tracker.recorded(dataloader)
         if not self._num_left or recorded is None:
             return
-        is_other = len(samples) >= _FEWEST and samples.batch_key() not in recorded.batches
+        is_other = len(samples) >= _FEWEST and not recorded.has(samples)
         self._has_others = self._has_others or is_other
         if is_other if ranks.size == 1 else (self._is_agreed and batch_idx == 0):
             self._batch = copied_batch(batch)

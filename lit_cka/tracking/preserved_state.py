@@ -35,7 +35,7 @@ def preserved_state(objects: Iterable[Any]) -> Iterator[None]:
 
     Attributes are those of all submodules, counters and metrics among them. In lists, dictionaries, tensors, arrays
     and random generators that they hold, or that the user's hooks close over, the content is put back, and so are the
-    attributes of plain objects; three levels deep. Weights are not: no step changes them.
+    attributes of plain objects; three levels deep. Weights are not: no step changes them, and `TrainingStart` has them.
     """
     objects = list(objects)
     undo: list[Undo] = []
@@ -81,11 +81,20 @@ def _keep_module(module: nn.Module, undo: list[Undo]) -> list[Any]:
         if buffer is not None:
             _keep_content(buffer, undo)
             undo.append(functools.partial(_bind, module._buffers, name, buffer))
+    undo.append(functools.partial(_keep_names, module._modules, dict(module._modules)))
     # torch's own modules have nothing else that a step changes, but sharded ones have what must not be put back.
     if type(module).__module__.partition(".")[0] == "torch":
         hooks = (module._forward_hooks, module._forward_pre_hooks)
         return [hook for of_kind in hooks for hook in of_kind.values()]
     return _keep_attributes(vars(module), undo)
+
+
+def _keep_names(modules: dict[str, nn.Module | None], before: dict[str, nn.Module | None]) -> None:
+    """Of submodules, take out those that were added, as a tracker of metrics does, and put back those that are gone."""
+    for name in modules.keys() - before.keys():
+        del modules[name]
+    for name in before.keys() - modules.keys():
+        modules[name] = before[name]
 
 
 def _keep_attributes(attributes: dict[str, Any], undo: list[Undo]) -> list[Any]:

@@ -146,6 +146,7 @@ class Recorder:
                     unnoticed(trainer, self._callback, limit),
                 ):
                     type(loop).run(loop)
+                    self.start.put_back(trainer.lightning_module)
         finally:
             self.is_recording_due = False
             if self._pass is not None:  # before anybody hears of an error, and, say, writes a checkpoint

@@ -77,13 +77,14 @@ class RecordingPass:
         """
         try:
             if samples is not None:
-                features, reference, problems = self._tracker.take()
+                shown = self._tracker.take()
                 if self._module.trainer.sanity_checking:
-                    problems = {name: _explained(name, text) for name, text in problems.items()}
-                self._tracker.record(samples, features, reference, problems)
+                    problems = {name: _explained(name, text) for name, text in shown.problems.items()}
+                    shown = shown._replace(problems=problems)
+                self._tracker.record(samples, shown)
                 if not self._is_checked:
                     self._is_checked = True
-                    self._check_that_it_repeats(features, dataloader, repeat)
+                    self._check_that_it_repeats(shown.live, dataloader, repeat)
         finally:
             self._step.close()
             if is_last:
@@ -103,9 +104,9 @@ class RecordingPass:
                 self.begin_batch(batch, dataloader)
                 repeat(batch)
             finally:
-                taken = self._tracker.take()
+                shown = self._tracker.take()
                 self.finish()
-        return self._tracker.of_reference(*taken)
+        return self._tracker.of_reference(shown)
 
     def finish(self) -> None:
         """Make the live model itself again; also after a pass that failed."""
@@ -129,7 +130,7 @@ class RecordingPass:
         with self._tracker.alone(), preserved_rng(), preserved_state([self._module]):
             self._tracker.begin(dataloader, batch, self._num_samples)
             repeat(batch)
-            again, _, _ = self._tracker.take()
+            again = self._tracker.take().live
         name, score = lowest_score(features, again)
         if name is not None:
             rank_zero_warn(

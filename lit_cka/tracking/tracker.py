@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lit_cka.features.compiled import Uncompiled, is_compiled
-from lit_cka.features.extractor import FeatureExtractor
-from lit_cka.features.given_masks import Mask, tokens_of_batch
+from lit_cka.features.given_masks import Mask
 from lit_cka.features.pooling import Pooling
 from lit_cka.reference.recorded_dataloader import RecordedDataloader
 from lit_cka.reference.recording import Dataloader, Recording
@@ -22,8 +20,8 @@ from lit_cka.samples.counting import DataRanks
 from lit_cka.samples.sample_keys import BatchSamples
 from lit_cka.statistics.layer import ExactStatistics, MinibatchStatistics
 from lit_cka.tracking.explanations import Explanations
-from lit_cka.tracking.inputs import PassedTensors
 from lit_cka.tracking.pairing import PairedPass
+from lit_cka.tracking.step import StepFeatures, WatchedStep
 
 Estimator = Literal["exact", "minibatch"]
 
@@ -62,29 +60,13 @@ class Tracker:
         debiased: bool = False,
         mask: Mask | None = None,
     ) -> None:
-        self.live = live
         self.layer_names = layer_names
         self.recording = recording
         self.running = running
         self.can_record = True  # unless the data differ at every pass
         self._estimator = estimator
         self._debiased = debiased
-        self._mask = mask
-        name = mask if isinstance(mask, str) else None
-        if running is not None:
-            running.mask = name
-        self._extractor = FeatureExtractor(
-            live,
-            layer_names,
-            pooling,
-            mask=name,
-            on_call=self._on_call,
-            on_return=None if running is None else running.on_return,
-        )
-        self._passed = PassedTensors()
-        self._hooks = ExitStack()
-        self._has_compiled = False
-        self._uncompiled = Uncompiled()
+        self._step = WatchedStep(live, layer_names, pooling, running, mask)
         self._passes: list[PairedPass] = []
         self._stage = ""
         self._records = False  # whether this pass is the reference's
@@ -104,57 +86,30 @@ class Tracker:
         """
         self.close()
         self._stage, self._ranks, self._records = stage, ranks, record
-        # Compiled code does not notice hooks that come and go.
-        self._has_compiled = is_compiled(self.live) or (self.running is not None and is_compiled(self.running.module))
         self._passes = []
         for number in range(num_dataloaders):
             if record:
                 self.recording.start(Dataloader(stage, number))
             statistics = {name: self._new() for name in self.layer_names}
             self._passes.append(PairedPass(statistics, self.recorded(number)))
-        if not self._has_compiled:
-            self._hooks.enter_context(self._extractor)
-        self._extractor.enabled = False
-        self._extractor.watch_replicas(ranks.replicas)
+        self._step.open(ranks.replicas)
 
     def _new(self) -> ExactStatistics | MinibatchStatistics:
         return MinibatchStatistics() if self._estimator == "minibatch" else ExactStatistics()
 
     def close(self) -> None:
         """Remove all hooks from the live model and the reference. The statistics stay."""
-        self._uncompiled.stop()
-        self._hooks.close()
-        if self.running is not None:
-            self.running.close()
-
-    def _on_call(self, name: str, outermost: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if outermost:
-            self._passed.note(args, kwargs)
-        if self.running is not None:
-            self.running.on_call(name, outermost, args, kwargs)
+        self._step.close()
 
     def begin(self, dataloader: int, batch: Any, num_samples: int | None = None) -> None:
         """Watch the step on a batch of this dataloader, of so many samples, if that is known."""
-        self._extractor.num_samples = num_samples
-        tokens = tokens_of_batch(self._mask, batch)
-        self._passed.begin(batch)
-        self._extractor.tokens = tokens
-        self._extractor.drain()  # what a step that failed may have left
-        self._extractor.enabled = True
         self._dataloader = dataloader
-        if self._has_compiled:  # for this step alone: all others stay as they are compiled
-            self._uncompiled.start()
-            self._hooks.enter_context(self._extractor)
-        if self._runs_reference:
-            self.running.begin(first=not self._ran_once, tokens=tokens)  # type: ignore[union-attr]
-
-    @property
-    def _runs_reference(self) -> bool:
-        return self.running is not None and (self._records or not self.can_record)
+        runs_reference = self._records or not self.can_record
+        self._step.begin(batch, num_samples, runs_reference=runs_reference, first=not self._ran_once)
 
     def alone(self) -> AbstractContextManager[None]:
         """For a step that is for this tracker only, whoever else watches the model."""
-        return self._extractor.alone()
+        return self._step.alone()
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -165,49 +120,24 @@ class Tracker:
         finally:
             self._records = before
 
-    def of_reference(
-        self, live: dict[str, Tensor], reference: dict[str, Tensor], problems: dict[str, str]
-    ) -> dict[str, Tensor]:
-        """Return the reference's features, of what `take` returned of a step that showed them."""
-        usable = {name: value for name, value in live.items() if name not in problems}
-        return usable if self.running is None else {name: reference[name] for name in usable}
+    def of_reference(self, shown: StepFeatures) -> dict[str, Tensor]:
+        """Return the reference's features, of what a step showed that it took part in."""
+        usable = {name: value for name, value in shown.live.items() if name not in shown.problems}
+        return usable if self.running is None else {name: shown.reference[name] for name in usable}
 
-    def take(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
-        """End the step since `begin`, and return what it showed.
+    def take(self) -> StepFeatures:
+        """End the step since `begin`, and return what it showed."""
+        return self._step.take()
 
-        Returns:
-            The features (rows, d) by layer of the live model, those of a reference that runs, and the layers that
-            can't be used, with the reasons.
-        """
-        self._uncompiled.stop()
-        self._extractor.enabled = False
-        live, problems = self._extractor.drain()
-        if self._has_compiled:
-            self._hooks.close()
-        if not self._runs_reference:
-            return live, {}, problems
-        assert self.running is not None
-        reference, reference_problems = self.running.end()
-        problems = {**reference_problems, **problems}
-        for name in live.keys() - reference.keys() - problems.keys():
-            problems[name] = (
-                f"The reference did not run for layer {name!r}, since no module around it was called: the step calls "
-                "it by itself. Give the module a `forward` that calls its parts, and use that in the step."
-            )
-        return live, reference, problems
-
-    def record(
-        self, samples: BatchSamples, live: dict[str, Tensor], reference: dict[str, Tensor], problems: dict[str, str]
-    ) -> None:
+    def record(self, samples: BatchSamples, shown: StepFeatures) -> None:
         """Record what `take` returned for these samples.
 
         Raises:
             ValueError: as `compare` does.
         """
         dataloader = Dataloader(self._stage, self._dataloader)
-        features = self.of_reference(live, reference, problems)
-        self._report(problems, self.recording.add(dataloader, samples, features))
-        self.recording.dataloaders[dataloader].note_passed(samples, str(self._passed))
+        self._report(shown.problems, self.recording.add(dataloader, samples, self.of_reference(shown)))
+        self.recording.dataloaders[dataloader].note_passed(samples, str(self._step.passed))
 
     def conclude_recording(self) -> None:
         """Say what is wrong with what was recorded, and keep it in the type that was asked for; all ranks call it."""
@@ -235,21 +165,27 @@ class Tracker:
         recorded = self.recorded(dataloader)
         return self._records or (recorded is not None and not recorded.knows(samples))
 
-    def has_changed(self, dataloader: int, samples: BatchSamples, content: bytes | None) -> bool:
-        """Whether a batch of recorded samples is not what it was then; in a recording, note what it is.
+    def looks_at_content(self, batch_idx: int, device: torch.device) -> bool:
+        """Whether it is to be seen if a batch has changed: on an accelerator, it would have to be copied back for it.
+
+        There, the first one of a pass tells, and then all are looked at.
+        """
+        return batch_idx == 0 or device.type == "cpu" or any(paired.num_changed for paired in self._passes)
+
+    def has_changed(self, dataloader: int, samples: BatchSamples) -> bool:
+        """Whether a batch of recorded samples is known not to be what it was then; in a recording, note what it is.
 
         Args:
             dataloader: its number.
             samples: of the batch.
-            content: a hash of all that it holds; None if that can't be told.
         """
         recorded = self.recorded(dataloader)
-        if recorded is None or content is None:
+        if recorded is None or samples.content is None:
             return False
         if self._records:
-            recorded.note_content(samples, content)
+            recorded.note_content(samples)
             return False
-        if not recorded.has_other_content(samples, content):
+        if not recorded.has_other_content(samples):
             return False
         self._passes[dataloader].num_changed += len(samples)
         return True
@@ -265,14 +201,14 @@ class Tracker:
             ValueError: in the first step, if a layer did not run once with usable output. Later, such a layer skips
                 the batch, with one warning: a training is not ended for it.
         """
-        live, reference, problems = self.take()
-        usable = {name: value for name, value in live.items() if name not in problems}
+        shown = self.take()
+        usable = {name: value for name, value in shown.live.items() if name not in shown.problems}
         paired = self._passes[self._dataloader]
         recorded = self.recorded(self._dataloader)
-        if recorded is not None and recorded.was_passed_otherwise(samples, str(self._passed)):
+        if recorded is not None and recorded.was_passed_otherwise(samples, str(self._step.passed)):
             paired.num_passed_otherwise += len(samples)
             return
-        self._report(problems, paired.add(samples, usable, reference))
+        self._report(shown.problems, paired.add(samples, usable, shown.reference))
         if paired.has_small_batches:
             self._explanations.once(
                 "", "small", "Batches of fewer than 4 samples are left out of the minibatch estimator."

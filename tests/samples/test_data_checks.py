@@ -328,6 +328,17 @@ def test_fingerprints_of_datasets() -> None:
     # Of what changes, or can't be read in this way, there is none.
     unknown = [Changing(random.random), Changing(lambda: 1 / 0), {"a": 1}, [], Stream(range(3)), [object()] * 3]
     assert {dataset_fingerprint(each) for each in unknown} == {0}
+    # What is known of a dataset is found again by drawing it once, and what is not, without.
+    drawn: list[int] = []
+    counted = InBatches(lambda: drawn.append(1) or 1.0)
+    assert dataset_fingerprint(counted) == fingerprints[5]
+    num_drawn = len(drawn)
+    assert dataset_fingerprint(counted, fingerprints[5]) == fingerprints[5]
+    assert len(drawn) == 1.5 * num_drawn
+    assert dataset_fingerprint(counted, fingerprints[6]) == fingerprints[5]
+    num_drawn = len(drawn)
+    assert dataset_fingerprint(counted, 0) == 0
+    assert len(drawn) == num_drawn
 
 
 def test_the_last_sample_counts_for_the_fingerprint() -> None:

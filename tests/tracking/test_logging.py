@@ -81,6 +81,31 @@ def test_two_callbacks_with_one_prefix_are_refused(tmp_path: Path) -> None:
 # Loggers.
 
 
+class Stepwise(Classifier):
+    """Logs at every batch."""
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("loss", self.loss(batch), on_step=True, on_epoch=True)
+
+    test_step = validation_step
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_what_an_evaluation_logs_by_itself_has_the_same_steps(tmp_path: Path, stage: str) -> None:
+    """Though its loop runs once more before it."""
+    seen = []
+    for callbacks in ([], [CKACallback()]):
+        torch.manual_seed(0)
+        logger = PlainLogger()
+        run, module = trainer(tmp_path, *callbacks, logger=logger), Stepwise()
+        for _ in range(2):
+            getattr(run, stage)(module, loader(), verbose=False)
+        kept = [(step, {k: v for k, v in values.items() if not k.startswith("cka/")}) for step, values in logger.seen]
+        seen.append([(step, values) for step, values in kept if values.keys() - {"epoch"}])
+    assert seen[0] == seen[1]
+    assert [step for step, values in seen[0] if "loss_step" in values] == [0, 1, 2] * 2
+
+
 def test_csv_logger(tmp_path: Path) -> None:
     callback, logger = CKACallback(), CSVLogger(tmp_path)
     trainer(tmp_path, callback, logger=logger).fit(Classifier(), train_loader(), loader())

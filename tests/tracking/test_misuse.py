@@ -412,6 +412,33 @@ def test_samples_that_do_not_come_again(tmp_path: Path, step: int, expected: lis
     assert callback.scores == pytest.approx(by_hand, abs=1e-7, nan_ok=True)
 
 
+class Epochal(torch.utils.data.Dataset):
+    """Its samples depend on the epoch."""
+
+    def __init__(self) -> None:
+        self.data, self.epoch = loader().dataset, 0
+
+    def __len__(self) -> int:
+        return NUM_VAL
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = self.data[index]
+        return x * (1 + self.epoch * torch.arange(WIDTH)), y
+
+
+@pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler has shuffling enabled")  # on purpose
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_samples_that_are_others_in_the_next_epoch(tmp_path: Path, shuffle: bool) -> None:
+    """Though they have the same indices: which the batches tell, or, where those are others, the dataset."""
+    module, callback, data = Classifier(), CKACallback(debiased=True), Epochal()
+    module.on_validation_start = lambda: setattr(data, "epoch", module.current_epoch)
+    seen = own_warnings(tmp_path, module, callback, DataLoader(data, batch_size=16, shuffle=shuffle))
+    (message,) = [text for text in seen if "shuffling" not in text]
+    assert message.startswith(f"{NUM_VAL} samples of validate dataloader 0 ")
+    assert ("were not among those" if shuffle else "are not what they were when the reference was recorded") in message
+    assert [record["n"] for record in callback.history] == [NUM_VAL, 0]
+
+
 class Stream(IterableDataset):
     start = 0
 

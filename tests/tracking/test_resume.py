@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -93,6 +94,50 @@ def test_it_is_stored_once_and_not_in_the_checkpoints(tmp_path: Path) -> None:
     torch.manual_seed(0)
     weights = load_state_dict(stored(tmp_path)[0])  # a plain state dict, of use to others too
     assert all(torch.equal(weights[name], value) for name, value in Classifier().named_parameters())
+
+
+class Saving(pl.Callback):
+    """Writes a checkpoint in the second epoch, in the middle of something."""
+
+    def __init__(self, file: Path, moment: str) -> None:
+        self.file, self.moment = file, moment
+
+    def _save(self, trainer: pl.Trainer, moment: str) -> None:
+        if moment == self.moment and trainer.current_epoch == 1 and not trainer.sanity_checking:
+            trainer.save_checkpoint(self.file)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._save(trainer, f"validation batch {args[3]}")
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._save(trainer, "validation")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._save(trainer, f"batch {args[3]}")
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("moment", ["batch 1", "batch 3", "validation batch 1", "validation"])
+def test_the_reference_is_recorded_anew_in_the_middle_of_anything(tmp_path: Path, moment: str) -> None:
+    """On all samples, though the loop that goes on has only some to do; which it then does."""
+    file, ends = tmp_path / "checkpoints" / "middle.ckpt", []
+    for how in ("whole", "resumed", "without the recording"):
+        torch.manual_seed(0)
+        module, callback = Classifier(), CKACallback(log_figures=False)
+        saving = [Saving(file, moment)] if how == "whole" else []
+        if how == "without the recording":
+            for each in tmp_path.rglob("cka_recording_*"):
+                each.unlink()
+        run = trainer(tmp_path, callback, *saving, max_epochs=3, val_check_interval=2)
+        ckpt_path = None if how == "whole" else file
+        run.fit(module, loader(32, seed=0, batch_size=8), loader(), ckpt_path=ckpt_path, weights_only=True)
+        ends.append((callback.history, module.state_dict()))
+    assert [record["n"] for record in ends[1][0]] == [44] * len(ends[1][0])
+    assert len(ends[1][0]) in (5, 6)  # of which Lightning leaves out one that was due when the checkpoint was written
+    for record, expected in zip(ends[2][0], ends[1][0], strict=True):
+        assert record["n"] == expected["n"]
+        assert record["scores"] == pytest.approx(expected["scores"], abs=1e-12)
+    assert all(torch.equal(value, ends[2][1][name]) for name, value in ends[1][1].items())
 
 
 def test_twice_resumed(tmp_path: Path) -> None:

@@ -1047,6 +1047,31 @@ class MetricsByHand(Base):
 
 
 @kind()
+class MetricsTrackedByEpoch(Base):
+    """By a list of metrics that grows in each validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics = torchmetrics.MetricTracker(torchmetrics.classification.MulticlassAccuracy(3))
+
+    def on_validation_epoch_start(self) -> None:
+        self.metrics.increment()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.metrics.update(self.outputs[-1], batch[1])
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("best", self.metrics.best_metric())
+
+
+@kind()
+class WeightsRoundedByAHook(Base):
+    def on_validation_start(self) -> None:
+        self.net.half().float()
+
+
+@kind()
 class OutputsGatheredByHand(Base):
     def __init__(self) -> None:
         super().__init__()

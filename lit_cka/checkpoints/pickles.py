@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_cka.checkpoints.quantised import type_name
 from lit_cka.checkpoints.shards import DTYPES, SafetensorsWeights, TensorInfo, bytes_of, write_all
 from lit_cka.checkpoints.state_dicts import WEIGHT_KEYS, first_names, load_state_dict, strip_wrappers, tensor_identity
 from lit_cka.files import sync
@@ -132,6 +133,6 @@ def _with_weights(content: Any) -> tuple[Any, dict[str, Any]]:
 
 def _info(value: Tensor) -> TensorInfo:
     plain = value.layout == torch.strided and not value.is_quantized
-    kind = str(value.dtype if plain else value.layout).removeprefix("torch.")
+    kind = type_name(value) if value.layout == torch.strided else str(value.layout).removeprefix("torch.")
     dtype = value.dtype if plain and value.dtype in DTYPES.values() else None
     return TensorInfo(tuple(value.shape), kind, dtype, value.numel() * value.element_size())

@@ -17,8 +17,18 @@ import torch
 from torch import Tensor
 
 from lit_cka.checkpoints.pickles import Weights, open_weights
+from lit_cka.checkpoints.quantised import quantised_names
 from lit_cka.editing.checks import check_models, check_output, check_report
-from lit_cka.editing.parameter import EDITED, EditSettings, ParameterRecord, edit_cost, edit_parameter, in_order
+from lit_cka.editing.parameter import (
+    EDITED,
+    QUANTISED,
+    EditSettings,
+    ParameterRecord,
+    edit_cost,
+    edit_parameter,
+    in_order,
+    untouched,
+)
 from lit_cka.editing.partial import PartialOutput
 from lit_cka.files import write_json, written_whole
 from lit_cka.parallel.devices import usable_device
@@ -63,8 +73,8 @@ def edit_files(
         progress: show a progress bar.
 
     Returns:
-        What was done to each tensor, in their order. Tensors stored as 8-bit floats are left alone, since they are
-        meaningless without their scales.
+        What was done to each tensor, in their order. Quantised weights are left alone, as are their scales and all else
+        that their module holds.
 
     Raises:
         ValueError: if a file is damaged or needs `trusted`, the models differ, a weight holds NaN or infinity, or an
@@ -107,6 +117,7 @@ class _Job:
         described = {"settings": asdict(settings), "variant": variant, "device": self.device.type}
         files = {name: _stamps(weights) for name, weights in (("pretrained", self.W0), ("finetuned", self.W1))}
         self.partial = PartialOutput(output, {**described, **files})
+        self._quantised = _quantised(self.W0) | _quantised(self.W1)
 
     def check(self, allow_differences: bool, warn: bool) -> None:
         """Raise a ValueError if the models or the paths don't fit each other."""
@@ -168,6 +179,9 @@ class _Job:
 
     def _edit(self, name: str) -> ParameterRecord:
         info, before = self.W1.tensors[name], self.W0.tensors.get(name)
+        if name in self._quantised:
+            self.W1.write(self.partial.staged, name, None)
+            return untouched(name, info.shape, QUANTISED)
         if info.dtype is None or (before is not None and before.dtype is None):
             unread = torch.empty(info.shape, dtype=torch.int8, device="meta")
             record = edit_parameter(name, None, unread, self.settings)[1]
@@ -227,6 +241,10 @@ class _Memory:
             with self._given_back:
                 self._free += nbytes
                 self._given_back.notify_all()
+
+
+def _quantised(weights: Weights) -> set[str]:
+    return quantised_names({name: (info.kind, len(info.shape)) for name, info in weights.tensors.items()})
 
 
 def _stamps(weights: Weights) -> list[list[str | int]]:

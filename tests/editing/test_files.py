@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lit_cka.editing.artifacts import describe_edit
 from lit_cka.editing.files import edit_files
 from lit_cka.editing.parameter import EDITED, EditSettings, edit_parameter
 from lit_cka.files import partial_name
@@ -207,6 +208,36 @@ def test_transformers_loads_the_output(tmp_path: Path) -> None:
     for name, value in out.state_dict().items():
         wanted, _ = edit_parameter(name, before[name], after[name], SETTINGS)
         assert torch.equal(value, wanted["monosoup"]), name
+
+
+def quantised(W: Tensor, kind: str) -> dict[str, Tensor]:
+    """A layer (64, 64) as a format stores it: what stands for the weights, and what belongs to it."""
+    scale = W.reshape(4, 16, 4, 16).abs().amax((1, 3))
+    grown = scale.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    if kind == "block FP8":
+        return {"l.weight": (W / grown * 448).to(torch.float8_e4m3fn), "l.weight_scale_inv": scale / 448}
+    if kind == "whole numbers":
+        return {"l.qweight": (W / grown * 7).round().int(), "l.scales": (scale / 7).half(), "l.bias": W[0].clone()}
+    nested = {"l.weight.absmax": scale.flatten(), "l.weight.quant_state.bitsandbytes__nf4": torch.ones(9).byte()}
+    return {"l.weight": (W / grown).reshape(-1, 1).bfloat16(), **nested}
+
+
+@pytest.mark.parametrize("kind", ["block FP8", "whole numbers", "numbers in bfloat16"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_quantised_weights_stay_as_they_are(tmp_path: Path, kind: str, suffix: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    before, after = torch.randn(2, 64, 64, generator=generator)
+    models = [{**quantised(W, kind), "m.weight": W} for W in (before, before + 0.1 * after)]
+    save = save_file if suffix == ".safetensors" else torch.save
+    for name, tensors in zip("ab", models, strict=True):
+        save(tensors, tmp_path / f"{name}{suffix}")
+    records = edit(tmp_path / f"a{suffix}", tmp_path / f"b{suffix}", tmp_path / f"c{suffix}", variant="lowonly")
+    wanted, _ = edit_parameter("m.weight", models[0]["m.weight"], models[1]["m.weight"], SETTINGS)
+    load = load_file if suffix == ".safetensors" else torch.load
+    assert_same(load(tmp_path / f"c{suffix}"), {**models[1], "m.weight": wanted["lowonly"]})
+    reasons = {record["name"]: record["reason"] for record in records}
+    assert reasons == {**dict.fromkeys(models[1], "part of quantised weights"), "m.weight": None}
+    assert f"{len(models[1]) - 1} (part of quantised weights)" in describe_edit(records)
 
 
 def test_report(tmp_path: Path) -> None:

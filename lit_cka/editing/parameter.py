@@ -14,6 +14,7 @@ from lit_cka.functional.spectral import RankRule, check_rule, spectral_split
 VARIANTS = ("pretrained", "finetuned", "monosoup", "highonly", "lowonly")
 EDITED = VARIANTS[2:]
 QUANTISED = "part of quantised weights"  # a reason to leave a parameter alone: scales, zeros and the numbers they scale
+OTHER_SET = "of another set of weights"  # in the same file
 _CHUNK = 2**22  # elements that are looked at at a time
 
 

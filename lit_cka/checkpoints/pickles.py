@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_cka.checkpoints.quantised import type_name
 from lit_cka.checkpoints.shards import DTYPES, SafetensorsWeights, TensorInfo, bytes_of, write_all
-from lit_cka.checkpoints.state_dicts import WEIGHT_KEYS, first_names, load_state_dict, strip_wrappers, tensor_identity
+from lit_cka.checkpoints.state_dicts import first_names, read_content, tensor_identity
+from lit_cka.checkpoints.weight_sets import MOST_KEYS, FoundWeights, find_weights, mapping_at, plain_names
 from lit_cka.files import sync
 
 
@@ -22,34 +24,38 @@ class StateDictWeights:
     Attributes:
         tensors: by name, without the prefixes of wrappers such as DDP.
         tied: for each name the first one of the same tensor.
+        chosen: the names of the set of weights that is meant, by those that a model without the others has for them.
+        was_named: whether that set is the one asked for by name.
         files: what is read.
     """
 
-    def __init__(self, path: Path, *, trusted: bool) -> None:
+    def __init__(self, path: Path, *, trusted: bool, weights: str | None = None) -> None:
         self.path, self.files, self._trusted = path, [path], trusted
         self._lock, self._touched = Lock(), 0
-        self._load()
-        if not any(isinstance(value, Tensor) for value in self._weights.values()):
-            load_state_dict(path, weights_only=not trusted)  # says what is there instead
-        found = {name: value for name, value in self._weights.items() if isinstance(value, Tensor)}
-        stripped = strip_wrappers(found)
-        self._names = dict(zip(stripped if len(stripped) == len(found) else found, found, strict=True))
-        self.tensors = {name: _info(found[name_in_file]) for name, name_in_file in self._names.items()}
+        self._content = _with_state_dicts(self._read())
+        self._found = find_weights(self._content, path, weights, by_names=True, optional=True)
+        self._weights: dict[str, Any] = mapping_at(self._content, self._found.keys)
+        self._names = plain_names(self._weights)
+        self.chosen, self.was_named = _names_of(self._found, self._names), self._found.was_named
+        self.tensors = {name: _info(self._weights[name_in_file]) for name, name_in_file in self._names.items()}
         self.tied = first_names({name: self._identity(name) for name in self.tensors})
         self._numbers = {name: number for number, name in enumerate(self.tensors)}
         self._limit = max(info.nbytes for info in self.tensors.values())
 
-    def _load(self) -> None:
+    def _read(self) -> Any:
         try:
-            content = torch.load(self.path, map_location="cpu", mmap=True, weights_only=not self._trusted)
+            return torch.load(self.path, map_location="cpu", mmap=True, weights_only=not self._trusted)
         except Exception:  # whatever bytes do to an unpickler; or an old format, which can't be mapped
             try:
-                load_state_dict(self.path, weights_only=not self._trusted)
+                return read_content(self.path, weights_only=not self._trusted)
             except ValueError as error:
                 reason, advice, _ = str(error).partition(" If you trust it,")
                 raise ValueError(f"{reason}{advice and f'{advice} pass `trusted=True` (`--trusted true`).'}") from error
-            content = torch.load(self.path, map_location="cpu", weights_only=not self._trusted)
-        self._content, self._weights = _with_weights(content)
+
+    def _load(self) -> None:
+        """Map the file anew."""
+        self._content = _with_state_dicts(self._read())
+        self._weights = mapping_at(self._content, self._found.keys)
 
     def read(self, name: str) -> Tensor:
         with self._lock:
@@ -108,30 +114,37 @@ class StateDictWeights:
 Weights = SafetensorsWeights | StateDictWeights
 
 
-def open_weights(path: Path, *, trusted: bool) -> Weights:
-    """Raises a ValueError that names the file, or a FileNotFoundError, if there are no weights to be read."""
+def open_weights(path: Path, *, trusted: bool, weights: str | None = None) -> Weights:
+    """Returns the weights at a path, of several sets the one of the name `weights`, see `find_weights`.
+
+    Raises a ValueError that names the file, or a FileNotFoundError, if there are no weights to be read.
+    """
     if not path.exists():
         raise FileNotFoundError(f"Expected a checkpoint file or folder at {str(path)!r}, but there is none.")
     if path.is_dir() or path.suffix == ".safetensors":
-        return SafetensorsWeights(path)
-    return StateDictWeights(path, trusted=trusted)
+        found = SafetensorsWeights(path)
+        chosen = find_weights(found.tensors, path, weights, by_names=True, optional=True)
+        found.chosen, found.was_named = chosen.names, chosen.was_named
+        return found
+    return StateDictWeights(path, trusted=trusted, weights=weights)
 
 
-def _with_weights(content: Any) -> tuple[Any, dict[str, Any]]:
-    """Returns what the file holds, with modules as state dicts, and the mapping in it that holds the weights."""
+def _with_state_dicts(content: Any, depth: int = 0) -> Any:
+    """Returns what the file holds, with state dicts in place of modules where weights are looked for."""
     if isinstance(content, nn.Module):
-        content = content.state_dict()
-    if not isinstance(content, dict):
-        return content, {}
-    for key in WEIGHT_KEYS:
-        if isinstance(content.get(key), (Mapping, nn.Module)):
-            content[key], weights = _with_weights(content[key])
-            return content, weights
-    return content, content
+        return content.state_dict()
+    if isinstance(content, dict) and depth < MOST_KEYS:
+        content.update({key: _with_state_dicts(value, depth + 1) for key, value in content.items()})
+    return content
+
+
+def _names_of(found: FoundWeights, names: dict[str, str]) -> dict[str, str]:
+    name_of = {in_file: name for name, in_file in names.items()}
+    return {plain: name_of[in_file] for plain, in_file in found.names.items()}
 
 
 def _info(value: Tensor) -> TensorInfo:
     plain = value.layout == torch.strided and not value.is_quantized
-    kind = str(value.dtype if plain else value.layout).removeprefix("torch.")
+    kind = type_name(value) if value.layout == torch.strided else str(value.layout).removeprefix("torch.")
     dtype = value.dtype if plain and value.dtype in DTYPES.values() else None
     return TensorInfo(tuple(value.shape), kind, dtype, value.numel() * value.element_size())

@@ -42,6 +42,8 @@ class SafetensorsWeights:
     Attributes:
         tensors: what the headers say, by name.
         tied: for each name the first one of the same tensor: here always itself.
+        chosen: the names of the set of weights that is meant, by those that a model without the others has for them.
+        was_named: whether that set is the one asked for by name.
         files: what is read.
 
     Raises:
@@ -69,6 +71,7 @@ class SafetensorsWeights:
                     f"The shards of {str(index)!r} lack {len(lacking)} of its tensors, such as {lacking[0]!r}."
                 )
         self.tied = {name: name for name in sorted(self.tensors, key=_counting)}
+        self.chosen, self.was_named = dict(self.tied), False
 
     def read(self, name: str) -> Tensor:
         """Returns a copy; what a memory map reads would stay in memory."""

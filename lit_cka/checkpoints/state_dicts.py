@@ -7,19 +7,17 @@ import pickle
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lit_cka.checkpoints.weight_sets import find_weights, mapping_at, strip_wrappers
+
 # How torch names what it did not unpickle, in a text of many lines.
 _PICKLED = re.compile(r"(?:Unsupported global: GLOBAL|Trying to load unsupported GLOBAL) (\S+)")
-_WRAPPERS = ("module.", "_orig_mod.")  # put before names by DataParallel / DDP and by torch.compile
-WEIGHT_KEYS = ("state_dict", "model_state_dict", "model")  # where Lightning, open_clip, timm and others keep weights
-
-Value = TypeVar("Value")
 
 
 class HasShape(Protocol):
@@ -29,7 +27,9 @@ class HasShape(Protocol):
     def shape(self) -> torch.Size: ...
 
 
-def load_state_dict(path: str | os.PathLike[str], *, weights_only: bool = True) -> dict[str, Tensor]:
+def load_state_dict(
+    path: str | os.PathLike[str], *, weights_only: bool = True, weights: str | None = None
+) -> dict[str, Tensor]:
     """Read the weights in a checkpoint file, on the CPU, by parameter name.
 
     Reads safetensors, plain state dicts, and checkpoints that keep one under "state_dict" (Lightning, open_clip, timm)
@@ -39,22 +39,41 @@ def load_state_dict(path: str | os.PathLike[str], *, weights_only: bool = True) 
         path: the file.
         weights_only: False unpickles arbitrary objects and thus runs code that the file's author chose; do that only
             with files you trust. Safetensors never hold code.
+        weights: which of several sets of weights: the keys to it ("state_dict_ema"), or what its names begin with
+            ("teacher"); see `lit_cka.checkpoints.weight_sets`. None for the only one.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, holds no weights, or holds pickled objects and `weights_only` is true.
+        ValueError: if the file is damaged, holds no weights or several sets of them, or holds pickled objects and
+            `weights_only` is true.
     """
     path = Path(path)
+    require_file(path)
+    content = read_content(path, weights_only=weights_only)
+    found = find_weights(content, path, weights)
+    held = mapping_at(content, found.keys)
+    return {name: held[name_in_file] for name, name_in_file in found.names.items()}
+
+
+def require_file(path: Path) -> None:
+    """Raise a FileNotFoundError if there is no checkpoint file."""
     if not path.is_file():
         raise FileNotFoundError(f"Expected a checkpoint file at {str(path)!r}, but there is none.")
+
+
+def read_content(path: Path, *, weights_only: bool, mmap: bool = False) -> Any:
+    """Returns what a file holds.
+
+    Raises:
+        ValueError: if it is damaged, or holds pickled objects and `weights_only` is true.
+    """
     if path.suffix == ".safetensors":
         try:
-            content: Any = load_file(path)
+            return load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{str(path)!r} is damaged or no safetensors file: {error}.") from error
-        return strip_wrappers(_weights_in(content, path))
     try:
-        content = torch.load(path, map_location="cpu", weights_only=weights_only)
+        return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=mmap)
     except Exception as error:  # whatever bytes do to an unpickler
         pickled = _PICKLED.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if pickled is None:
@@ -64,33 +83,6 @@ def load_state_dict(path: str | os.PathLike[str], *, weights_only: bool = True) 
             "file's author. If you trust it, read it with `lit_cka.checkpoints.load_state_dict(path, "
             "weights_only=False)` and pass the result instead of the path."
         ) from error
-    return strip_wrappers(_weights_in(content, path))
-
-
-def _weights_in(content: Any, path: Path) -> dict[str, Tensor]:
-    if isinstance(content, nn.Module):
-        return content.state_dict()
-    if isinstance(content, Mapping):
-        for key in WEIGHT_KEYS:
-            if isinstance(content.get(key), (Mapping, nn.Module)):
-                return _weights_in(content[key], path)
-        weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-        weights = {name: value for name, value in weights.items() if isinstance(name, str)}
-        if weights:
-            return weights
-    held = f"keys {list(content)[:5]}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
-    raise ValueError(f"Expected {str(path)!r} to hold a state dict of tensors, but it holds {held}.")
-
-
-def strip_wrappers(weights: Mapping[str, Value]) -> dict[str, Value]:
-    """Returns the weights under the names that they have without DDP and `torch.compile` around the model."""
-    names = list(weights)
-    prefix = ""
-    while names and (
-        stripped := next((w for w in _WRAPPERS if all(name.startswith(prefix + w) for name in names)), None)
-    ):
-        prefix += stripped
-    return {name[len(prefix) :].replace("_orig_mod.", ""): value for name, value in weights.items()}
 
 
 def fitting_weights(expected: Mapping[str, HasShape], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -99,12 +91,63 @@ def fitting_weights(expected: Mapping[str, HasShape], weights: Mapping[str, Tens
     The names in the file may start with a segment that the model doesn't have ("net.blocks.0.weight" for
     "blocks.0.weight"): of all readings, the one that fits the most is taken.
     """
-    readings = []
+    return max(_readings(expected, weights).values(), key=len)
+
+
+def require_one_reading(expected: Mapping[str, HasShape], weights: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError if the weights can be read in two ways that fit as well, and differ.
+
+    So they can where a file holds a model and its average, or a student and its teacher.
+    """
+    readings = _readings(expected, weights)
+    best = max(readings, key=lambda start: len(readings[start]))
+    fitting = readings[best]
+    if not best or not fitting:  # the very names
+        return
+    rivals = [start for start, other in readings.items() if start and other.keys() == fitting.keys()]
+    if any(not _are_equal(value, readings[start][name]) for start in rivals for name, value in fitting.items()):
+        raise ValueError(
+            f"Expected one set of weights that fits the model, but those that begin with "
+            f"{' and with '.join(map(repr, rivals))} do, and differ. Name one by `weights={rivals[0][:-1]!r}`; where "
+            "there is no such argument, pass `lit_cka.checkpoints.load_state_dict(path, weights=...)`."
+        )
+
+
+def _readings(expected: Mapping[str, HasShape], weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Returns what fits, by what the names in the file are taken to start with."""
+    readings = {}
     for start in first_segments(weights):
         read = {name[len(start) :]: value for name, value in weights.items() if name.startswith(start)}
         fitting = [name for name in expected if name in read and read[name].shape == expected[name].shape]
-        readings.append({name: read[name] for name in fitting})
-    return max(readings, key=len)
+        readings[start] = {name: read[name] for name in fitting}
+    return readings
+
+
+def with_tied(fitting: Mapping[str, Tensor], first: Mapping[str, str]) -> dict[str, Tensor]:
+    """Returns the weights, and for names of the same tensor that are missing the value of those that are there.
+
+    Files of safetensors hold a tied weight under one of its names.
+
+    Args:
+        fitting: by the model's names.
+        first: for each name of the model the first one of the same tensor, see `first_names`.
+
+    Raises:
+        ValueError: if there are different values for what is one tensor in the model.
+    """
+    values: dict[str, tuple[str, Tensor]] = {}
+    for name, value in fitting.items():
+        known, held = values.setdefault(first[name], (name, value))
+        if held.shape == value.shape and not _are_equal(held, value):
+            raise ValueError(
+                f"Expected one value for {known!r} and {name!r}, which are the same tensor in the model, but the "
+                "weights have two."
+            )
+    return {name: values[start][1] for name, start in first.items() if start in values}
+
+
+def _are_equal(one: Tensor, two: Tensor) -> bool:
+    return tensor_identity(one) == tensor_identity(two) or torch.equal(one, two.to(one.dtype))
 
 
 def first_segments(names: Iterable[str]) -> list[str]:
@@ -141,7 +184,9 @@ def load_into(module: nn.Module, weights: Mapping[str, Tensor], *, optional: tup
         ValueError: if other weights are missing or have another shape; the module is unchanged then.
     """
     targets = strip_wrappers(module.state_dict(keep_vars=True))
-    fitting = fitting_weights(targets, weights)
+    require_one_reading(targets, weights)
+    first = first_names({name: tensor_identity(value) for name, value in targets.items()})
+    fitting = with_tied(fitting_weights(targets, weights), first)
     require_weights([name for name in targets if not name.startswith(optional)], targets, fitting)
     with torch.no_grad():
         for name, value in fitting.items():

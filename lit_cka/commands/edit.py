@@ -41,6 +41,9 @@ def parser() -> Parser:
     parser.add_argument(
         "--trusted", type=bool, default=False, help="Unpickle the files: this runs code that their authors chose."
     )
+    parser.add_argument(
+        "--weights", type=str | None, default=None, help="Which of several sets in a file, such as state_dict_ema."
+    )
     return parser
 
 
@@ -58,6 +61,7 @@ def main(args: list[str]) -> list[ParameterRecord]:
             report=config.report,
             allow_differences=config.allow_differences,
             trusted=config.trusted,
+            weights=config.weights,
         )
     if is_first_rank():
         Console(soft_wrap=True, highlight=False, markup=False).print(

@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lit_cka.checkpoints.quantised import quantised_tensors
+
 Baseline: TypeAlias = Callable[[], dict[str, Tensor]]
 
 
@@ -46,14 +48,16 @@ def interpolate(W0: Mapping[str, Tensor], W1: Mapping[str, Tensor], alpha: float
         alpha: 0 is pretrained, 1 fine-tuned; any number.
 
     Returns:
-        Weights with the names and dtypes of `W1`; what `W0` lacks, has in another shape, or holds as whole numbers, is
-        fine-tuned.
+        Weights with the names and dtypes of `W1`; what `W0` lacks, has in another shape, or holds as whole numbers, and
+        quantised weights with their scales, are fine-tuned.
     """
     return _scaled(W0, W1, lambda name: alpha)
 
 
 def uniform_soup(checkpoints: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Returns the mean of the weights of several fine-tuned models (Wortsman et al. 2022, arXiv 2203.05482).
+
+    Whole numbers, and quantised weights with their scales, are those of the first.
 
     Args:
         checkpoints: weights by name, of the same names and shapes.
@@ -70,8 +74,9 @@ def uniform_soup(checkpoints: Sequence[Mapping[str, Tensor]]) -> dict[str, Tenso
             shown = ", ".join(sorted(differing)[:5])
             raise ValueError(f"Expected checkpoints of one architecture, but number {number} differs in {shown}.")
     soup = {}
+    quantised = quantised_tensors(first)
     for name, value in first.items():
-        if value.is_floating_point():
+        if value.is_floating_point() and name not in quantised:
             total = torch.stack([checkpoint[name].to(torch.float64) for checkpoint in checkpoints]).mean(dim=0)
             soup[name] = total.to(value.dtype)
         else:
@@ -109,8 +114,9 @@ def lines(
 
 def _scaled(W0: Mapping[str, Tensor], W1: Mapping[str, Tensor], scale: Callable[[str], float]) -> dict[str, Tensor]:
     scaled = {}
+    quantised = quantised_tensors(W0) | quantised_tensors(W1)
     for name, value in W1.items():
-        start = W0.get(name)
+        start = None if name in quantised else W0.get(name)
         if start is None or start.shape != value.shape or not (value.is_floating_point() and start.is_floating_point()):
             scaled[name] = value
         else:

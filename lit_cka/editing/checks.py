@@ -7,50 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_cka.checkpoints.pickles import Weights
-from lit_cka.checkpoints.shards import TensorInfo
 
 _SHOWN = 10  # differing tensors
-
-
-def check_models(W0: Weights, W1: Weights, *, allow_differences: bool) -> int:
-    """Returns the number of tensors in which two models differ.
-
-    Raises:
-        ValueError: with a table of them, if there are any and they aren't allowed, or if no tensor is in both models.
-    """
-    rows = _differences(W0, W1)
-    table = difference_table(("tensor", "pretrained", "fine-tuned"), rows)
-    if not any(name in W0.tensors and W0.tensors[name].shape == info.shape for name, info in W1.tensors.items()):
-        raise ValueError(
-            f"Expected two models of one architecture, but no tensor has the same name and shape.\n{table}"
-        )
-    if rows and not allow_differences:
-        raise ValueError(
-            f"Expected two models of one architecture, but they differ in {len(rows)} tensors.\n{table}\n"
-            "With `allow_differences=True` (`--allow_differences true`) those stay as they are in the fine-tuned model."
-        )
-    return len(rows)
-
-
-def _differences(W0: Weights, W1: Weights) -> list[tuple[str, str, str]]:
-    """Returns names and both shapes of tensors that differ. A file may hold a tied tensor under any of its names."""
-    rows = []
-    for name in {**W1.tensors, **W0.tensors}:
-        before, after = W0.tensors.get(name), W1.tensors.get(name)
-        if (after is None and _has_tied(W0, name, W1)) or (before is None and _has_tied(W1, name, W0)):
-            continue
-        if before is None or after is None or before.shape != after.shape:
-            rows.append((name, _shape(before), _shape(after)))
-    return rows
-
-
-def _shape(info: TensorInfo | None) -> str:
-    return "missing" if info is None else str(info.shape)
-
-
-def _has_tied(weights: Weights, name: str, other: Weights) -> bool:
-    """Returns whether the other model has a tensor that is tied to this one, under another of its names."""
-    return any(first == weights.tied[name] and tied in other.tensors for tied, first in weights.tied.items())
 
 
 def difference_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

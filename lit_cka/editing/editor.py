@@ -23,7 +23,7 @@ from lit_cka.editing.comparison import VariantComparison
 from lit_cka.editing.evaluation import sample_values
 from lit_cka.editing.exporting import write_weights
 from lit_cka.editing.loaded_sets import loaded_sets
-from lit_cka.editing.parameter import VARIANTS, EditSettings
+from lit_cka.editing.parameter import VARIANTS, EditSettings, untouched
 from lit_cka.editing.placement import FileBacked, Placement
 from lit_cka.editing.results import EvaluationResults
 from lit_cka.editing.sources import Source, copied, host_model, module_weights, weights_for
@@ -66,6 +66,7 @@ class MonoSoupEditor(pl.LightningModule):
         max_cka_batches: take CKA over so many batches of each test set at most, on several ranks over the same samples;
             0 for none, None for all.
         sequential: keep the variants in files rather than in memory, and one at a time in the model: slower.
+        weights: which of several sets of weights in a checkpoint file, such as "state_dict_ema" or "teacher".
 
     Raises:
         ValueError: if weights are missing, of another shape, damaged, NaN, or pickled, or an option is out of range.
@@ -89,6 +90,7 @@ class MonoSoupEditor(pl.LightningModule):
         debiased: bool = False,
         max_cka_batches: int | None = None,
         sequential: bool = False,
+        weights: str | None = None,
     ) -> None:
         super().__init__()
         self.settings = EditSettings(rule, R, min_rel_update)
@@ -105,16 +107,22 @@ class MonoSoupEditor(pl.LightningModule):
         self.debiased = debiased
         self.max_cka_batches = max_cka_batches
         self.sequential = sequential
+        self._which = weights
         self.results: EvaluationResults | None = None
         # A module in an attribute would be a part of the editor: moved, converted and put into DDP with it.
         self._file = None if isinstance(finetuned, nn.Module) else finetuned
         shared = (shared,) if isinstance(shared, str) else tuple(shared)
         # From a folder again, since its model has random numbers where the folder has none.
-        self._w1 = copied(weights_for(self.model, self._file or self.model, "fine-tuned"))
+        w1 = weights_for(self.model, self._file or self.model, "fine-tuned", which=weights)
+        self._w1, self._unused = copied(w1.weights), w1.unused
         if model is not None:
             load_into(self.model, self._w1)
-        self._w0 = {**self._w1, **copied(weights_for(self.model, pretrained, "pretrained", shared))}
-        self._soup = [weights_for(self.model, source, "soup's") for source in soup]
+        w0 = weights_for(self.model, pretrained, "pretrained", shared, weights)
+        self._w0 = {**self._w1, **copied(w0.weights)}
+        soups = [weights_for(self.model, source, "soup's", which=weights) for source in soup]
+        self._soup = [each.weights for each in soups]
+        if weights is not None and not any(each.was_named for each in (w0, w1, *soups)):
+            raise ValueError(f"Expected a file with a set of weights called {weights!r}, but there is none.")
         self._edited: EditedModel | None = None
         self._extractor: FeatureExtractor | None = None
         self._placement: Placement | None = None
@@ -161,6 +169,7 @@ class MonoSoupEditor(pl.LightningModule):
             progress=trainer is None or trainer.is_global_zero,
             place=None if files is None else files.place,
         )
+        edited.records += [untouched(name, shape, "no part of the model") for name, shape in self._unused.items()]
         for name, make in self._baselines().items():
             made = make()
             edited.variants[name] = made if files is None else {key: files.place(value) for key, value in made.items()}
@@ -182,7 +191,7 @@ class MonoSoupEditor(pl.LightningModule):
         """
         if variant not in self.variant_names:
             raise ValueError(f"Expected `variant` to be one of {', '.join(self.variant_names)}, but got {variant!r}.")
-        write_weights(self.edited.variants[variant], path, self._file, self.model)
+        write_weights(self.edited.variants[variant], path, self._file, self.model, self._which)
 
     @override
     def setup(self, stage: str) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lit_cka.checkpoints.state_dicts import WEIGHT_KEYS, first_segments, load_state_dict, strip_wrappers
+from lit_cka.checkpoints.state_dicts import first_segments, load_state_dict, read_content
+from lit_cka.checkpoints.weight_sets import find_weights, mapping_at
 from lit_cka.files import written_whole
 
 
@@ -22,12 +23,13 @@ def write_weights(
     path: str | os.PathLike[str],
     source: str | os.PathLike[str] | None,
     module: nn.Module,
+    which: str | None = None,
 ) -> None:
     """Write a variant's weights in the format, and under the names, of the source.
 
     A folder is written by `save_pretrained`, with the source's tokenizer; a Lightning or other checkpoint with
     everything else that it holds; weights of a module (a source of None) as a state dict. A file that is named so is
-    safetensors, whatever the source.
+    safetensors, whatever the source. Of several sets of weights in the source, the one called `which` is written.
 
     Raises:
         ValueError: if `path` exists.
@@ -39,9 +41,9 @@ def write_weights(
         if source is not None and Path(source).is_dir():
             _write_folder(weights, partial, Path(source), module)
         elif path.suffix == ".safetensors":
-            _write_safetensors(weights, partial, source)
+            _write_safetensors(weights, partial, source, which)
         else:
-            torch.save(dict(weights) if source is None else _replaced(source, weights), partial)
+            torch.save(dict(weights) if source is None else _replaced(Path(source), weights, which), partial)
 
 
 def _write_folder(weights: Mapping[str, Tensor], partial: Path, source: Path, module: nn.Module) -> None:
@@ -63,51 +65,50 @@ def _write_folder(weights: Mapping[str, Tensor], partial: Path, source: Path, mo
             shutil.copy2(file, partial / file.name)
 
 
-def _write_safetensors(weights: Mapping[str, Tensor], partial: Path, source: str | os.PathLike[str] | None) -> None:
+def _write_safetensors(
+    weights: Mapping[str, Tensor], partial: Path, source: str | os.PathLike[str] | None, which: str | None
+) -> None:
     metadata, named = {"format": "pt"}, dict(weights)
     if source is not None and Path(source).suffix == ".safetensors":
+        named = _replaced(Path(source), weights, which)
         with safe_open(source, framework="pt") as file:
             metadata = file.metadata() or {}
-            named = _renamed({name: file.get_tensor(name) for name in file.keys()}, weights)  # noqa: SIM118
     elif source is not None:
-        named = _renamed(load_state_dict(source), weights)
+        held = load_state_dict(source, weights=which)
+        named = _renamed(held, weights, dict(zip(held, held, strict=True)))
     # Copies, since safetensors holds no tied tensors; a source in that format has each once.
     save_file({name: value.clone().contiguous() for name, value in named.items()}, partial, metadata)
 
 
-def _replaced(source: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> Any:
+def _replaced(source: Path, weights: Mapping[str, Tensor], which: str | None) -> Any:
     """Returns what the source's file holds, with the weights in it replaced."""
-    if Path(source).suffix == ".safetensors":
-        return _renamed(load_file(source), weights)
-    content = torch.load(source, map_location="cpu", weights_only=True)
-    held, key, around = content, None, None  # type: Any, Any, Any
-    while isinstance(held, Mapping) and (
-        found := next((k for k in WEIGHT_KEYS if isinstance(held.get(k), Mapping)), None)
-    ):
-        around, key, held = held, found, held[found]
-    replaced = _renamed(held, weights)
-    if around is None:
+    content = read_content(source, weights_only=True)
+    found = find_weights(content, source, which, optional=True)
+    replaced = _renamed(mapping_at(content, found.keys), weights, found.names)
+    if not found.keys:
         return replaced
-    around[key] = replaced
+    mapping_at(content, found.keys[:-1])[found.keys[-1]] = replaced
     return content
 
 
-def _renamed(held: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def _renamed(held: Mapping[str, Any], weights: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Any]:
     """Returns what `held` holds, with every tensor that has a counterpart in `weights` replaced by it.
 
     Names may start with a segment here that they don't have there: of all readings, the one with most counterparts.
+
+    Args:
+        held: from a file.
+        weights: the new ones.
+        names: those in `held` that may be replaced, by their plain names.
     """
-    tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
-    plain = strip_wrappers(tensors)
-    name_in_file = dict(zip(plain, tensors, strict=True))
     most: dict[str, Tensor] = {}
-    for start_in_file in first_segments(plain):
+    for start_in_file in first_segments(names):
         for start in first_segments(weights):
-            names = {name: start + name[len(start_in_file) :] for name in plain if name.startswith(start_in_file)}
+            read = {name: start + name[len(start_in_file) :] for name in names if name.startswith(start_in_file)}
             counterparts = {
-                name: weights[counterpart]
-                for name, counterpart in names.items()
-                if counterpart in weights and weights[counterpart].shape == plain[name].shape
+                names[name]: weights[counterpart]
+                for name, counterpart in read.items()
+                if counterpart in weights and weights[counterpart].shape == held[names[name]].shape
             }
             most = max(most, counterparts, key=len)
-    return {**held, **{name_in_file[name]: value.to(plain[name].dtype) for name, value in most.items()}}
+    return {**held, **{name: value.to(held[name].dtype) for name, value in most.items()}}

@@ -17,8 +17,20 @@ import torch
 from torch import Tensor
 
 from lit_cka.checkpoints.pickles import Weights, open_weights
-from lit_cka.editing.checks import check_models, check_output, check_report
-from lit_cka.editing.parameter import EDITED, EditSettings, ParameterRecord, edit_cost, edit_parameter, in_order
+from lit_cka.checkpoints.quantised import quantised_names
+from lit_cka.editing.checks import check_output, check_report
+from lit_cka.editing.pairs import Pairs
+from lit_cka.editing.parameter import (
+    EDITED,
+    OTHER_SET,
+    QUANTISED,
+    EditSettings,
+    ParameterRecord,
+    edit_cost,
+    edit_parameter,
+    in_order,
+    untouched,
+)
 from lit_cka.editing.partial import PartialOutput
 from lit_cka.files import write_json, written_whole
 from lit_cka.parallel.devices import usable_device
@@ -40,6 +52,7 @@ def edit_files(
     report: str | os.PathLike[str] | None = None,
     allow_differences: bool = False,
     trusted: bool = False,
+    weights: str | None = None,
     progress: bool = True,
 ) -> list[ParameterRecord]:
     """Write the edited weights of a fine-tuned model, in the layout of its files.
@@ -60,11 +73,13 @@ def edit_files(
         allow_differences: let tensors that only one of the models has, or that have another shape, be. What the
             fine-tuned model has of them stays as it is.
         trusted: unpickle whatever objects the files hold, which runs code that their authors chose.
+        weights: which of several sets of weights in a file, such as "state_dict_ema" or "teacher", see
+            `lit_cka.checkpoints.weight_sets.find_weights`; the others stay as they are. None where there is one set.
         progress: show a progress bar.
 
     Returns:
-        What was done to each tensor, in their order. Tensors stored as 8-bit floats are left alone, since they are
-        meaningless without their scales.
+        What was done to each tensor, in their order. Quantised weights are left alone, as are their scales and all else
+        that their module holds.
 
     Raises:
         ValueError: if a file is damaged or needs `trusted`, the models differ, a weight holds NaN or infinity, or an
@@ -77,7 +92,7 @@ def edit_files(
         raise ValueError(f"Expected `variant` to be one of {', '.join(map(repr, EDITED))}, but got {variant!r}.")
     paths = Path(pretrained), Path(finetuned), Path(output)
     with Ranks() as ranks:
-        job = ranks.agree(lambda: _Job(*paths, settings or EditSettings(), variant, device, report, trusted))
+        job = ranks.agree(lambda: _Job(*paths, settings or EditSettings(), variant, device, report, trusted, weights))
         ranks.agree(lambda: job.check(allow_differences, warn=ranks.rank == 0))
         (records, finished), *_ = ranks.gather(lambda: job.prepare() if ranks.rank == 0 else ({}, False))
         names = job.share(set(records), ranks)
@@ -99,21 +114,27 @@ class _Job:
     def __init__(
         self, pretrained: Path, finetuned: Path, output: Path, settings: EditSettings, variant: str,
         device: torch.device | str | None, report: str | os.PathLike[str] | None, trusted: bool,
+        weights: str | None,
     ) -> None:  # fmt: skip
         self.output, self.settings, self.variant = output, settings, variant
         self.report = None if report is None else Path(report)
         self.device = usable_device("cpu" if device is None else device, torch.float64)
-        self.W0, self.W1 = (open_weights(path, trusted=trusted) for path in (pretrained, finetuned))
-        described = {"settings": asdict(settings), "variant": variant, "device": self.device.type}
+        self.W0, self.W1 = (open_weights(path, trusted=trusted, weights=weights) for path in (pretrained, finetuned))
+        if weights is not None and not (self.W0.was_named or self.W1.was_named):
+            raise ValueError(f"Expected a file with a set of weights called {weights!r}, but neither has one.")
+        described = {"settings": asdict(settings), "variant": variant, "device": self.device.type, "weights": weights}
         files = {name: _stamps(weights) for name, weights in (("pretrained", self.W0), ("finetuned", self.W1))}
         self.partial = PartialOutput(output, {**described, **files})
+        self._pairs = Pairs(self.W0, self.W1)
+        self._quantised, quantised_before = _quantised(self.W1), _quantised(self.W0)
+        self._quantised |= {name for name in self.W1.tensors if self._pairs.before(name) in quantised_before}
 
     def check(self, allow_differences: bool, warn: bool) -> None:
         """Raise a ValueError if the models or the paths don't fit each other."""
         check_output(self.output, self.W0, self.W1)
         if self.report is not None:
             check_report(self.report, self.output, self.W0, self.W1)
-        differing = check_models(self.W0, self.W1, allow_differences=allow_differences)
+        differing = self._pairs.check(allow_differences=allow_differences)
         if differing and warn:
             warnings.warn(f"{differing} tensors in which the models differ are not edited.", stacklevel=4)
 
@@ -167,7 +188,11 @@ class _Job:
         return records
 
     def _edit(self, name: str) -> ParameterRecord:
-        info, before = self.W1.tensors[name], self.W0.tensors.get(name)
+        info, name_before = self.W1.tensors[name], self._pairs.before(name)
+        before = None if name_before is None else self.W0.tensors[name_before]
+        if name in self._quantised or self._pairs.is_of_another_set(name):
+            self.W1.write(self.partial.staged, name, None)
+            return untouched(name, info.shape, QUANTISED if name in self._quantised else OTHER_SET)
         if info.dtype is None or (before is not None and before.dtype is None):
             unread = torch.empty(info.shape, dtype=torch.int8, device="meta")
             record = edit_parameter(name, None, unread, self.settings)[1]
@@ -176,7 +201,7 @@ class _Job:
                 record["reason"] = f"stored as {kind}"
             self.W1.write(self.partial.staged, name, None)
             return record
-        W0 = None if before is None else self.W0.read(name).to(self.device)
+        W0 = None if name_before is None else self.W0.read(name_before).to(self.device)
         W1 = self.W1.read(name).to(self.device)
         values, record = edit_parameter(name, W0, W1, self.settings, [self.variant], overwrite=True)
         edited: Tensor | None = values[self.variant].cpu() if record["reason"] is None else None
@@ -227,6 +252,10 @@ class _Memory:
             with self._given_back:
                 self._free += nbytes
                 self._given_back.notify_all()
+
+
+def _quantised(weights: Weights) -> set[str]:
+    return quantised_names({name: (info.kind, len(info.shape)) for name, info in weights.tensors.items()})
 
 
 def _stamps(weights: Weights) -> list[list[str | int]]:

@@ -13,6 +13,8 @@ from lit_cka.functional.spectral import RankRule, check_rule, spectral_split
 
 VARIANTS = ("pretrained", "finetuned", "monosoup", "highonly", "lowonly")
 EDITED = VARIANTS[2:]
+QUANTISED = "part of quantised weights"  # a reason to leave a parameter alone: scales, zeros and the numbers they scale
+OTHER_SET = "of another set of weights"  # in the same file
 _CHUNK = 2**22  # elements that are looked at at a time
 
 
@@ -83,7 +85,7 @@ def edit_parameter(
     Raises:
         ValueError: if the weights hold NaN or infinity; the message names the parameter.
     """
-    record = untouched(name, W1)
+    record = untouched(name, W1.shape)
     record["reason"] = reason = _why_left_alone(W0, W1)
     if reason is None:
         assert W0 is not None
@@ -116,10 +118,10 @@ def edit_parameter(
     return dict.fromkeys(variants, W1), record
 
 
-def untouched(name: str, W1: Tensor) -> ParameterRecord:
+def untouched(name: str, shape: Sequence[int], reason: str | None = None) -> ParameterRecord:
     """Returns a record without numbers."""
     return ParameterRecord(
-        name=name, shape=list(W1.shape), reason=None, k=None, rank=None, energy=None, rho=None, lambda_high=None,
+        name=name, shape=list(shape), reason=reason, k=None, rank=None, energy=None, rho=None, lambda_high=None,
         lambda_low=None, relative_change=None,
     )  # fmt: skip
 
@@ -147,6 +149,8 @@ def _is_finite(W: Tensor) -> bool:
 def _why_left_alone(W0: Tensor | None, W1: Tensor) -> str | None:
     if not W1.is_floating_point() or (W0 is not None and not W0.is_floating_point()):
         return "not floating point"
+    if W1.dtype.itemsize == 1 or (W0 is not None and W0.dtype.itemsize == 1):
+        return "stored as 8-bit floats"  # whose scales are elsewhere, or that have too few digits for an edit
     if W1.ndim < 2:
         return "fewer than two dimensions"
     if W1.numel() == 0:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeAlias, Union
+from typing import Any, NamedTuple, TypeAlias, Union
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -18,13 +18,25 @@ from lit_cka.checkpoints.state_dicts import (
     first_segments,
     fitting_weights,
     load_state_dict,
-    strip_wrappers,
+    read_content,
+    require_file,
+    require_one_reading,
     tensor_identity,
+    with_tied,
 )
+from lit_cka.checkpoints.weight_sets import find_weights, mapping_at, strip_wrappers
 from lit_cka.editing.checks import difference_table
 from lit_cka.reference.snapshot import snapshot
 
 Source: TypeAlias = Union[nn.Module, str, "os.PathLike[str]"]
+
+
+class SourceWeights(NamedTuple):
+    """What a source holds for a module."""
+
+    weights: dict[str, Tensor]  # under the module's names, in its dtypes
+    unused: dict[str, tuple[int, ...]]  # shapes of what the module has no place for, by the names in a file
+    was_named: bool  # whether it had several sets of weights, and these are the ones asked for
 
 
 def module_weights(module: nn.Module, *, buffers: bool = True) -> dict[str, Tensor]:
@@ -79,20 +91,24 @@ def load_folder(folder: str | os.PathLike[str]) -> nn.Module:
     )
 
 
-def weights_for(module: nn.Module, source: Source, role: str, shared: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Returns a source's weights under the names that the module has for them, in its dtypes.
+def weights_for(
+    module: nn.Module, source: Source, role: str, shared: Sequence[str] = (), which: str | None = None
+) -> SourceWeights:
+    """Returns a source's weights under the names that the module has for them, in its dtypes, and what is left over.
 
     Args:
         module: whose names and shapes count.
         source: a module, a checkpoint file (see `load_state_dict`), or a folder in `save_pretrained` format.
         role: "pretrained" or "finetuned", for the errors.
         shared: beginnings of names that may be missing; they are left out of the result.
+        which: of several sets of weights in a file, see `lit_cka.checkpoints.weight_sets.find_weights`; a file of one
+            set need not be that of the name.
 
     Raises:
         ValueError: if weights are missing or have another shape, or there are more blocks, with a table of them.
     """
     expected = module_weights(module)
-    weights = _read(source, module)
+    weights, was_named = _read(source, module, which)
     fitting = _fitting(expected, weights)
     lacking = [
         name
@@ -107,19 +123,33 @@ def weights_for(module: nn.Module, source: Source, role: str, shared: Sequence[s
         raise ValueError(
             f"The {role} weights are of a deeper model, with {len(surplus)} tensors that have no counterpart:\n{shown}"
         )
-    return {
-        name: value.detach().to(expected[name].dtype) if value.is_floating_point() else value.detach()
-        for name, value in fitting.items()
-        if not name.startswith(tuple(shared))
-    }
+    first = first_names({name: tensor_identity(value) for name, value in expected.items()})
+    converted = {}  # of a tied weight one tensor
+    for name in dict.fromkeys(first[name] for name in fitting):
+        value = fitting[name].detach()
+        converted[name] = value.to(expected[name].dtype) if value.is_floating_point() else value
+    used = {tensor_identity(value) for value in fitting.values()}
+    return SourceWeights(
+        {name: converted[first[name]] for name in fitting if not name.startswith(tuple(shared))},
+        {name: tuple(value.shape) for name, value in weights.items() if tensor_identity(value) not in used},
+        was_named,
+    )
 
 
-def _read(source: Source, module: nn.Module) -> dict[str, Tensor]:
+def _read(source: Source, module: nn.Module, which: str | None) -> tuple[dict[str, Tensor], bool]:
+    """Returns a source's weights under its own names, and whether they were asked for by name."""
     if isinstance(source, nn.Module):
-        return module_weights(source)
-    if Path(source).is_dir():
-        return _read_folder(source, module)
-    return load_state_dict(source)
+        return module_weights(source), False
+    path = Path(source)
+    if path.is_dir():
+        return _read_folder(source, module), False
+    if which is None:
+        return load_state_dict(source), False
+    require_file(path)
+    content = read_content(path, weights_only=True)
+    found = find_weights(content, path, which, optional=True)
+    held = mapping_at(content, found.keys)
+    return {name: held[name_in_file] for name, name_in_file in found.names.items()}, found.was_named
 
 
 def _read_folder(folder: str | os.PathLike[str], module: nn.Module) -> dict[str, Tensor]:
@@ -143,11 +173,15 @@ def _reading(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _fitting(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    readings = []
+    first = first_names({name: tensor_identity(value) for name, value in expected.items()})
+    below: dict[str, dict[str, Tensor]] = {}
+    readings = {}
     for prefix in first_segments(expected):
-        below = {name[len(prefix) :]: value for name, value in expected.items() if name.startswith(prefix)}
-        readings.append({prefix + name: value for name, value in fitting_weights(below, weights).items()})
-    return max(readings, key=len)
+        below[prefix] = {name[len(prefix) :]: value for name, value in expected.items() if name.startswith(prefix)}
+        readings[prefix] = fitting_weights(below[prefix], weights)
+    best = max(readings, key=lambda prefix: len(readings[prefix]))
+    require_one_reading(below[best], weights)
+    return with_tied({best + name: value for name, value in readings[best].items()}, first)
 
 
 def _further_blocks(

@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lit_cka.checkpoints.quantised import quantised_tensors
 from lit_cka.checkpoints.state_dicts import first_names, tensor_identity
 from lit_cka.editing.parameter import (
     EDITED,
+    QUANTISED,
     Edit,
     EditSettings,
     ParameterRecord,
@@ -43,7 +45,7 @@ def edit_state_dicts(
     place: Callable[[Tensor], Tensor] | None = None,
     progress: bool = False,
 ) -> EditedModel:
-    """Returns the five variants of a fine-tuned model.
+    """Returns the five variants of a fine-tuned model. Quantised weights stay as they are, and their scales with them.
 
     On a CPU, several weights are edited at once, each on one thread, so that the result doesn't depend on the number
     of threads. Where `torch.distributed` is initialised, the ranks share the weights out by cost, and all get all.
@@ -68,10 +70,12 @@ def edit_state_dicts(
     editable = set(W1) if parameters is None else set(parameters)
     tied = first_names({name: tensor_identity(value) for name, value in W1.items()})
     names = sorted(dict.fromkeys(tied.values()), key=lambda name: -edit_cost(W1[name].shape))
+    quantised = quantised_tensors(W0) | quantised_tensors(W1)
 
     def edit(name: str) -> Edit:
-        if name not in editable:
-            return dict.fromkeys(EDITED, W1[name]), {**untouched(name, W1[name]), "reason": "not a parameter"}
+        if name in quantised or name not in editable:
+            reason = QUANTISED if name in quantised else "not a parameter"
+            return dict.fromkeys(EDITED, W1[name]), untouched(name, W1[name].shape, reason)
         start, end = W0.get(name), W1[name]
         if device is None or not end.is_floating_point():
             values, record = edit_parameter(name, start, end, settings)

@@ -13,8 +13,8 @@ from lit_cka.checkpoints.state_dicts import load_into, load_state_dict
 from lit_cka.models.classifier import Classifier
 
 
-def _start_from(model: nn.Module, checkpoint: str, heads: tuple[str, ...]) -> None:
-    left = load_into(model, load_state_dict(checkpoint), optional=tuple(f"{name}." for name in heads))
+def _start_from(model: nn.Module, checkpoint: str, weights: str | None, heads: tuple[str, ...]) -> None:
+    left = load_into(model, load_state_dict(checkpoint, weights=weights), optional=tuple(f"{name}." for name in heads))
     if left:
         rank_zero_info(f"{checkpoint} has no head of this shape, so it starts at random: {', '.join(left)}.")
 
@@ -32,6 +32,7 @@ class ImageClassifier(Classifier):
         learning_rate: the highest, after warm-up.
         weight_decay: of AdamW, for weights of two or more dimensions.
         warmup: the part of the training that warm-up takes.
+        weights: which of several sets of weights in the checkpoint, such as "state_dict_ema".
 
     Raises:
         ValueError: if the checkpoint has another architecture or is damaged.
@@ -47,6 +48,7 @@ class ImageClassifier(Classifier):
         learning_rate: float = 1e-4,
         weight_decay: float = 0.05,
         warmup: float = 0.1,
+        weights: str | None = None,
     ) -> None:
         super().__init__(num_classes, learning_rate, weight_decay, warmup)
         self.save_hyperparameters()
@@ -61,7 +63,7 @@ class ImageClassifier(Classifier):
         if checkpoint is not None:
             head = self.model.pretrained_cfg.get("classifier") or ()
             heads = (head,) if isinstance(head, str) else tuple(head)
-            _start_from(self.model, checkpoint, heads)
+            _start_from(self.model, checkpoint, weights, heads)
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns logits (n, num_classes) of images (n, channels, height, width)."""
@@ -98,6 +100,7 @@ class CLIPImageClassifier(Classifier):
         learning_rate: the highest, after warm-up.
         weight_decay: of AdamW, for weights of two or more dimensions.
         warmup: the part of the training that warm-up takes.
+        weights: which of several sets of weights in the checkpoint, such as "state_dict_ema".
 
     Raises:
         ValueError: if the checkpoint has another architecture or is damaged.
@@ -113,6 +116,7 @@ class CLIPImageClassifier(Classifier):
         learning_rate: float = 3e-5,
         weight_decay: float = 0.1,
         warmup: float = 0.1,
+        weights: str | None = None,
     ) -> None:
         super().__init__(num_classes, learning_rate, weight_decay, warmup)
         self.save_hyperparameters()
@@ -126,7 +130,7 @@ class CLIPImageClassifier(Classifier):
         self.classification_head = nn.Linear(width, num_classes)
         self.normalize = normalize
         if checkpoint is not None:
-            _start_from(self, checkpoint, ("classification_head",))
+            _start_from(self, checkpoint, weights, ("classification_head",))
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns logits (n, num_classes) of images (n, 3, height, width)."""

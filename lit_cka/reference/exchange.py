@@ -11,7 +11,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_cka.checkpoints.state_dicts import fitting_weights, require_weights, strip_wrappers
+from lit_cka.checkpoints.state_dicts import (
+    first_names,
+    fitting_weights,
+    require_one_reading,
+    require_weights,
+    with_tied,
+)
+from lit_cka.checkpoints.weight_sets import strip_wrappers
 from lit_cka.features.flat_parameters import has_nameless_parameters, why_parts_are_closed
 from lit_cka.features.layers import named_layers
 from lit_cka.features.sharded_modules import is_sharded, outermost
@@ -171,25 +178,25 @@ def weights_for(module: nn.Module, weights: Mapping[str, Tensor], layer_names: l
     prefix = max(fits, key=lambda prefix: len(fits[prefix]))
     expected = strip_wrappers(state_of(modules[prefix], module))
     tensors = {name: id(place.tensor) for name, place in expected.items()}
-    given = {tensors[name] for name in fits[prefix]}
+    require_one_reading(expected, weights)
+    fitting = with_tied(fits[prefix], first_names(tensors))
     layers = tuple(f"{below(prefix, name)}." for name in layer_names)
     last = max((i for i, name in enumerate(expected) if name.startswith(layers)), default=len(expected) - 1)
-    needed = [name for name in list(expected)[: last + 1] if name in fits[prefix] or tensors[name] not in given]
-    require_weights(needed, expected, fits[prefix])
+    require_weights(list(expected)[: last + 1], expected, fitting)
     # A wrapper's names: those that the module's tensors have where they stand.
     names = {id(place.tensor): name for name, place in places_of(module).items()}
-    fitting: dict[str, Tensor] = {}
-    for name, value in fits[prefix].items():
+    found: dict[str, Tensor] = {}
+    for name, value in fitting.items():
         target = names.get(tensors[name])
         if target is None:
             continue
-        first = fitting.setdefault(target, value)
+        first = found.setdefault(target, value)
         if first is not value and not torch.equal(first, value):
             raise ValueError(
                 f"{name!r} is one tensor with {target!r} in {type(module).__name__}, but they differ in the weights to "
                 "compare with, which are of another architecture. Pass a module with these weights as `reference=`."
             )
-    return fitting
+    return found
 
 
 def common_parents(layer_names: list[str]) -> list[str]:

@@ -85,6 +85,23 @@ def test_dtypes_of_the_two_models_may_differ() -> None:
         assert interpolate({"W": whole}, {"W": other}, 0.25)["W"] is other
 
 
+def test_quantised_weights_are_the_fine_tuned_with_their_scales() -> None:
+    def model(scale: float) -> Weights:
+        whole = torch.full((4, 4), int(scale), dtype=torch.int8)
+        return {"l.qweight": whole, "l.scales": torch.full((4, 1), scale), "m.weight": torch.full((4, 4), scale)}
+
+    W0, W1 = model(1.0), model(3.0)
+    made = {
+        "wise_ft": interpolate(W0, W1, 0.5),
+        "lines": lines(W0, W1, ["m"], alpha=0.5, beta=0.0),
+        "soup": uniform_soup([W1, W0]),
+    }
+    for weights in made.values():
+        assert weights["l.qweight"] is W1["l.qweight"]
+        assert weights["l.scales"] is W1["l.scales"]
+        assert torch.equal(weights["m.weight"], torch.full((4, 4), 2.0))
+
+
 def test_parameters_are_left_alone_and_no_model_is_changed() -> None:
     held, before = models(), models()
     interpolate(*held, 0.3)

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lit_cka.editing.artifacts import describe_edit
 from lit_cka.editing.files import edit_files
 from lit_cka.editing.parameter import EDITED, EditSettings, edit_parameter
 from lit_cka.files import partial_name
@@ -182,6 +183,78 @@ def test_state_dicts(tmp_path: Path, wrap: str) -> None:
     assert names_in(tmp_path) == {"a.pt", "b.ckpt", "out.pt"}
 
 
+def sets(first: str, second: str, seed: int) -> dict[str, Tensor]:
+    """A network and a copy of it, in one mapping; what a training goes on with is beside them."""
+    generator = torch.Generator().manual_seed(seed)
+    copies = {
+        f"{start}{name}": torch.randn(8, 12, generator=generator)
+        for start in (first, second)
+        for name in ("a.weight", "b.weight")
+    }
+    return {**copies, "center": torch.randn(3, 3, generator=generator)}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_one_of_several_sets_of_weights_is_edited(tmp_path: Path, suffix: str, plain: bool) -> None:
+    before, after = sets("student.", "teacher.", 0), sets("student.", "teacher.", 1)
+    names = ["teacher.a.weight", "teacher.b.weight"]
+    if plain:
+        before = {name.removeprefix("teacher."): before[name] for name in names}
+    save, load = (save_file, load_file) if suffix == ".safetensors" else (torch.save, torch.load)
+    paths = [tmp_path / f"{name}{suffix}" for name in "abc"]
+    save(before, paths[0])
+    save(after, paths[1])
+    with pytest.raises(
+        ValueError, match=r"b\.|a\..*holds 2: 'student' \(2 tensors\), 'teacher' \(2 tensors\)\. Name one"
+    ):
+        edit(*paths)
+    assert len(list(tmp_path.iterdir())) == 2
+    records = edit(*paths, weights="teacher", variant="lowonly")
+    wanted = dict(after)
+    for name in names:
+        start = before[name.removeprefix("teacher.") if plain else name]
+        wanted[name] = edit_parameter(name, start, after[name], SETTINGS, ["lowonly"])[0]["lowonly"]
+        assert not torch.equal(wanted[name], after[name])
+    assert_same(load(paths[2]), wanted)
+    reasons = {record["name"]: record["reason"] for record in records}
+    assert reasons == {name: None if name in names else "of another set of weights" for name in after}
+    with pytest.raises(ValueError, match=r"'student' .2 tensors.|called 'ema'"):
+        edit(*paths[:2], tmp_path / f"d{suffix}", weights="ema")
+
+
+def test_one_of_several_sets_in_mappings_of_their_own(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    plain, first, second = ({"a.weight": torch.randn(8, 12, generator=generator)} for _ in range(3))
+    torch.save(plain, tmp_path / "a.pt")
+    torch.save({"state_dict": first, "state_dict_ema": second, "epoch": 2}, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match=r"'state_dict_ema' \(1 tensor; timm would load this one\)"):
+        edit(tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "c.pt")
+    edit(tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "c.pt", weights="state_dict_ema", variant="lowonly")
+    content = torch.load(tmp_path / "c.pt")
+    assert content["epoch"] == 2
+    assert torch.equal(content["state_dict"]["a.weight"], first["a.weight"])
+    wanted = edit_parameter("a.weight", plain["a.weight"], second["a.weight"], SETTINGS)[0]["lowonly"]
+    assert torch.equal(content["state_dict_ema"]["a.weight"], wanted)
+    with pytest.raises(ValueError, match="called 'ema', but neither has one"):
+        edit(tmp_path / "a.pt", tmp_path / "a.pt", tmp_path / "d.pt", weights="ema")
+
+
+@pytest.mark.parametrize("names", [("head", "embed"), ("embed", "head")])
+def test_a_tied_weight_is_edited_whichever_name_the_other_file_has(tmp_path: Path, names: tuple[str, str]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    before, after, other = torch.randn(3, 8, 12, generator=generator)
+    wanted = edit_parameter("", before, after, SETTINGS, ["lowonly"])[0]["lowonly"]
+    torch.save({names[0]: after, names[1]: after, "other": other}, tmp_path / "b.pt")
+    for held in names:
+        save_file({held: before.clone(), "other": other}, tmp_path / "a.safetensors")
+        records = edit(tmp_path / "a.safetensors", tmp_path / "b.pt", tmp_path / f"{held}.pt", variant="lowonly")
+        assert [record["reason"] for record in records] == [None, f"tied to {names[0]}", "unchanged"]
+        loaded = torch.load(tmp_path / f"{held}.pt")
+        assert torch.equal(loaded[names[0]], wanted)
+        assert loaded[names[0]].data_ptr() == loaded[names[1]].data_ptr()
+
+
 def test_formats_mix_and_one_file_may_lack_the_second_name_of_a_tied_weight(tmp_path: Path) -> None:
     a = folder(tmp_path / "a", W0, 3)
     torch.save({"tied": W1["half"], **W1}, tmp_path / "b.pt")
@@ -207,6 +280,36 @@ def test_transformers_loads_the_output(tmp_path: Path) -> None:
     for name, value in out.state_dict().items():
         wanted, _ = edit_parameter(name, before[name], after[name], SETTINGS)
         assert torch.equal(value, wanted["monosoup"]), name
+
+
+def quantised(W: Tensor, kind: str) -> dict[str, Tensor]:
+    """A layer (64, 64) as a format stores it: what stands for the weights, and what belongs to it."""
+    scale = W.reshape(4, 16, 4, 16).abs().amax((1, 3))
+    grown = scale.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    if kind == "block FP8":
+        return {"l.weight": (W / grown * 448).to(torch.float8_e4m3fn), "l.weight_scale_inv": scale / 448}
+    if kind == "whole numbers":
+        return {"l.qweight": (W / grown * 7).round().int(), "l.scales": (scale / 7).half(), "l.bias": W[0].clone()}
+    nested = {"l.weight.absmax": scale.flatten(), "l.weight.quant_state.bitsandbytes__nf4": torch.ones(9).byte()}
+    return {"l.weight": (W / grown).reshape(-1, 1).bfloat16(), **nested}
+
+
+@pytest.mark.parametrize("kind", ["block FP8", "whole numbers", "numbers in bfloat16"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_quantised_weights_stay_as_they_are(tmp_path: Path, kind: str, suffix: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    before, after = torch.randn(2, 64, 64, generator=generator)
+    models = [{**quantised(W, kind), "m.weight": W} for W in (before, before + 0.1 * after)]
+    save = save_file if suffix == ".safetensors" else torch.save
+    for name, tensors in zip("ab", models, strict=True):
+        save(tensors, tmp_path / f"{name}{suffix}")
+    records = edit(tmp_path / f"a{suffix}", tmp_path / f"b{suffix}", tmp_path / f"c{suffix}", variant="lowonly")
+    wanted, _ = edit_parameter("m.weight", models[0]["m.weight"], models[1]["m.weight"], SETTINGS)
+    load = load_file if suffix == ".safetensors" else torch.load
+    assert_same(load(tmp_path / f"c{suffix}"), {**models[1], "m.weight": wanted["lowonly"]})
+    reasons = {record["name"]: record["reason"] for record in records}
+    assert reasons == {**dict.fromkeys(models[1], "part of quantised weights"), "m.weight": None}
+    assert f"{len(models[1]) - 1} (part of quantised weights)" in describe_edit(records)
 
 
 def test_report(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lit_cka import MonoSoupEditor
 from lit_cka.checkpoints.state_dicts import load_state_dict
 from lit_cka.data.language import LanguageTestsDataModule
+from lit_cka.editing.artifacts import describe_edit
 from lit_cka.models import CLIPImageClassifier, ImageClassifier, TextClassifier
 from tests import small_models
 from tests.editing.evaluation_worker import models, weights
@@ -178,6 +179,99 @@ def test_files_change_between_formats_under_their_own_names(tmp_path: Path) -> N
     back = MonoSoupEditor(tmp_path / "0.pth", tmp_path / "new.safetensors", vit(5))
     back.export("finetuned", tmp_path / "again.pt")
     assert_equal(torch.load(tmp_path / "again.pt", weights_only=True), expected)
+
+
+def test_tensors_that_the_model_has_no_place_for_are_counted(tmp_path: Path) -> None:
+    """Of a model-soups file: CLIP's text side, which the classifier of images has not, stays as it is."""
+    text = {
+        "module.model.positional_embedding": torch.ones(7, 4), "module.model.token_embedding.weight": torch.ones(9, 4),
+        "module.model.ln_final.weight": torch.ones(4),
+    }  # fmt: skip
+    for seed in range(2):
+        torch.save({**soups(clip(seed)), **text}, tmp_path / f"{seed}.pt")
+    editor = MonoSoupEditor(tmp_path / "0.pt", tmp_path / "1.pt", clip(5))
+    reasons = {record["name"]: record["reason"] for record in editor.edited.records}
+    unused = {"model.logit_scale", *(name.removeprefix("module.") for name in text)}
+    assert {name for name, reason in reasons.items() if reason == "no part of the model"} == unused
+    assert "4 (no part of the model)" in describe_edit(editor.edited.records)
+    editor.export("monosoup", tmp_path / "new.pt")
+    written = torch.load(tmp_path / "new.pt", weights_only=True)
+    assert all(torch.equal(written[name], value) for name, value in text.items())
+
+
+def tied_models() -> dict[str, Callable[[], nn.Module]]:
+    import transformers
+
+    sizes = {"vocab_size": 50, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 50}
+    bert = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 50,
+    }
+    bart = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "vocab_size": 50,
+        "max_position_embeddings": 32,
+    }
+    return {
+        "GPT-2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)),
+        "T5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**t5, decoder_start_token_id=0)),
+        "BERT": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**bert)),
+        "BART": lambda: transformers.BartForConditionalGeneration(transformers.BartConfig(**bart, **heads)),
+    }
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "T5", "BERT", "BART"])
+def test_tied_weights_that_a_file_names_once(tmp_path: Path, name: str) -> None:
+    make = tied_models()[name]
+    networks = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        networks.append(make())
+        networks[seed].save_pretrained(tmp_path / str(seed))
+    held = load_state_dict(tmp_path / "0" / "model.safetensors")
+    assert len(held) < len(weights(networks[0]))  # so that the test would notice
+    editor = MonoSoupEditor(*(tmp_path / str(seed) / "model.safetensors" for seed in range(2)), model=make())
+    expected = MonoSoupEditor(*networks)
+    for variant, value in expected.edited.variants.items():
+        assert_equal(editor.edited.variants[variant], value)
+    assert [record["reason"] for record in editor.edited.records] == [
+        each["reason"] for each in expected.edited.records
+    ]
+    editor.export("monosoup", tmp_path / "new.safetensors")
+    assert load_state_dict(tmp_path / "new.safetensors").keys() == held.keys()
+
+
+class TestSets:
+    @pytest.mark.parametrize(("suffix", "nested"), [(".pt", False), (".pt", True), (".safetensors", False)])
+    def test_one_of_several_sets(self, tmp_path: Path, suffix: str, nested: bool) -> None:
+        pretrained, finetuned = models()
+        other = {name: value + 1 for name, value in weights(pretrained).items()}
+        names = ("state_dict", "state_dict_ema") if nested else ("student", "teacher")
+        content: dict[str, Any] = dict(zip(names, (other, weights(finetuned)), strict=True))
+        if not nested:
+            content = {f"{start}.{name}": value for start, held in content.items() for name, value in held.items()}
+        save: Any = safetensors.torch.save_file if suffix == ".safetensors" else torch.save
+        save(content, tmp_path / f"1{suffix}")
+        save(weights(pretrained), tmp_path / f"0{suffix}")
+        sources = [tmp_path / f"{number}{suffix}" for number in range(2)]
+        message = "holds 2: 'state_dict' .*'state_dict_ema'" if nested else r"with 'student\.' and with 'teacher\.' do"
+        with pytest.raises(ValueError, match=message):
+            MonoSoupEditor(*sources, models()[0])
+        editor = MonoSoupEditor(*sources, models()[0], weights=names[1])
+        expected = MonoSoupEditor(pretrained, finetuned)
+        for variant, value in expected.edited.variants.items():
+            assert_equal(editor.edited.variants[variant], value)
+        with pytest.raises(ValueError, match=r"called 'ema'"):
+            MonoSoupEditor(sources[0], sources[0], models()[0], weights="ema")
+        editor.export("monosoup", tmp_path / f"new{suffix}")
+        for name, value in zip(names, (other, expected.edited.variants["monosoup"]), strict=True):
+            assert_equal(load_state_dict(tmp_path / f"new{suffix}", weights=name), value)
 
 
 @pytest.mark.parametrize("name", ["new.pt", "new.safetensors"])

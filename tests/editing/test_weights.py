@@ -130,6 +130,21 @@ def test_what_is_left_alone_is_the_fine_tuned_tensor_itself() -> None:
         assert edited.variants["pretrained"][name] is (value if lacking else start)
 
 
+def test_quantised_weights_stay_as_they_are_with_their_scales() -> None:
+    def model(seed: int) -> dict[str, Tensor]:
+        values = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        eight = {"l.weight": values[0].to(torch.float8_e4m3fn), "l.weight_scale_inv": values[1]}
+        return {**eight, "l.bias": values[1, 0], "alone.weight": eight["l.weight"].clone(), "m.weight": values[2]}
+
+    W0, W1 = model(0), model(1)
+    edited = edit_state_dicts(W0, W1)
+    reasons = {record["name"]: record["reason"] for record in edited.records}
+    quantised = dict.fromkeys(["l.weight", "l.weight_scale_inv", "l.bias"], "part of quantised weights")
+    assert reasons == {**quantised, "alone.weight": "stored as 8-bit floats", "m.weight": None}
+    for variant in EDITED:
+        assert [name for name in W1 if edited.variants[variant][name] is not W1[name]] == ["m.weight"]
+
+
 def test_records_are_in_the_order_of_the_fine_tuned_model() -> None:
     W0, W1 = models()
     assert [record["name"] for record in edit(W0, W1).records] == list(W1)

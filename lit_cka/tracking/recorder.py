@@ -134,7 +134,7 @@ class Recorder:
         options = self._options
         dataloaders, _ = tracked_dataloaders(trainer, stage, options.dataloaders, options.min_num_samples)
         words = {number: self._samples.dataset_words(number) for number in dataloaders}
-        if self.model.is_recorded(stage, words):
+        if trainer.strategy.reduce_boolean_decision(self.model.is_recorded(stage, words), all=True):
             return False
         if options.reference == INITIAL:
             self.start.require()

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
 
 from lit_cka import CKACallback
@@ -71,20 +72,16 @@ def models() -> tuple[Counted, Classifier]:
     return reference.double(), Classifier().double()
 
 
-def trainer(
-    folder: Path, world_size: int, *callbacks: pl.Callback, strategy: str = "ddp", **options: Any
-) -> pl.Trainer:
+def trainer(folder: Path, world_size: int, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     return pl.Trainer(
         default_root_dir=folder,
         accelerator="cpu",
         devices=world_size,
         callbacks=list(callbacks),
-        max_epochs=2,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **{"strategy": "ddp", **options},
+        **{"strategy": "ddp", "max_epochs": 2, "enable_checkpointing": False, **options},
     )
 
 
@@ -225,6 +222,24 @@ def lacking(rank: int, world_size: int, folder: Path) -> Any:
     return seen
 
 
+def continued(rank: int, world_size: int, folder: Path) -> Any:
+    """A fit that 2 ranks have begun, gone on with by as many, by more, and by one: the model stays as it is."""
+    place = folder / "continued"
+    reference, module = models()
+    module.lr = 0.0
+    for norm in (part for part in module.modules() if isinstance(part, nn.BatchNorm1d)):
+        norm.momentum = 0.0
+    callback = CKACallback(reference=reference)
+    checkpoint = place / "first.ckpt"
+    is_resumed = checkpoint.exists()
+    dist.barrier()
+    saving = [] if is_resumed else [ModelCheckpoint(place, filename="first")]
+    options = {"enable_checkpointing": not is_resumed, "max_epochs": 1 + is_resumed, "precision": "64-true"}
+    run = trainer(place, world_size, callback, *saving, **options)
+    run.fit(module, train_loader(), loader(NUM_UNEVEN), ckpt_path=checkpoint if is_resumed else None)
+    return callback.history
+
+
 def work(job: Callable[[int, int, Path], Any], rank: int, world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0")  # for Lightning, which takes it that all ranks are started
@@ -242,6 +257,8 @@ def write(seen: Any, folder: Path, name: str, world_size: int, rank: int) -> Non
 def fork_all(folder: Path) -> None:
     for job, world_size in product((validated, too_few, changed, fitted, shared, probed, lacking), (2, 3)):
         fork_ranks(work, job, world_size, folder, SECONDS)
+    for world_size in (2, 3, 1):
+        fork_ranks(work, continued, world_size, folder, SECONDS)
 
 
 class Writer(pl.Callback):

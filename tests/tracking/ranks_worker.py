@@ -165,7 +165,7 @@ def fitted(rank: int, world_size: int, folder: Path) -> Any:
 
 
 def probed(rank: int, world_size: int, folder: Path) -> Any:
-    """A validation on probes of five batches and of two, which leave a rank of three without; and a fit."""
+    """A validation on probes of five batches, of two, which leave a rank of three without, and shuffled; and a fit."""
     seen = {}
     for num_samples in (NUM_UNEVEN, 10):
         reference, module = models()
@@ -174,6 +174,11 @@ def probed(rank: int, world_size: int, folder: Path) -> Any:
         for _ in range(2):
             run.validate(module, loader(20, seed=3), verbose=False)
         seen[str(num_samples)] = callback.history
+    reference, module = models()
+    torch.manual_seed(rank)
+    callback = CKACallback(reference=reference, probe=loader(NUM_UNEVEN, batch_size=8, shuffle=True))
+    trainer(folder, world_size, callback, precision="64-true").validate(module, loader(20, seed=3), verbose=False)
+    seen["shuffled"] = callback.history
     pl.seed_everything(0, verbose=False)
     callback = CKACallback(probe=loader(10, batch_size=8), probe_every_n_steps=1)
     run = trainer(folder, world_size, callback)

@@ -139,6 +139,8 @@ def test_a_probe_counts_every_batch_once(folder: Path, world_size: int) -> None:
             assert [record["n"] for record in records] == [num_samples] * 2
             for record in records:
                 assert record["scores"] == by_hand([dataset(num_samples, 1)[:]])
+        (shuffled,) = seen["shuffled"]
+        assert (shuffled["n"], shuffled["scores"]) == (NUM_UNEVEN, by_hand([dataset(NUM_UNEVEN, 1)[:]]))
         assert {record["n"] for record in seen["fit"]} == {10}
         assert [record["step"] for record in seen["fit"]] == list(range(1, 1 + 2 * math.ceil(4 / world_size)))
 

@@ -175,6 +175,7 @@ def probed(rank: int, world_size: int, folder: Path) -> Any:
             run.validate(module, loader(20, seed=3), verbose=False)
         seen[str(num_samples)] = callback.history
     reference, module = models()
+    os.environ.pop("PL_GLOBAL_SEED")  # with which Lightning would seed all alike
     torch.manual_seed(rank)
     callback = CKACallback(reference=reference, probe=loader(NUM_UNEVEN, batch_size=8, shuffle=True))
     trainer(folder, world_size, callback, precision="64-true").validate(module, loader(20, seed=3), verbose=False)

@@ -89,7 +89,8 @@ class Probe:
         """Yield this rank's batches on its device, with the module in evaluation and random states kept apart."""
         module = model.module
         with torch.no_grad(), preserved_rng(), preserved_state([module]), evaluating(module):
-            torch.manual_seed(0)  # a dataloader that shuffles gives all ranks the same order, to share out
+            # A dataloader that shuffles then gives all ranks the same order, to share out.
+            torch.default_generator.manual_seed(0)
             for each in batches_of_rank(self.batches, data_ranks(trainer), in_step=model.is_sharded):
                 batch = trainer.precision_plugin.convert_input(private_copy(each.batch))
                 batch = before_batch_transfer(module, batch)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
 
@@ -82,10 +83,9 @@ def trainer(folder: Path, world_size: int, *callbacks: pl.Callback, **options: A
         devices=world_size,
         callbacks=list(callbacks),
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **{"strategy": "ddp", "max_epochs": 2, **options},
+        **{"strategy": "ddp", "max_epochs": 2, "enable_checkpointing": False, **options},
     )
 
 
@@ -236,7 +236,7 @@ def mixing(rank: int, world_size: int, folder: Path) -> Any:
 
 
 def probed(rank: int, world_size: int, folder: Path) -> Any:
-    """A validation on probes of five batches and of two, which leave a rank of three without; and a fit."""
+    """A validation on probes of five batches, of two, which leave a rank of three without, and shuffled; and a fit."""
     seen = {}
     for num_samples in (NUM_UNEVEN, 10):
         reference, module = models()
@@ -245,6 +245,12 @@ def probed(rank: int, world_size: int, folder: Path) -> Any:
         for _ in range(2):
             run.validate(module, loader(20, seed=3), verbose=False)
         seen[str(num_samples)] = callback.history
+    reference, module = models()
+    os.environ.pop("PL_GLOBAL_SEED")  # with which Lightning would seed all alike
+    torch.manual_seed(rank)
+    callback = CKACallback(reference=reference, probe=loader(NUM_UNEVEN, batch_size=8, shuffle=True))
+    trainer(folder, world_size, callback, precision="64-true").validate(module, loader(20, seed=3), verbose=False)
+    seen["shuffled"] = callback.history
     pl.seed_everything(0, verbose=False)
     callback = CKACallback(probe=loader(10, batch_size=8), probe_every_n_steps=1)
     run = trainer(folder, world_size, callback)
@@ -293,6 +299,24 @@ def lacking(rank: int, world_size: int, folder: Path) -> Any:
     return seen
 
 
+def continued(rank: int, world_size: int, folder: Path) -> Any:
+    """A fit that 2 ranks have begun, gone on with by as many, by more, and by one: the model stays as it is."""
+    place = folder / "continued"
+    reference, module = models()
+    module.lr = 0.0
+    for norm in (part for part in module.modules() if isinstance(part, nn.BatchNorm1d)):
+        norm.momentum = 0.0
+    callback = CKACallback(reference=reference)
+    checkpoint = place / "first.ckpt"
+    is_resumed = checkpoint.exists()
+    dist.barrier()
+    saving = [] if is_resumed else [ModelCheckpoint(place, filename="first")]
+    options = {"enable_checkpointing": not is_resumed, "max_epochs": 1 + is_resumed, "precision": "64-true"}
+    run = trainer(place, world_size, callback, *saving, **options)
+    run.fit(module, train_loader(), loader(NUM_UNEVEN), ckpt_path=checkpoint if is_resumed else None)
+    return callback.history
+
+
 def work(job: Callable[[int, int, Path], Any], rank: int, world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0")  # for Lightning, which takes it that all ranks are started
@@ -311,6 +335,8 @@ def fork_all(folder: Path) -> None:
     jobs = (validated, too_few, changed, fitted, shared, reshuffled, mixing, probed, lacking)
     for job, world_size in product(jobs, (2, 3)):
         fork_ranks(work, job, world_size, folder, SECONDS)
+    for world_size in (2, 3, 1):
+        fork_ranks(work, continued, world_size, folder, SECONDS)
 
 
 class Writer(pl.Callback):

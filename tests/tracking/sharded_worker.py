@@ -85,6 +85,7 @@ class Way(NamedTuple):
 
 WHOLE = Way("whole")
 FSDP2, TENSOR = Way("FSDP2", data=2), Way("tensor", tensor=2)
+GROWN = Way("FSDP2 of 3", data=3)
 WAYS = [
     FSDP2,
     TENSOR,
@@ -410,12 +411,24 @@ def work(way: Way, rank: int, world_size: int, folder: Path) -> None:
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
     seen = {}
     jobs = (fitted, still, compared, probed, without, *((resumed,) if way.saves else ()))
-    for job in jobs:
+    for job in jobs if way != GROWN else (grown,):
         seen[job.__name__] = job(way, rank, folder)
         (folder / f"{way.name}-{rank}.json").write_text(json.dumps(seen))
     if world_size > 1:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def grown(way: Way, rank: int, folder: Path) -> dict[str, Any]:
+    """The training that FSDP2 has begun on 2 processes in `resumed`, validated, and tested, on more."""
+    place = folder / f"resumed-{FSDP2.name}"
+    first, callback = place / "first.ckpt", CKACallback(LAYERS)
+    run = trainer(way, place, callback)
+    run.validate(module_of(way), loader(NUM_VAL), ckpt_path=first, verbose=False)
+    return {
+        "history": callback.history,
+        "tested": message_of(lambda: run.test(module_of(way), loader(NUM_TEST), ckpt_path=first, verbose=False)),
+    }
 
 
 def main(ways: Sequence[Way], folder: Path) -> None:
@@ -426,5 +439,5 @@ def main(ways: Sequence[Way], folder: Path) -> None:
 if __name__ == "__main__":
     from tests.tracking import sharded_memory_worker  # which imports this module
 
-    main((WHOLE, *WAYS), Path(sys.argv[1]))
+    main((WHOLE, *WAYS, GROWN), Path(sys.argv[1]))
     sharded_memory_worker.main(Path(sys.argv[1]))

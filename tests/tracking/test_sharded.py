@@ -11,6 +11,7 @@ import torch.distributed as dist
 from tests import sync_worker
 from tests.tracking import sharded_worker
 from tests.tracking.every_way import (  # noqa: F401  # the tests
+    same,
     seen_by_ranks,
     test_a_model_that_is_not_trained_has_a_cka_of_1,
     test_a_probe,
@@ -27,7 +28,7 @@ from tests.tracking.every_way import (  # noqa: F401  # the tests
 )
 from tests.tracking.sharded_memory_worker import FULLY_SHARDED
 from tests.tracking.sharded_memory_worker import LAYERS as BLOCKS
-from tests.tracking.sharded_worker import FSDP2, LAYERS, NUM_TEST, NUM_VAL, SECONDS, WAYS
+from tests.tracking.sharded_worker import FSDP2, GROWN, LAYERS, NUM_TEST, NUM_VAL, SECONDS, WAYS
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="the processes talk over gloo"
@@ -63,6 +64,15 @@ def test_a_whole_model_moves_in_every_layer(folder: Path) -> None:
 def test_shards_of_another_way_are_refused(folder: Path) -> None:
     for seen in seen_by_ranks(folder, FSDP2, "resumed"):
         assert "written by processes that shared the model out in another way" in seen["shared out again"]
+
+
+def test_more_processes_go_on_with_the_recording(folder: Path) -> None:
+    """Not with the initial weights, which are in files of other shards."""
+    (first,) = same(whole(folder, "resumed")["history of a test"][:1])
+    for seen in seen_by_ranks(folder, GROWN, "grown"):
+        assert [record["n"] for record in seen["history"]] == [NUM_VAL, NUM_VAL]
+        assert [record["scores"] for record in seen["history"]] == [first["scores"], first["scores"]]
+        assert "written by processes that shared the model out in another way" in seen["tested"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what a process takes")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from torch import nn
@@ -50,9 +49,9 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return type(module).__bases__[1] if _is_fsdp2(module) else type(module)
 
 
-def is_of_sharding(hook: Callable[..., Any]) -> bool:
-    """Returns whether a hook is what shards a module or gathers it, and not the user's."""
-    return str(getattr(hook, "__module__", "")).startswith(("torch.distributed", "deepspeed."))
+def is_of_sharding(value: object) -> bool:
+    """Returns whether a hook, or what else a module holds, is what shards or gathers it, and not the user's."""
+    return callable(value) and str(getattr(value, "__module__", "")).startswith(("torch.distributed", "deepspeed."))
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -111,7 +111,7 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     settings: dict[str, Any] = {"hooks": sum(not is_of_sharding(hook) for hook in hooks)}
     for name, value in vars(module).items():
-        if name.startswith("ds_"):  # DeepSpeed's
+        if name.startswith("ds_") or is_of_sharding(value):  # DeepSpeed's
             continue
         is_plain = isinstance(value, plain) or (isinstance(value, tuple) and all(isinstance(x, plain) for x in value))
         if name != "training" and name[0] != "_" and (is_plain or callable(value)):

@@ -79,6 +79,7 @@ def test_other_weights_of_the_same_architecture(folder: Path, way: Way, referenc
             assert seen[f"message, {reference}"].startswith("Expected FSDP to leave the model's parameters their names")
             continue
         assert seen[reference] == same(expected[reference], way.tolerance)
+        assert seen[f"beside, {reference}"] is (way.variant == "without names")
         assert seen[f"weights, {reference}"] == seen["weights of bare"]  # the model got its own ones back
 
 

@@ -337,6 +337,8 @@ def compared(way: Way, rank: int, folder: Path) -> dict[str, Any]:
         seen[f"message, {name}"] = message_of(lambda run=run, module=module, data=data: run.fit(module, *data))
         seen[name] = callback.history
         seen[f"weights, {name}"] = weights_of(module)
+        model = callback._recorder.model
+        seen[f"beside, {name}"] = model is not None and model.tracker.running is not None
     return seen
 
 

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias, Union
 
-import torch
 from torch import nn
 
-from lit_cka.features.sharded_modules import flat_parts, original_class, plain_name, unwrapped
+from lit_cka.features.flat_parameters import flat_parts, shape_of
+from lit_cka.features.sharded_modules import original_class, outermost, plain_name, unwrapped
 
 # Sequences before callables: jsonargparse would write a list into a config as a callable that it can't name.
 Layers: TypeAlias = Union[
@@ -139,18 +139,14 @@ class _Structure:
     """What a network is made of, whatever wraps its modules, and however its parameters are sharded."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._parts = flat_parts(model)
+        self._parts = flat_parts(outermost(model))
 
     def is_plain_layer(self, module: nn.Module) -> bool:
-        has_weights = any(len(self._shape(parameter)) > 1 for parameter in module.parameters(recurse=False))
+        has_weights = any(len(shape_of(parameter, self._parts)) > 1 for parameter in module.parameters(recurse=False))
         return has_weights and not isinstance(module, nn.Embedding) and not _NORM.search(type(module).__name__)
 
-    def _shape(self, parameter: nn.Parameter) -> torch.Size:
-        part = self._parts.get(id(parameter))
-        return parameter.shape if part is None else part.shape
-
     def _num_parameters(self, module: nn.Module) -> int:
-        return sum(self._shape(parameter).numel() for parameter in module.parameters())
+        return sum(shape_of(parameter, self._parts).numel() for parameter in module.parameters())
 
     def blocks(self, module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
         """Yields the outermost blocks below `module`, whatever their class, with their names."""

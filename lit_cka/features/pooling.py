@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from lit_cka.features.flat_parameters import flat_parts, shape_of
+
 METHODS = ("mean", "last", "cls", "flatten")
 _SUMMED_AT_ONCE = 2**16  # numbers, by each thread
 Pooling: TypeAlias = Union[str, Callable[[Tensor], Tensor]]
@@ -184,14 +186,14 @@ def _kind(layout: str, module: nn.Module, shape: torch.Size) -> bool:
 
 
 def _norm_widths(layout: str, module: nn.Module, shape: torch.Size) -> bool:
-    widths = {
-        len(parameter)
+    parts = flat_parts(module)
+    shapes = [
+        shape_of(parameter, parts)
         for child in module.modules()
         if "norm" in type(child).__name__.lower()
         for parameter in child.parameters(recurse=False)
-        if parameter.ndim == 1
-    }
-    return shape[layout.index("C")] in widths
+    ]
+    return (shape[layout.index("C")],) in shapes
 
 
 def _square(layout: str, module: nn.Module, shape: torch.Size) -> bool:

@@ -53,6 +53,13 @@ def run_on_all_ranks(function: Callable[[], Result], group: Any = None) -> list[
     return [result for result, _ in outcomes]
 
 
+def agreed(function: Callable[[], Result], group: Any = None) -> Result:
+    """Returns what the function returns here; an error on one rank is one on all, as for `run_on_all_ranks`."""
+    results: list[Result] = []
+    run_on_all_ranks(lambda: results.append(function()), group)
+    return results[0]
+
+
 def _for_others(error: Exception) -> tuple[type[Exception], str]:
     """Returns an error's kind and message for ranks that did not raise it: itself, it may not be picklable."""
     for kind in (ValueError, OSError):  # what a user has done or lacks, which the message says in full
@@ -90,9 +97,7 @@ class Ranks:
 
     def agree(self, function: Callable[[], Result]) -> Result:
         """Returns what the function returns here, once it is through on all ranks; an error on one is one on all."""
-        results: list[Result] = []
-        self.gather(lambda: results.append(function()))
-        return results[0]
+        return agreed(function, self._group)
 
     def gather(self, function: Callable[[], Result]) -> list[Result]:
         """Returns what the function returns on each rank; an error on one is one on all. See `run_on_all_ranks`."""

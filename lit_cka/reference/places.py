@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lit_cka.features.sharded_modules import FlatPart, flat_parts, free_gathered_weights, plain_name
+from lit_cka.features.flat_parameters import FlatPart, flat_parts
+from lit_cka.features.sharded_modules import free_gathered_weights, outermost, plain_name
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class Place:
 
     Attributes:
         tensor: the module's own object, a `DTensor` if FSDP2 or tensor parallelism has sharded it.
-        part: what is here of a parameter that FSDP has flattened; None of any other.
+        part: what is here of a parameter that FSDP or ZeRO-3 has flattened; None of any other.
     """
 
     tensor: Tensor
@@ -31,27 +34,42 @@ class Place:
     @property
     def local(self) -> Tensor:
         """What is here; to write into it is to write into the module."""
+        if self.part is not None:
+            return self.part.held
         return self.tensor.to_local() if isinstance(self.tensor, DTensor) else self.tensor.detach()
 
-    def shard_of(self, value: Tensor) -> Tensor:
-        """Return this process's part of a whole tensor; what is a part already, as it is."""
-        local = self.local
-        if value.shape != self.shape or (self.part is None and not isinstance(self.tensor, DTensor)):
-            return value
+    @property
+    def layout(self) -> str:
+        """Which part of the whole is here, in words that are the same for the same part alone."""
+        if self.part is not None and len(self.part.held) < self.shape.numel():
+            return f"{tuple(self.shape)} from {self.part.start}, {len(self.part.held)}"
+        if isinstance(self.tensor, DTensor):
+            mesh = self.tensor.device_mesh
+            return f"{tuple(self.shape)} {self.tensor.placements} {mesh.get_coordinate()} of {tuple(mesh.shape)}"
+        return f"{tuple(self.shape)}"
+
+    def shard_of(self, whole: Tensor) -> Tensor:
+        """Return this process's part of a whole tensor; all of it, if the module's is not sharded."""
         if self.part is not None:
-            return self.part.of(value).reshape(local.shape)
-        assert isinstance(self.tensor, DTensor)
+            return self.part.of(whole)
+        if not isinstance(self.tensor, DTensor):
+            return whole
         mesh, placements = self.tensor.device_mesh, self.tensor.placements
-        return distribute_tensor(value.detach().to(local.device), mesh, placements, src_data_rank=None).to_local()
+        return distribute_tensor(whole.detach().to(self.local.device), mesh, placements, src_data_rank=None).to_local()
 
 
-def places_of(module: nn.Module) -> dict[str, Place]:
+def places_of(module: nn.Module, root: nn.Module | None = None) -> dict[str, Place]:
     """Return the places of all parameters and buffers that hold data, by the names that they have without wrappers.
 
-    Whatever FSDP has gathered for a forward is freed before, so that every process has its shards.
+    Whatever has been gathered for a forward is freed before, so that every process has its shards.
+
+    Args:
+        module: whose.
+        root: the module that the strategy runs, if `module` is a part of it.
     """
-    free_gathered_weights(module)
-    parts = flat_parts(module)
+    root = module if root is None else root
+    free_gathered_weights(root)
+    parts = flat_parts(outermost(root))
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {
         plain_name(name): Place(tensor, parts.get(id(tensor)))
@@ -60,10 +78,16 @@ def places_of(module: nn.Module) -> dict[str, Place]:
     }
 
 
-def state_of(module: nn.Module) -> dict[str, Place]:
-    """Return the places of all tensors of a state dict, in its order; those of tied weights under each name."""
-    free_gathered_weights(module)
-    parts = flat_parts(module)
+def state_of(module: nn.Module, root: nn.Module | None = None) -> dict[str, Place]:
+    """Return the places of all tensors of a state dict, in its order; those of tied weights under each name.
+
+    Args:
+        module: whose.
+        root: as for `places_of`.
+    """
+    root = module if root is None else root
+    free_gathered_weights(root)
+    parts = flat_parts(outermost(root))
     if not parts:
         return {plain_name(name): Place(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
     # FSDP would gather all of it.
@@ -73,3 +97,9 @@ def state_of(module: nn.Module) -> dict[str, Place]:
             if tensor is not None and name not in child._non_persistent_buffers_set:
                 places[plain_name(f"{prefix}.{name}" if prefix else name)] = Place(tensor, parts.get(id(tensor)))
     return places
+
+
+def layout_of(places: Mapping[str, Place]) -> str:
+    """Return a hash of how tensors are shared out, and which shards this process has."""
+    lines = [f"{name} {place.layout}" for name, place in sorted(places.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

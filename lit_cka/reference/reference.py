@@ -14,7 +14,7 @@ from lit_cka.features.layers import named_layers
 from lit_cka.features.pooling import Pooling
 from lit_cka.features.sharded_modules import is_of_sharding, named_without_wrappers, original_class
 from lit_cka.reference.adapters import check_adapters
-from lit_cka.reference.exchange import below, common_parents, kept_weights, weights_for
+from lit_cka.reference.exchange import Weights, below, common_parents, own_shards, weights_for
 from lit_cka.reference.places import places_of
 from lit_cka.reference.running import RunningReference
 from lit_cka.reference.snapshot import snapshot
@@ -28,7 +28,7 @@ ADAPTER_OFF = "adapter-off"
 class LiveReference:
     """The live model itself, recorded before it is trained: as it is, with other weights, or without its adapters."""
 
-    weights: Mapping[str, Tensor] | None = None  # to put in for the recording, by the live model's names
+    weights: Weights | None = None  # to put in for the recording
     adapters_off: bool = False
 
 
@@ -52,13 +52,13 @@ def make_reference(
     if isinstance(spec, nn.Module):
         return _from_module(live, spec, layer_names, pooling)
     if isinstance(spec, Mapping):
-        return LiveReference(weights_for(live, spec, layer_names))
+        return LiveReference(own_shards(live, weights_for(live, spec, layer_names)))
     if spec == ADAPTER_OFF:
         check_adapters(live, layer_names)
         return LiveReference(adapters_off=True)
     if spec == INITIAL:
         return LiveReference()
-    return LiveReference(weights_for(live, load_state_dict(spec), layer_names))
+    return LiveReference(own_shards(live, weights_for(live, load_state_dict(spec), layer_names)))
 
 
 def running_copy(live: nn.Module, layer_names: list[str], pooling: Pooling) -> RunningReference:
@@ -73,11 +73,11 @@ def _from_module(
     for prefix in common_parents(layer_names):
         if not all(below(prefix, name) in layers for name in layer_names):
             continue
-        if _differs_in_weights_alone(modules[prefix], module):
-            weights = kept_weights(module)
+        if _differs_in_weights_alone(modules[prefix], module, live):
             names = {id(place.tensor): name for name, place in places_of(live).items()}
-            mine = places_of(modules[prefix])
-            return LiveReference({names[id(mine[name].tensor)]: value for name, value in weights.items()})
+            mine, theirs = places_of(modules[prefix], live), places_of(module)
+            weights = {names[id(mine[name].tensor)]: place.local for name, place in theirs.items()}
+            return LiveReference(own_shards(live, weights))
         return RunningReference(live, snapshot(module), prefix or None, layer_names, pooling)
     raise ValueError(
         f"The reference {type(module).__name__} has another architecture: expected it to have the layers "
@@ -86,14 +86,22 @@ def _from_module(
     )
 
 
-def _differs_in_weights_alone(live: nn.Module, module: nn.Module) -> bool:
-    """Whether two modules are built alike: the same classes, settings, and shapes of tensors throughout."""
+def _differs_in_weights_alone(live: nn.Module, module: nn.Module, root: nn.Module) -> bool:
+    """Whether two modules are built alike: the same classes, settings, and shapes of tensors throughout.
+
+    Args:
+        live: the live model, or a part of it.
+        module: the reference.
+        root: the live model.
+    """
     modules = named_without_wrappers(live), named_without_wrappers(module)
     if modules[0].keys() != modules[1].keys():
         return False
     pairs = zip(*(each.values() for each in modules), strict=True)
     same = all(original_class(one) is original_class(two) and _settings(one) == _settings(two) for one, two in pairs)
-    shapes = [{name: place.shape for name, place in places_of(each).items()} for each in (live, module)]
+    shapes = [
+        {name: place.shape for name, place in each.items()} for each in (places_of(live, root), places_of(module))
+    ]
     return same and shapes[0] == shapes[1]
 
 
@@ -103,6 +111,8 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     settings: dict[str, Any] = {"hooks": sum(not is_of_sharding(hook) for hook in hooks)}
     for name, value in vars(module).items():
+        if name.startswith("ds_") or is_of_sharding(value):  # DeepSpeed's
+            continue
         is_plain = isinstance(value, plain) or (isinstance(value, tuple) and all(isinstance(x, plain) for x in value))
         if name != "training" and name[0] != "_" and (is_plain or callable(value)):
             settings[name] = value

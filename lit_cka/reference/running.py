@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from itertools import chain
 from typing import Any
 
 import torch
@@ -149,8 +148,9 @@ class RunningReference:
         """Where the live model's module of this name is."""
         if name not in self._called:
             self._called[name] = {"": self._live, **named_layers(self._live)}[name]
-        tensors = chain(self._called[name].parameters(), self._called[name].buffers())
-        return next(tensor.device for tensor in tensors if tensor.numel() and tensor.device.type != "meta")
+        tensors = [*self._called[name].parameters(), *self._called[name].buffers()]
+        tensors = [tensor for tensor in tensors if tensor.device.type != "meta"]
+        return max(tensors, key=lambda tensor: tensor.numel() > 0).device  # empty ones may be anywhere
 
 
 _FED = (

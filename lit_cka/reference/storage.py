@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from lit_cka.checkpoints.tensor_files import find_tensors, write_tensors
-from lit_cka.features.sharded_modules import is_in_partitions, is_sharded
-from lit_cka.reference.exchange import kept_weights
-from lit_cka.reference.places import places_of
+from lit_cka.features.flat_parameters import why_parts_are_closed
+from lit_cka.features.sharded_modules import is_sharded
+from lit_cka.reference.exchange import Weights, kept_weights, own_shards
+from lit_cka.reference.places import layout_of, places_of
 from lit_cka.reference.recording import Recording
 from lit_cka.samples.counting import data_ranks
 
@@ -26,8 +27,8 @@ _ADVICE = (
 )
 _LOST = (
     "These data have not been recorded, and the weights that the training began with are gone: they are not beside the "
-    "checkpoint, or were written by another number of processes, or the model is in DeepSpeed's partitions. Track the "
-    "data from the start, as one of the dataloaders of the validation, or pass the original weights as `reference=`."
+    "checkpoint, or were written by processes that shared the model out in another way. Track the data from the start, "
+    "as one of the dataloaders of the validation, or pass the original weights as `reference=`."
 )
 # Checkpoints that Lightning's searches for a learning rate or batch size write at the start, and load at their end.
 _SEARCHES = (".lr_find_", ".scale_batch_size_")
@@ -46,14 +47,14 @@ class TrainingStart:
     """The weights that a training began with, and its recording, in files beside its checkpoints.
 
     Attributes:
-        weights: a copy of the initial weights, by the module's names; None before there is one.
+        weights: a copy of the initial weights; None before there is one.
         are_live: whether the live model still has them.
         are_lost: whether there can't be a copy of them any more.
         in_checkpoint: what the checkpoint that was loaded says of the files; None if it says nothing.
     """
 
     def __init__(self) -> None:
-        self.weights: Mapping[str, Tensor] | None = None
+        self.weights: Weights | None = None
         self.are_live = False
         self.are_lost = False
         self.in_checkpoint: StoredStart | None = None
@@ -73,7 +74,7 @@ class TrainingStart:
         self.in_checkpoint = cast("StoredStart | None", state.get("start"))
 
     @property
-    def to_exchange(self) -> Mapping[str, Tensor] | None:
+    def to_exchange(self) -> Weights | None:
         """The initial weights, if the live model has others by now."""
         return None if self.are_live else self.weights
 
@@ -94,7 +95,7 @@ class TrainingStart:
     def keep(self, module: nn.Module) -> None:
         """Copy the module's weights as they are now, unless there is a copy, or they are others already."""
         if self.weights is None and not self.are_lost:
-            self.are_live, self.are_lost = True, is_in_partitions(module)
+            self.are_live, self.are_lost = True, why_parts_are_closed(module) is not None
             self.weights = None if self.are_lost else kept_weights(module)
 
     def require(self) -> None:
@@ -152,15 +153,19 @@ class TrainingStart:
 
     def _find_weights(
         self, trainer: pl.Trainer, module: nn.Module, num_files: int, place: tuple[str, list[str]]
-    ) -> Mapping[str, Tensor] | None:
+    ) -> Weights | None:
         """Read the initial weights, whole ones or this process's shards; None if some process has not found its own."""
-        found = None
+        found, layout = None, layout_of(places_of(module))
         if num_files == 1 or (num_files == trainer.world_size and is_sharded(module)):
             found = find_tensors(self._weights_name(trainer.global_rank, num_files), *place)
-        if not trainer.strategy.reduce_boolean_decision(found is not None, all=True) or found is None:
+        # A model that was sharded in another way may have shards of the same sizes.
+        is_mine = found is not None and found.notes.get("layout") in (None, layout)
+        if not trainer.strategy.reduce_boolean_decision(is_mine, all=True) or found is None:
             return None
-        _check_architecture(module, found.tensors, are_shards=num_files > 1)
-        return found.tensors
+        if num_files > 1:
+            return Weights(found.tensors, layout)
+        _check_architecture(module, found.tensors)
+        return own_shards(module, found.tensors)
 
     def _require_weights(self, trainer: pl.Trainer, is_initial: bool) -> None:
         is_search = Path(str(trainer.ckpt_path)).name.startswith(_SEARCHES)
@@ -170,20 +175,23 @@ class TrainingStart:
                 'Pass them as `reference=`, a module or a checkpoint\'s path, instead of "initial".'
             )
 
-    def write(self, trainer: pl.Trainer, recording: Recording, module: nn.Module) -> None:
+    def write(self, trainer: pl.Trainer, recording: Recording) -> None:
         """Put the files next to the first checkpoint, for all of them to refer to; a full disk is one warning."""
         if self._written is not None:
             return
         folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
         ranks = data_ranks(trainer)
-        num_files = 0 if self.weights is None else trainer.world_size if is_sharded(module) else 1
+        num_files = 0 if self.weights is None else 1 if self.weights.layout is None else trainer.world_size
         try:
             if not recording.is_empty and ranks.leads:
                 tensors, notes = recording.tensors()
                 write_tensors(folder, self._recording_name(ranks.rank, ranks.size), tensors, notes)
             if self.weights is not None and trainer.global_rank < num_files:
                 name = self._weights_name(trainer.global_rank, num_files)
-                write_tensors(folder, name, self.weights, {"id": self._id})
+                notes = {"id": self._id}
+                if self.weights.layout is not None:
+                    notes["layout"] = self.weights.layout
+                write_tensors(folder, name, self.weights.tensors, notes)
         except OSError as error:
             rank_zero_warn(f"CKACallback could not store its reference, so a resumed fit will need one: {error}")
             return
@@ -204,9 +212,8 @@ def _plain(name: str) -> str:
     return "".join(letter for letter in os.path.basename(str(name)) if letter.isalnum())[:32]
 
 
-def _check_architecture(module: nn.Module, tensors: Mapping[str, Tensor], *, are_shards: bool) -> None:
-    places = places_of(module)
-    shapes = {name: place.local.shape if are_shards else place.shape for name, place in places.items()}
+def _check_architecture(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    shapes = {name: place.shape for name, place in places_of(module).items()}
     wrong = [name for name in {**shapes, **tensors} if name not in tensors or tensors[name].shape != shapes.get(name)]
     if wrong:
         raise ValueError(

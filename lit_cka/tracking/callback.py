@@ -349,5 +349,5 @@ class CKACallback(pl.Callback):
         """Put the recording and the initial weights next to the first checkpoint, for all of them to refer to."""
         model, start = self._recorder.model, self._recorder.start
         if self._stage == "fit" and model is not None:
-            start.write(trainer, model.recording, pl_module)
+            start.write(trainer, model.recording)
             checkpoint["callbacks"][self.state_key].update(start.state())

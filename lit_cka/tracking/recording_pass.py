@@ -31,10 +31,14 @@ class RecordingPass:
         pl_module: the live model.
         tracker: that takes the features.
         reference: how the live model plays the reference; None if another model does.
+        in_step: whether all processes have to run the model as often, since each has a part of it.
     """
 
-    def __init__(self, pl_module: pl.LightningModule, tracker: Tracker, reference: LiveReference | None) -> None:
+    def __init__(
+        self, pl_module: pl.LightningModule, tracker: Tracker, reference: LiveReference | None, *, in_step: bool = False
+    ) -> None:
         self._module = pl_module
+        self._in_step = in_step
         self._tracker = tracker
         self._reference = reference or LiveReference()
         self._exchange = None if self._reference.weights is None else WeightExchange(pl_module, self._reference.weights)
@@ -96,7 +100,10 @@ class RecordingPass:
     ) -> None:
         """Warn if the same batch gives other features the second time: then an unchanged model can't reach 1."""
         batch, self._first_batch = self._first_batch, None
-        if batch is None:
+        can_repeat = batch is not None
+        if self._in_step:
+            can_repeat = self._module.trainer.strategy.reduce_boolean_decision(can_repeat, all=True)
+        if not can_repeat:
             return
         with self._tracker.alone(), preserved_rng(), preserved_state([self._module]):
             self._tracker.begin(dataloader)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
 
 from lit_cka.features.layers import select_layers
 from lit_cka.features.sharded_modules import is_sharded
+from lit_cka.parallel.ranks import agreed
 from lit_cka.reference.adapters import switch_off_adapters
-from lit_cka.reference.exchange import WeightExchange
+from lit_cka.reference.exchange import WeightExchange, Weights
 from lit_cka.reference.recording import Dataloader, Recording
 from lit_cka.reference.reference import LiveReference, make_reference, running_copy
 from lit_cka.reference.running import RunningReference
@@ -87,21 +88,24 @@ class TrackedModel:
                 return False
         return True
 
-    def recording_pass(self, initial: Mapping[str, Tensor] | None) -> RecordingPass:
+    def recording_pass(self, initial: Weights | None) -> RecordingPass:
         """Return the pass that records the reference.
 
         Args:
             initial: the weights that the training began with, if the live model has others by now.
         """
-        return RecordingPass(self.module, self.tracker, self._live_reference(initial))
+        reference, in_step = self._live_reference(initial), self.is_sharded
+        build = partial(RecordingPass, self.module, self.tracker, reference, in_step=in_step)
+        # What is wrong with shards may be seen by one process alone, for which the others would wait.
+        return agreed(build) if in_step and reference.weights is not None else build()
 
-    def _live_reference(self, initial: Mapping[str, Tensor] | None) -> LiveReference:
+    def _live_reference(self, initial: Weights | None) -> LiveReference:
         if isinstance(self._reference, RunningReference):
             return LiveReference()
         is_initial = self._reference == LiveReference()
         return LiveReference(weights=initial) if is_initial and initial is not None else self._reference
 
-    def run_reference_beside(self, initial: Mapping[str, Tensor] | None) -> None:
+    def run_reference_beside(self, initial: Weights | None) -> None:
         """Have the reference run beside the live model in every pass, since the data differ each time.
 
         Raises:
@@ -145,8 +149,3 @@ class TrackedModel:
 _DIFFERS = (
     "the data differ at every pass, so that the reference would have to run beside it. Pass fixed batches as `probe=`."
 )
-
-
-def has_all_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> bool:
-    """Whether the weights are those of a module built like this one."""
-    return {name: tensor.shape for name, tensor in module.named_parameters()}.keys() <= weights.keys()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -220,6 +221,34 @@ def layers(rank: int, world_size: int) -> Seen:
     return seen
 
 
+class ChannelNorm(nn.Module):
+    """A norm of whose class nothing is known but its name, and so its width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+def flat(rank: int, world_size: int) -> Seen:
+    """The features of a norm that FSDP holds a part of, and of the module that FSDP has wrapped, by default pooling."""
+    inner = FullyShardedDataParallel(nn.Sequential(ChannelNorm(8)), device_id=torch.device("cpu"), use_orig_params=True)
+    model = nn.Sequential(inner)
+    seen: Seen = {}
+    for name in ("0", "0.0"):
+        with FeatureExtractor(model, name) as extractor, torch.no_grad():
+            model(tokens())
+            features, problems = extractor.drain()
+        seen[name] = features.get(name, str(problems))
+    return seen
+
+
+def tokens() -> Tensor:
+    return torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
 class Cropped(nn.Module):
     """Gives each process an output of another size."""
 
@@ -233,7 +262,7 @@ def first_token(output: Tensor) -> Tensor:
 
 
 def main(folder: Path) -> None:
-    for job, world_sizes in {pooling: (3, 4), layers: (2, 3)}.items():
+    for job, world_sizes in {pooling: (3, 4), layers: (2, 3), flat: (2,)}.items():
         for world_size in world_sizes:
             fork_ranks(work, job, world_size, folder, SECONDS)
 

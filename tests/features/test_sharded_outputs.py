@@ -101,3 +101,10 @@ def test_what_can_not_be_told_is_an_error_on_all(folder: Path, world_size: int, 
 def test_an_output_of_zeros_is_whole(folder: Path, world_size: int) -> None:
     for seen in sync_worker.seen_by_ranks(folder, "layers", world_size):
         assert seen["dead"] == "no problem"
+
+
+@pytest.mark.parametrize("layer", ["0.0", "0"])
+def test_a_norm_is_as_wide_as_all_processes_have_it(folder: Path, layer: str) -> None:
+    """Half of its weights are as many as there are tokens, which would then be taken for the features."""
+    for seen in sync_worker.seen_by_ranks(folder, "flat", 2):
+        torch.testing.assert_close(seen[layer], shards_worker.tokens().mean(dim=1))

@@ -131,6 +131,28 @@ def test_a_reference_that_shares_weights_with_the_live_model_is_copied(tmp_path:
     assert callback.scores == pytest.approx(hand_cka(before, live, BLOCKS, loader()), abs=1e-9)
 
 
+def test_a_state_dict_of_the_live_model_is_copied(tmp_path: Path) -> None:
+    """Its tensors are the live model's own. Data that come after the training are recorded with the weights before."""
+    live = Classifier()
+    before = frozen(live)
+    callback = CKACallback(reference=live.state_dict())
+    run = trainer(tmp_path, callback)
+    run.fit(live, train_loader(), loader())
+    run.test(live, loader(seed=2), verbose=False)
+    assert callback.history[-1]["stage"] == "test"
+    assert callback.history[-1]["scores"] == pytest.approx(hand_cka(before, live, BLOCKS, loader(seed=2)), abs=1e-9)
+    assert max(callback.history[-1]["scores"].values()) < 0.99
+
+
+def test_weights_that_the_live_model_ties_are_another_architecture(tmp_path: Path) -> None:
+    live = Classifier()
+    reference = live.state_dict()
+    live.net.blocks[1].linear.weight = live.net.blocks[0].linear.weight
+    message = r"'net.blocks.1.linear.weight' is one tensor with 'net.blocks.0.linear.weight' in Classifier"
+    assert_refused(tmp_path, reference, message, live=live)
+    trainer(tmp_path, CKACallback(reference=live.state_dict()), max_epochs=1).fit(live, train_loader(), loader())
+
+
 class Tied(nn.Module):
     """Another module around the very same blocks."""
 
@@ -174,8 +196,10 @@ def test_a_wider_reference(tmp_path: Path) -> None:
 # References that are refused.
 
 
-def assert_refused(folder: Path, reference: Any, message: str, error: type[Exception] = ValueError) -> None:
-    module, callback = Classifier(), CKACallback(reference=reference)
+def assert_refused(
+    folder: Path, reference: Any, message: str, error: type[Exception] = ValueError, live: Classifier | None = None
+) -> None:
+    module, callback = live or Classifier(), CKACallback(reference=reference)
     run = trainer(folder, callback)
     with pytest.raises(error, match=message):
         run.fit(module, train_loader(), loader())

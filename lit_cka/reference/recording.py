@@ -242,8 +242,8 @@ class Recording:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was recorded."""
-        return not any(map(len, self.dataloaders.values()))
+        """Whether there was no pass that recorded; after one, this rank may have no rows, and others have."""
+        return not self.dataloaders
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return everything, for a file: tensors by name, and what they are, JSON."""
@@ -268,3 +268,9 @@ class Recording:
             start = f"{number}."
             held = {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
             self.dataloaders[dataloader].load(held, about)
+
+    def load_outline(self, notes: Mapping[str, Any]) -> None:
+        """Learn what was recorded, of which other ranks have all rows."""
+        for about in notes["dataloaders"]:
+            self.start(Dataloader(about["stage"], about["number"]))
+            self.dataloaders[Dataloader(about["stage"], about["number"])].is_complete = True

@@ -140,15 +140,20 @@ class TrainingStart:
         self, trainer: pl.Trainer, stored: StoredStart, empty: Recording, place: tuple[str, list[str]]
     ) -> bool:
         """Read this rank's share of the recording; whether all ranks found theirs."""
-        ranks = data_ranks(trainer)
-        mine = range(ranks.rank, stored["world_size"], ranks.size)
-        files = [find_tensors(self._recording_name(rank, stored["world_size"]), *place) for rank in mine]
+        ranks, num_files = data_ranks(trainer), stored["world_size"]
+        mine = range(ranks.rank, num_files, ranks.size)
+        # With fewer files than ranks, some have to learn from another's what was recorded.
+        files = [
+            find_tensors(self._recording_name(rank, num_files), *place) for rank in mine or [ranks.rank % num_files]
+        ]
         found = all(file is not None and empty.fits(file.notes) for file in files)
         if not trainer.strategy.reduce_boolean_decision(found, all=True):
             return False
         for file in files:
-            if file is not None:
+            if file is not None and mine:
                 empty.load(file.tensors, file.notes)
+            elif file is not None:
+                empty.load_outline(file.notes)
         return True
 
     def _find_weights(

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lit_cka.parallel.ranks import agreed
 from lit_cka.reference.reference import INITIAL
 from lit_cka.reference.storage import TrainingStart
 from lit_cka.samples.drawing import unread
@@ -65,11 +66,12 @@ class Recorder:
         if stage in self._options.stages and is_built and self._options.reference == INITIAL:
             self.start.keep(pl_module)
             self.start.are_live = False
-        if self._options.has_probe or stage not in ("fit", *self._options.stages):
+        if stage not in ("fit", *self._options.stages):
             return
-        self._samples = EvaluationSamples(trainer)
-        self._samples.watch()
-        self._undo.callback(self._samples.close)
+        if not self._options.has_probe:
+            self._samples = EvaluationSamples(trainer)
+            self._samples.watch()
+            self._undo.callback(self._samples.close)
         self._undo.callback(call_before_runs(trainer, partial(self.before_run, trainer)))
 
     def close(self) -> None:
@@ -82,7 +84,9 @@ class Recorder:
         if self.start.is_of_another_training():
             self.model = None
         if self.model is None:
-            self.model = TrackedModel(pl_module, self._options, trainer.default_root_dir)
+            # A file with the reference may be missing for one process alone, for which the others would wait.
+            build = partial(TrackedModel, pl_module, self._options, trainer.default_root_dir)
+            self.model = agreed(build)
             is_initial = self._options.reference == INITIAL
             self.start.find(trainer, pl_module, self.model.recording, is_initial=is_initial)
             self.start.begin(trainer)
@@ -91,11 +95,18 @@ class Recorder:
         return self.model
 
     def before_run(self, trainer: pl.Trainer, loop: Any) -> None:
-        """Record in a run of its own, if the evaluation that is about to run needs it."""
+        """Record in a run of its own, if the evaluation that is about to run needs it.
+
+        Raises:
+            ValueError: on all ranks, if some of them have batches and others have none.
+        """
         stage: Stage = "test" if trainer.testing else "validate"
         is_in_search = self._callback not in trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        is_busy = trainer.sanity_checking or self.is_recording_due or is_in_search
-        if is_busy or not self._is_tracked(trainer, stage):
+        if self.is_recording_due or is_in_search or not self._is_tracked(trainer, stage):
+            return
+        if self._options.probe_every_n_steps is None:
+            _require_batches_on_all_ranks(trainer, loop, stage)
+        if self._options.has_probe or trainer.sanity_checking:
             return
         model, limit = self.prepare(trainer, trainer.lightning_module), self._options.max_batches
         could_record = model.tracker.can_record
@@ -118,13 +129,12 @@ class Recorder:
 
     def _needs_recording(self, trainer: pl.Trainer, loop: Any, stage: Stage) -> bool:
         assert self.model is not None
-        loop.setup_data()
         if loop.skip:
             return False
         options = self._options
         dataloaders, _ = tracked_dataloaders(trainer, stage, options.dataloaders, options.min_num_samples)
         words = {number: self._samples.dataset_words(number) for number in dataloaders}
-        if self.model.is_recorded(stage, words):
+        if trainer.strategy.reduce_boolean_decision(self.model.is_recorded(stage, words), all=True):
             return False
         if options.reference == INITIAL:
             self.start.require()
@@ -139,4 +149,17 @@ class Recorder:
         recording_pass = self.model.recording_pass(self.start.to_exchange) if self.is_recording_due else None
         return TrackedEvaluation(
             trainer, self._callback, self.model, self._samples, stage, self._options, recording_pass
+        )
+
+
+def _require_batches_on_all_ranks(trainer: pl.Trainer, loop: Any, stage: Stage) -> None:
+    """Raise on all ranks if some have no batch: Lightning calls no hook there, and the others would wait for them."""
+    loop.setup_data()
+    if trainer.world_size == 1 or not trainer.strategy.reduce_boolean_decision(loop.skip, all=False):
+        return
+    if not trainer.strategy.reduce_boolean_decision(loop.skip, all=True):
+        raise ValueError(
+            f"Expected every rank to have batches to {stage} on, or none, but only some have: CKA is of the samples of "
+            "all ranks, and Lightning does not run this loop where there are none. Share the samples out so that each "
+            "rank has one at least (a DistributedSampler does), or leave this stage out by `stages=`."
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
 
 from lit_cka import CKACallback
 from tests.sync_worker import fork_ranks
@@ -71,20 +72,16 @@ def models() -> tuple[Counted, Classifier]:
     return reference.double(), Classifier().double()
 
 
-def trainer(
-    folder: Path, world_size: int, *callbacks: pl.Callback, strategy: str = "ddp", **options: Any
-) -> pl.Trainer:
+def trainer(folder: Path, world_size: int, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     return pl.Trainer(
         default_root_dir=folder,
         accelerator="cpu",
         devices=world_size,
         callbacks=list(callbacks),
-        max_epochs=2,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **{"strategy": "ddp", **options},
+        **{"strategy": "ddp", "max_epochs": 2, "enable_checkpointing": False, **options},
     )
 
 
@@ -168,7 +165,7 @@ def fitted(rank: int, world_size: int, folder: Path) -> Any:
 
 
 def probed(rank: int, world_size: int, folder: Path) -> Any:
-    """A validation on probes of five batches and of two, which leave a rank of three without; and a fit."""
+    """A validation on probes of five batches, of two, which leave a rank of three without, and shuffled; and a fit."""
     seen = {}
     for num_samples in (NUM_UNEVEN, 10):
         reference, module = models()
@@ -177,11 +174,76 @@ def probed(rank: int, world_size: int, folder: Path) -> Any:
         for _ in range(2):
             run.validate(module, loader(20, seed=3), verbose=False)
         seen[str(num_samples)] = callback.history
+    reference, module = models()
+    os.environ.pop("PL_GLOBAL_SEED")  # with which Lightning would seed all alike
+    torch.manual_seed(rank)
+    callback = CKACallback(reference=reference, probe=loader(NUM_UNEVEN, batch_size=8, shuffle=True))
+    trainer(folder, world_size, callback, precision="64-true").validate(module, loader(20, seed=3), verbose=False)
+    seen["shuffled"] = callback.history
     pl.seed_everything(0, verbose=False)
     callback = CKACallback(probe=loader(10, batch_size=8), probe_every_n_steps=1)
     run = trainer(folder, world_size, callback)
     run.fit(Classifier(), train_loader())
     return {**seen, "fit": callback.history, "logged": logged(run)}
+
+
+class Stream(IterableDataset[Any]):
+    """Samples without a length."""
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = num_samples
+
+    def __iter__(self) -> Iterator[Any]:
+        x, y = dataset(NUM_UNEVEN, 1)[: self.num_samples]
+        return iter(zip(x.double(), y, strict=True))
+
+
+def lacking(rank: int, world_size: int, folder: Path) -> Any:
+    """The last rank has no sample, known before or not; or no file with the reference."""
+    is_last = rank == world_size - 1
+    seen: dict[str, Any] = {}
+    empty = DataLoader(Subset(dataset(NUM_UNEVEN, 1), range(0 if is_last else NUM_UNEVEN)), batch_size=8)
+    for name, options in {"tracked": {}, "probed": {"probe": loader(8)}, "other stage": {"stages": ("test",)}}.items():
+        _, module = models()
+        module.allow_zero_length_dataloader_with_multiple_devices = True
+        run = trainer(folder, world_size, CKACallback(**options), use_distributed_sampler=False, precision="64-true")
+        try:
+            seen[name] = f"no error but {run.validate(module, empty, verbose=False)}"
+        except ValueError as error:
+            seen[name] = str(error)
+    reference, module = models()
+    callback = CKACallback(reference=reference)
+    run = trainer(folder, world_size, callback, precision="64-true")
+    run.validate(module, DataLoader(Stream(NUM_UNEVEN if rank == 0 else 0), batch_size=8), verbose=False)
+    seen["stream"] = callback.history
+    path = folder / f"reference-{world_size}{'-gone' if is_last else ''}.pt"
+    if rank == 0:
+        torch.save(reference.state_dict(), path)
+    dist.barrier()
+    try:
+        run = trainer(folder, world_size, CKACallback(reference=path), precision="64-true")
+        run.validate(module, loader(NUM_UNEVEN), verbose=False)
+    except OSError as error:
+        seen["file"] = str(error)
+    return seen
+
+
+def continued(rank: int, world_size: int, folder: Path) -> Any:
+    """A fit that 2 ranks have begun, gone on with by as many, by more, and by one: the model stays as it is."""
+    place = folder / "continued"
+    reference, module = models()
+    module.lr = 0.0
+    for norm in (part for part in module.modules() if isinstance(part, nn.BatchNorm1d)):
+        norm.momentum = 0.0
+    callback = CKACallback(reference=reference)
+    checkpoint = place / "first.ckpt"
+    is_resumed = checkpoint.exists()
+    dist.barrier()
+    saving = [] if is_resumed else [ModelCheckpoint(place, filename="first")]
+    options = {"enable_checkpointing": not is_resumed, "max_epochs": 1 + is_resumed, "precision": "64-true"}
+    run = trainer(place, world_size, callback, *saving, **options)
+    run.fit(module, train_loader(), loader(NUM_UNEVEN), ckpt_path=checkpoint if is_resumed else None)
+    return callback.history
 
 
 def work(job: Callable[[int, int, Path], Any], rank: int, world_size: int, folder: Path) -> None:
@@ -199,8 +261,10 @@ def write(seen: Any, folder: Path, name: str, world_size: int, rank: int) -> Non
 
 
 def fork_all(folder: Path) -> None:
-    for job, world_size in product((validated, too_few, changed, fitted, shared, probed), (2, 3)):
+    for job, world_size in product((validated, too_few, changed, fitted, shared, probed, lacking), (2, 3)):
         fork_ranks(work, job, world_size, folder, SECONDS)
+    for world_size in (2, 3, 1):
+        fork_ranks(work, continued, world_size, folder, SECONDS)
 
 
 class Writer(pl.Callback):

@@ -101,6 +101,35 @@ def test_shares_of_other_sizes(folder: Path, world_size: int) -> None:
 
 
 @WORLD_SIZES
+def test_a_rank_without_samples(folder: Path, world_size: int) -> None:
+    """Lightning calls no hook where it knows of it, so that the others would wait; else there is nothing to add."""
+    for seen in seen_by_ranks(folder, "lacking", world_size):
+        for name in ("tracked", "probed"):
+            assert seen[name].startswith("Expected every rank to have batches to validate on, or none, but only some")
+        assert seen["other stage"].startswith("no error")
+        (record,) = seen["stream"]
+        assert record["n"] == NUM_UNEVEN
+        assert record["scores"] == by_hand([dataset(NUM_UNEVEN, 1)[:]])
+
+
+@WORLD_SIZES
+def test_a_reference_that_one_rank_lacks_is_an_error_on_all(folder: Path, world_size: int) -> None:
+    for seen in seen_by_ranks(folder, "lacking", world_size):
+        assert seen["file"].startswith("Expected a checkpoint file at")
+        assert "-gone.pt" in seen["file"]
+
+
+@pytest.mark.parametrize("world_size", [3, 1])
+def test_a_fit_goes_on_with_another_number_of_ranks(folder: Path, world_size: int) -> None:
+    """With more of them, some have nothing recorded, and ask the others."""
+    expected = [(NUM_UNEVEN, by_hand([dataset(NUM_UNEVEN, 1)[:]]))]
+    for seen in seen_by_ranks(folder, "continued", 2):
+        assert [(record["n"], record["scores"]) for record in seen] == expected
+    for seen in seen_by_ranks(folder, "continued", world_size):
+        assert [(record["n"], record["scores"]) for record in seen] == 2 * expected
+
+
+@WORLD_SIZES
 def test_a_probe_counts_every_batch_once(folder: Path, world_size: int) -> None:
     ranks = seen_by_ranks(folder, "probed", world_size)
     for seen in ranks:
@@ -110,6 +139,8 @@ def test_a_probe_counts_every_batch_once(folder: Path, world_size: int) -> None:
             assert [record["n"] for record in records] == [num_samples] * 2
             for record in records:
                 assert record["scores"] == by_hand([dataset(num_samples, 1)[:]])
+        (shuffled,) = seen["shuffled"]
+        assert (shuffled["n"], shuffled["scores"]) == (NUM_UNEVEN, by_hand([dataset(NUM_UNEVEN, 1)[:]]))
         assert {record["n"] for record in seen["fit"]} == {10}
         assert [record["step"] for record in seen["fit"]] == list(range(1, 1 + 2 * math.ceil(4 / world_size)))
 

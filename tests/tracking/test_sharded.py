@@ -4,19 +4,39 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from tests import sync_worker
 from tests.tracking import sharded_worker
-from tests.tracking.sharded_worker import LAYERS, NUM_TEST, NUM_VAL, SECONDS, WAYS, WHOLE, Way
+from tests.tracking.every_way import (  # noqa: F401  # the tests
+    same,
+    seen_by_ranks,
+    test_a_model_that_is_not_trained_has_a_cka_of_1,
+    test_a_probe,
+    test_a_process_without_batches_is_an_error_on_all,
+    test_a_resumed_training_goes_on_with_its_reference,
+    test_a_test_of_a_checkpoint_finds_the_initial_weights,
+    test_a_training_is_the_same_with_and_without,
+    test_damaged_weights_of_one_process_are_an_error_on_all,
+    test_other_weights_of_the_same_architecture,
+    test_scores_are_those_of_the_whole_model,
+    test_the_blocks_are_found,
+    ways_of,
+    whole,
+)
+from tests.tracking.sharded_memory_worker import FULLY_SHARDED
+from tests.tracking.sharded_memory_worker import LAYERS as BLOCKS
+from tests.tracking.sharded_worker import FSDP2, GROWN, LAYERS, NUM_TEST, NUM_VAL, SECONDS, WAYS
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="the processes talk over gloo"
 )
-EVERY_WAY = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    ways_of(metafunc, WAYS)
 
 
 @pytest.fixture(scope="module")
@@ -25,24 +45,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     sync_worker.run_to_end(sharded_worker.__file__, folder, seconds=3 * SECONDS)
     return folder
-
-
-def seen_by_ranks(folder: Path, way: Way, job: str) -> list[Any]:
-    files = [folder / f"{way.name}-{rank}.json" for rank in range(way.world_size)]
-    assert [file.name for file in files if not file.exists()] == []
-    seen = [json.loads(file.read_text()) for file in files]
-    assert [way.name for each in seen if job not in each] == []
-    return [each[job] for each in seen]
-
-
-def whole(folder: Path, job: str) -> Any:
-    (seen,) = seen_by_ranks(folder, WHOLE, job)
-    return seen
-
-
-def same(history: list[dict[str, Any]], tolerance: float = 1e-6) -> list[dict[str, Any]]:
-    """The same entries, with scores that are as close."""
-    return [{**record, "scores": pytest.approx(record["scores"], abs=tolerance)} for record in history]
 
 
 def test_a_whole_model_moves_in_every_layer(folder: Path) -> None:
@@ -59,63 +61,29 @@ def test_a_whole_model_moves_in_every_layer(folder: Path) -> None:
         assert max(scores) < 1 - 1e-7  # ten times what sharding may change
 
 
-@EVERY_WAY
-def test_scores_are_those_of_the_whole_model(folder: Path, way: Way) -> None:
-    expected = whole(folder, "fitted")
-    ranks = seen_by_ranks(folder, way, "fitted")
-    for seen in ranks:
-        assert seen["history"] == same(expected["history"])
-        assert seen["history"] == ranks[0]["history"]  # no process differs by a bit
-        for key, value in seen["logged"].items():
-            # Lightning's mean counts the repeated samples.
-            assert value == pytest.approx(expected["logged"][key], abs=1e-6 if key != "val_loss" else 0.1)
-        assert seen["logged"] == ranks[0]["logged"]
+def test_shards_of_another_way_are_refused(folder: Path) -> None:
+    for seen in seen_by_ranks(folder, FSDP2, "resumed"):
+        assert "written by processes that shared the model out in another way" in seen["shared out again"]
 
 
-@EVERY_WAY
-def test_a_training_is_the_same_with_and_without(folder: Path, way: Way) -> None:
-    for seen in seen_by_ranks(folder, way, "fitted"):
-        assert seen["weights"] == seen["weights of bare"] == seen["weights tested"]
-        assert seen["hooks"] == seen["hooks of bare"]  # what shards the model is there, and nothing else
+def test_more_processes_go_on_with_the_recording(folder: Path) -> None:
+    """Not with the initial weights, which are in files of other shards."""
+    (first,) = same(whole(folder, "resumed")["history of a test"][:1])
+    for seen in seen_by_ranks(folder, GROWN, "grown"):
+        assert [record["n"] for record in seen["history"]] == [NUM_VAL, NUM_VAL]
+        assert [record["scores"] for record in seen["history"]] == [first["scores"], first["scores"]]
+        assert "written by processes that shared the model out in another way" in seen["tested"]
 
 
-@EVERY_WAY
-def test_the_blocks_are_found(folder: Path, way: Way) -> None:
-    for seen in seen_by_ranks(folder, way, "fitted"):
-        assert seen["layers"] == ["net.blocks.0", "net.blocks.1"]
-
-
-@EVERY_WAY
-def test_a_model_that_is_not_trained_has_a_cka_of_1(folder: Path, way: Way) -> None:
-    for seen in seen_by_ranks(folder, way, "still"):
-        assert [record["n"] for record in seen] == [NUM_VAL, NUM_TEST]
-        for record in seen:
-            assert record["scores"] == pytest.approx(dict.fromkeys(LAYERS, 1.0), abs=1e-14)
-
-
-@EVERY_WAY
-@pytest.mark.parametrize("reference", ["state dict", "path", "module"])
-def test_other_weights_of_the_same_architecture(folder: Path, way: Way, reference: str) -> None:
-    expected = whole(folder, "compared")
-    assert expected[reference] == same(expected["state dict"], 1e-12)
-    assert min(expected["state dict"][0]["scores"].values()) < 0.9
-    alone = seen_by_ranks(folder, way, "resumed")
-    for seen, resumed in zip(seen_by_ranks(folder, way, "compared"), alone, strict=True):
-        assert seen[reference] == same(expected[reference])
-        assert seen[f"weights, {reference}"] == resumed["weights of one epoch"]  # the model got its own ones back
-
-
-@EVERY_WAY
-def test_a_resumed_training_goes_on_with_its_reference(folder: Path, way: Way) -> None:
-    """Also in a test of data that were not there before: their recording takes the initial weights."""
-    expected = whole(folder, "resumed")["history"]
-    assert expected == same(whole(folder, "fitted")["history"], 1e-12)
-    for seen in seen_by_ranks(folder, way, "resumed"):
-        assert seen["history"] == same(expected)
-
-
-@EVERY_WAY
-def test_a_probe_is_refused(folder: Path, way: Way) -> None:
-    assert whole(folder, "probed") == "no error"
-    for seen in seen_by_ranks(folder, way, "probed"):
-        assert seen.startswith("Expected a module that every rank holds for `probe`")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what a process takes")
+@pytest.mark.parametrize("name", [way.name for way in FULLY_SHARDED])
+def test_no_process_holds_the_whole_model(folder: Path, name: str) -> None:
+    for rank in range(2):
+        seen = json.loads((folder / f"memory-{name}-{rank}.json").read_text())
+        assert seen["bare"]["largest"] <= seen["whole"] / 4  # a block at a time
+        assert list(seen["scores"][0]) == BLOCKS
+        assert min(seen["scores"][0].values()) == pytest.approx(1.0, abs=1e-12)
+        assert max(seen["scores"][1].values()) < 0.9995
+        for reference, share in (("initial", 0.1), ("path", 0.6)):  # its own half is kept while the others are in place
+            assert seen[reference]["largest"] == seen["bare"]["largest"]
+            assert seen[reference]["growth"] - seen["bare"]["growth"] < share * seen["whole"]

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
 
 from lit_cka import CKACallback
 from lit_cka.tracking.tracker import Estimator
@@ -31,6 +31,7 @@ from tests.tracking.helpers import WIDTH, Classifier, dataset, loader, train_loa
 
 SECONDS = 60
 NUM_UNEVEN = 37  # samples, for 2 and for 3 ranks
+NUM_MISSING = 3
 
 
 class Case(NamedTuple):
@@ -188,6 +189,30 @@ def reshuffling(rank: int, world_size: int) -> DistributedSampler[Any]:
     return DistributedSampler(dataset(44, 1), world_size, rank, seed=5)
 
 
+class Stream(IterableDataset[Any]):
+    def __init__(self, samples: list[Any]) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.samples)
+
+
+def missing(rank: int, world_size: int, folder: Path) -> Any:
+    """Twice, the second time with samples on the last rank that have not been there before."""
+    reference, module = models()
+    callback = CKACallback(reference=reference)
+    run = trainer(folder, world_size, callback, precision="64-true")
+    own = [dataset(NUM_UNEVEN, 1)[index] for index in range(rank, NUM_UNEVEN, world_size)]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        run.validate(module, DataLoader(Stream(own), batch_size=4), verbose=False)
+        if rank == world_size - 1:
+            own = [dataset(NUM_MISSING, 9)[index] for index in range(NUM_MISSING)] + own[NUM_MISSING:]
+        run.validate(module, DataLoader(Stream(own), batch_size=4), verbose=False)
+    texts = [str(each.message) for each in warned]
+    return {"history": callback.history, "warned": [text for text in texts if "are left out" in text]}
+
+
 class Gathering(Classifier):
     """Its step works with the other ranks, and takes statistics of the batch."""
 
@@ -267,7 +292,9 @@ def write(seen: Any, folder: Path, name: str, world_size: int, rank: int) -> Non
 
 
 def fork_all(folder: Path) -> None:
-    for job, world_size in product((validated, too_few, changed, fitted, shared, reshuffled, mixing, probed), (2, 3)):
+    for job, world_size in product(
+        (validated, too_few, changed, fitted, shared, reshuffled, missing, mixing, probed), (2, 3)
+    ):
         fork_ranks(work, job, world_size, folder, SECONDS)
 
 

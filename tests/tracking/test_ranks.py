@@ -91,6 +91,17 @@ def test_data_that_change_on_one_rank_alone(folder: Path, world_size: int) -> No
 
 
 @WORLD_SIZES
+def test_samples_that_are_left_out_are_counted_on_all_ranks(folder: Path, world_size: int) -> None:
+    """The first one says so, though it is another that has them."""
+    ranks = seen_by_ranks(folder, "missing", world_size)
+    num_missing = ranks_worker.NUM_MISSING
+    (text,) = ranks[0]["warned"]
+    assert text.startswith(f"{num_missing} samples of validate dataloader 0 were not among those")
+    for seen in ranks:
+        assert [record["n"] for record in seen["history"]] == [NUM_UNEVEN, NUM_UNEVEN - num_missing]
+
+
+@WORLD_SIZES
 def test_shares_of_other_sizes(folder: Path, world_size: int) -> None:
     ranks = seen_by_ranks(folder, "shared", world_size)
     for seen in ranks:

@@ -236,6 +236,20 @@ class Allowing(Gathering):
         self(batch[0])
 
 
+def skipping(rank: int, world_size: int, folder: Path) -> Any:
+    """Two validations, of which the last rank takes no part in the first."""
+    module = Allowing().double()
+    callback = CKACallback()
+    run = trainer(folder, world_size, callback, precision="64-true", use_distributed_sampler=False)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for has_none in (True, False):
+            own = [] if has_none and rank == world_size - 1 else range(rank, NUM_UNEVEN, world_size)
+            run.validate(module, DataLoader(dataset(NUM_UNEVEN, 1), 8, sampler=own), verbose=False)
+    texts = [str(each.message) for each in warned]
+    return {"history": callback.history, "warned": [text for text in texts if "CKA" in text]}
+
+
 def mixing(rank: int, world_size: int, folder: Path) -> Any:
     """Fits that change nothing, in which samples come in other batches in each validation."""
     seen = {}
@@ -293,7 +307,7 @@ def write(seen: Any, folder: Path, name: str, world_size: int, rank: int) -> Non
 
 def fork_all(folder: Path) -> None:
     for job, world_size in product(
-        (validated, too_few, changed, fitted, shared, reshuffled, missing, mixing, probed), (2, 3)
+        (validated, too_few, changed, fitted, shared, reshuffled, missing, skipping, mixing, probed), (2, 3)
     ):
         fork_ranks(work, job, world_size, folder, SECONDS)
 

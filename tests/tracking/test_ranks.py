@@ -102,6 +102,16 @@ def test_samples_that_are_left_out_are_counted_on_all_ranks(folder: Path, world_
 
 
 @WORLD_SIZES
+def test_an_evaluation_that_a_rank_takes_no_part_in_is_left_out(folder: Path, world_size: int) -> None:
+    """No rank waits for another, then or in the next one."""
+    ranks = seen_by_ranks(folder, "skipping", world_size)
+    assert "some rank has no batches at all" in ranks[0]["warned"][0]
+    for seen in ranks:
+        assert [record["n"] for record in seen["history"]] == [NUM_UNEVEN]
+        assert seen["history"] == ranks[0]["history"]
+
+
+@WORLD_SIZES
 def test_shares_of_other_sizes(folder: Path, world_size: int) -> None:
     ranks = seen_by_ranks(folder, "shared", world_size)
     for seen in ranks:

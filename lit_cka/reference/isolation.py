@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_cka.features.extractor import tensors_in
 from lit_cka.features.shared_mode import SharedMode
+from lit_cka.reference.places import mark_of
+from lit_cka.samples.hashing import content_hash
 
 
 class FollowsLiveWeightsError(ValueError):
@@ -40,30 +42,38 @@ class LiveWeightGuard(TorchDispatchMode):
 
 
 class WeightTaint:
-    """Notes, while active, which tensors are computed from trained weights of a model: for one step, by storage."""
+    """Notes, while active, from which weights and buffers of a model tensors are computed: for one step, by storage."""
 
     def __init__(self, live: nn.Module) -> None:
-        trained = (
-            (name, tensor) for name, tensor in live.named_parameters() if tensor.requires_grad and tensor.numel()
-        )
-        self._origins = {address(tensor): name for name, tensor in trained}
+        self.trained = {name for name, tensor in live.named_parameters() if tensor.requires_grad}
+        self._origins = {address(tensor): frozenset([name]) for name, tensor in tensors_of(live).items()}
         self.paused = False  # a mode can't be left within a call that began under it, and may end by an exception
-        self._kept: list[Tensor] = []  # so that no storage is freed and used again for another tensor
+        # So that no storage is freed and used again for another tensor. What comes from frozen weights alone, which may
+        # be all of a large network, is not kept.
+        self._kept: list[Tensor] = []
 
     def watch(self, active: bool) -> None:
         """Start noting what torch's operations compute, or stop."""
         (_WATCH.hold if active else _WATCH.release)(self)
 
-    def origin(self, value: Any) -> str | None:
-        """Name of a trained weight that some tensor in `value` is, or is computed from; None if there is none."""
-        names = (self._origins.get(address(tensor)) for tensor in plain_tensors_in(value))
-        return next((name for name in names if name is not None), None)
+    def origins(self, value: Any) -> frozenset[str]:
+        """Names of the weights and buffers that tensors in `value` are, or are computed from."""
+        found = [self._origins.get(address(tensor)) for tensor in plain_tensors_in(value)]
+        return frozenset().union(*(names for names in found if names is not None))
 
-    def note(self, value: Any, origin: str) -> None:
-        """Note the tensors in `value` as computed from the weight `origin`."""
+    def trained_origin(self, value: Any) -> str | None:
+        """Name of a trained weight that some tensor in `value` is, or is computed from; None if there is none."""
+        return min(self.origins(value) & self.trained, default=None)
+
+    def note(self, value: Any, origins: frozenset[str]) -> None:
+        """Note the tensors in `value` as computed from these."""
         for tensor in plain_tensors_in(value):
-            self._kept.append(tensor)
-            self._origins.setdefault(address(tensor), origin)
+            if origins & self.trained:
+                self._kept.append(tensor)
+            if origins:
+                self._origins[address(tensor)] = self._origins.get(address(tensor), frozenset()) | origins
+            else:  # if it is where another one was, that is gone
+                self._origins.pop(address(tensor), None)
 
 
 class _Watch(TorchDispatchMode):
@@ -72,12 +82,42 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         for taint in _WATCH.holders:
-            if taint.paused:
-                continue
-            origin = taint.origin((args, kwargs or {}))
-            if origin is not None:
-                taint.note(output, origin)
+            if not taint.paused:
+                taint.note(output, taint.origins((args, kwargs or {})))
         return output
+
+
+class WeightsThatFeed:
+    """Frozen weights and buffers that a model's inputs are computed from, to see later whether they are the same.
+
+    Args:
+        live: the model that has them.
+        names: theirs.
+    """
+
+    def __init__(self, live: nn.Module, names: frozenset[str]) -> None:
+        self._live = live
+        self._names = names
+        self._marks = self._marked()
+        self._contents = {name: content_hash(tensor.detach()) for name, tensor in self._tensors().items()}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in tensors_of(self._live).items() if name in self._names}
+
+    def _marked(self) -> dict[str, tuple[int, int]]:
+        return {name: mark_of(tensor) for name, tensor in self._tensors().items()}
+
+    def moved(self) -> str | None:
+        """Name of one that has changed since; None if all are what they were."""
+        parameters = dict(self._live.named_parameters())
+        for name, tensor in self._tensors().items():
+            mark = mark_of(tensor)
+            # Batch normalisation does not say that it writes to its running statistics.
+            if mark != self._marks.get(name) or name not in parameters:
+                if self._contents.get(name) is None or content_hash(tensor.detach()) != self._contents[name]:
+                    return name
+                self._marks[name] = mark
+        return None
 
 
 _WATCH: SharedMode[WeightTaint] = SharedMode(lambda: _Watch())  # type: ignore[no-untyped-call]

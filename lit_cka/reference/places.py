@@ -100,14 +100,17 @@ def state_of(module: nn.Module, root: nn.Module | None = None) -> dict[str, Plac
 
 
 def marks_of(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return where the module's tensors are, and how often they were written to, by name.
+    """Return the marks of a module's tensors by name; see `mark_of`."""
+    return {name: mark_of(place.tensor) for name, place in places_of(module).items()}
+
+
+def mark_of(tensor: Tensor) -> tuple[int, int]:
+    """Return where a tensor's values are, and how often they were written to.
 
     As long as that is the same, nobody has changed them. It costs nothing; but where it differs, they may be equal.
     """
-    return {
-        name: (place.local.data_ptr(), -1 if place.tensor.is_inference() else place.tensor._version)
-        for name, place in places_of(module).items()
-    }
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.data_ptr(), -1 if tensor.is_inference() else tensor._version
 
 
 def layout_of(places: Mapping[str, Place]) -> str:

@@ -13,7 +13,13 @@ from lit_cka.features.layers import named_layers
 from lit_cka.features.pooling import Pooling
 from lit_cka.reference.arguments import CopyError, private_copy
 from lit_cka.reference.exchange import below
-from lit_cka.reference.isolation import FollowsLiveWeightsError, LiveWeightGuard, WeightTaint
+from lit_cka.reference.isolation import (
+    FollowsLiveWeightsError,
+    LiveWeightGuard,
+    WeightsThatFeed,
+    WeightTaint,
+    tensors_of,
+)
 from lit_cka.samples.random_states import preserved_rng
 
 
@@ -48,6 +54,9 @@ class RunningReference:
         self._features: dict[str, Tensor] = {}
         self._problems: dict[str, str] = {}
         self._taint: WeightTaint | None = None
+        self._fed: dict[str, WeightsThatFeed] = {}  # what the inputs of calls come from, by name
+        self._moved: dict[str, str | None] = {}  # which of that has changed, as was seen in this pass
+        self._origins: frozenset[str] = frozenset()  # of the inputs of the outermost call
         self._running = self._first = False
         self._is_active = False  # whether the reference runs in this step
 
@@ -78,6 +87,7 @@ class RunningReference:
         for extractor in self._extractors.values():
             extractor.__exit__()
         self._extractors.clear()
+        self._moved.clear()
 
     def _watch_step(self, active: bool) -> None:
         """Have noted what happens outside of the modules around the layers."""
@@ -92,12 +102,13 @@ class RunningReference:
             return
         if outermost and self._taint is not None:
             self._taint.paused = True
+            self._origins = self._taint.origins((args, kwargs))
         if name != self._prefix if self._prefix is not None else not outermost:
             return
         layer_names = [layer for layer in self._layer_names if not name or layer.startswith(f"{name}.")]
-        origin = self._taint.origin((args, kwargs)) if self._taint is not None else None
-        if origin is not None:
-            self._problems.update(dict.fromkeys(layer_names, _FED.format(name or "the module", origin)))
+        problem = self._problem_of_inputs(name, args, kwargs)
+        if problem is not None:
+            self._problems.update(dict.fromkeys(layer_names, problem))
             return
         try:
             self._run(name, layer_names, args, kwargs)
@@ -111,13 +122,24 @@ class RunningReference:
                 raise RuntimeError(message) from error
             self._problems.update(dict.fromkeys(layer_names, message))
 
+    def _problem_of_inputs(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Why the reference can't be run on these inputs: they come from weights that are, or have been, trained."""
+        shown = name or "the module"
+        if self._taint is not None:
+            origin = self._taint.trained_origin((args, kwargs))
+            if origin is not None:
+                return _FED.format(shown, origin)
+            self._fed[name] = WeightsThatFeed(self._live, self._origins)
+        if name in self._fed and name not in self._moved:
+            self._moved[name] = self._fed[name].moved()
+        moved = self._moved.get(name)
+        return None if moved is None else _FED_LATER.format(shown, moved)
+
     def on_return(self, name: str, outermost: bool, output: Any) -> None:
         """Note what the live model's module `name` returned, and have the rest of the step watched."""
         if outermost and self._taint is not None:
-            weights = {"": self._live, **named_layers(self._live)}[name].named_parameters()
-            trained = next((weight for weight, parameter in weights if parameter.requires_grad), None)
-            if trained is not None:
-                self._taint.note(list(tensors_in(output)), f"{name}.{trained}" if name else trained)
+            own = tensors_of({"": self._live, **named_layers(self._live)}[name])
+            self._taint.note(list(tensors_in(output)), self._origins | self._taint.origins(list(own.values())))
             self._taint.paused = False
 
     def _run(self, name: str, layer_names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -164,4 +186,9 @@ class RunningReference:
 _FED = (
     "The step calls {!r} on what it computed from the trained weight {!r} before, so the reference can't be run on the "
     "raw inputs. Give the module a `forward` that does both and use it in the step, or pass other `layers`."
+)
+_FED_LATER = (
+    "The step calls {!r} on what it computed before, which the reference can be run on as long as all that took part "
+    "in it is as it was; but {!r} has changed since the start. Give the module a `forward` that does both and use it "
+    "in the step, or pass fixed batches as `probe=`."
 )

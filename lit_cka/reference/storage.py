@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 
 from lit_cka.checkpoints.tensor_files import find_tensors, write_tensors
 from lit_cka.features.flat_parameters import why_parts_are_closed
-from lit_cka.features.sharded_modules import is_sharded
+from lit_cka.features.sharded_modules import is_sharded, plain_name
 from lit_cka.reference.exchange import WeightExchange, Weights, kept_weights, own_shards
 from lit_cka.reference.places import layout_of, marks_of, places_of
 from lit_cka.reference.recording import Recording
@@ -118,9 +118,11 @@ class TrainingStart:
         if not self.are_live or self.weights is None:
             return []
         places, weights = places_of(module), self.weights.tensors
-        changed = [name for name, mark in marks_of(module).items() if self._marks.get(name) != mark]
+        # Batch normalisation does not say that it writes to its running statistics.
+        buffers = {plain_name(name) for name, _ in module.named_buffers()}
+        written = [name for name, mark in marks_of(module).items() if self._marks.get(name) != mark or name in buffers]
         return [
-            name for name in changed if name not in weights or not torch.equal(places[name].local.cpu(), weights[name])
+            name for name in written if name not in weights or not torch.equal(places[name].local.cpu(), weights[name])
         ]
 
     def keep_again(self, module: nn.Module) -> None:

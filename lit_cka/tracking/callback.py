@@ -222,7 +222,7 @@ class CKACallback(pl.Callback):
             return
         if self._probe is not None:
             self._is_probe_due = not trainer.sanity_checking and self.options.probe_every_n_steps is None
-        elif self._recorder.is_recording_due or not trainer.sanity_checking:
+        elif self._recorder.is_recording_due or not (trainer.sanity_checking or self._recorder.is_left_out):
             self._evaluation = self._recorder.evaluation(trainer, stage)
 
     @override

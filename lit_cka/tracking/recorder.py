@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_cka.parallel.ranks import agreed
@@ -36,6 +37,7 @@ class Recorder:
         start: what the training began with.
         model: the live model with its reference; None before `prepare`.
         is_recording_due: whether the evaluation that starts next, or runs, is the reference's.
+        is_left_out: whether it is not tracked, since some rank takes no part in it.
 
     Args:
         callback: for whom such a run is.
@@ -48,7 +50,7 @@ class Recorder:
     ) -> None:
         self.start = TrainingStart()
         self.model: TrackedModel | None = None
-        self.is_recording_due = False
+        self.is_recording_due = self.is_left_out = False
         self._callback, self._options, self._is_tracked = callback, options, is_tracked
         self._samples: EvaluationSamples
         self._pass: RecordingPass | None = None
@@ -121,18 +123,20 @@ class Recorder:
         """Record in a run of its own, if the evaluation that is about to run needs it.
 
         Raises:
-            ValueError: on all ranks, if some of them have batches and others have none.
+            ValueError: on all ranks, if some of them have batches, others none, and a probe is measured with them.
         """
         stage: Stage = "test" if trainer.testing else "validate"
         is_in_search = self._callback not in trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         if self.is_recording_due or is_in_search or not self._is_tracked(trainer, stage):
             return
-        if self._options.probe_every_n_steps is None:
+        if self._options.has_probe and self._options.probe_every_n_steps is None:
             _require_batches_on_all_ranks(trainer, loop, stage)
         if self._options.has_probe or trainer.sanity_checking:
             return
         model, limit = self.prepare(trainer, trainer.lightning_module), self._options.max_batches
-        if not model.tracker.can_record:
+        loop.setup_data()
+        self.is_left_out = self._is_left_out(trainer, loop)
+        if self.is_left_out or not model.tracker.can_record:
             return
         self.is_recording_due = self._needs_recording(trainer, loop, stage)
         if not model.tracker.can_record:
@@ -155,10 +159,18 @@ class Recorder:
             if not model.tracker.can_record:
                 model.forget_recording(stage)  # or it would be stored, and taken for the recording of all
 
+    def _is_left_out(self, trainer: pl.Trainer, loop: Any) -> bool:
+        """Whether some rank has no batches: it leaves out the evaluation, and others would wait for it."""
+        if not trainer.strategy.reduce_boolean_decision(loop.skip, all=False):
+            return False
+        if not trainer.strategy.reduce_boolean_decision(loop.skip, all=True):
+            rank_zero_warn(
+                "CKACallback leaves out this evaluation: some rank has no batches at all for it, and takes no part."
+            )
+        return True
+
     def _needs_recording(self, trainer: pl.Trainer, loop: Any, stage: Stage) -> bool:
         assert self.model is not None
-        if loop.skip:
-            return False
         options = self._options
         dataloaders, _ = tracked_dataloaders(trainer, stage, options.dataloaders, options.min_num_samples)
         words = {number: self._samples.dataset_words(number) for number in dataloaders}
@@ -190,7 +202,7 @@ def _require_batches_on_all_ranks(trainer: pl.Trainer, loop: Any, stage: Stage) 
         return
     if not trainer.strategy.reduce_boolean_decision(loop.skip, all=True):
         raise ValueError(
-            f"Expected every rank to have batches to {stage} on, or none, but only some have: CKA is of the samples of "
+            f"Expected every rank to have batches to {stage} on, or none, but only some have: the probe is measured on "
             "all ranks, and Lightning does not run this loop where there are none. Share the samples out so that each "
             "rank has one at least (a DistributedSampler does), or leave this stage out by `stages=`."
         )

@@ -22,9 +22,11 @@ def test_what_comes_from_trained_weights_is_known_by_name() -> None:
         trained = model[1](frozen).reshape(-1)[1:] + 1
         taint.watch(False)
         after = model[1](x)
-    assert taint.origin((x, {"x": [frozen]})) is None
-    assert taint.origin((x, {"x": [trained]})) == "1.bias"
-    assert taint.origin(after) is None
+    assert taint.trained_origin((x, {"x": [frozen]})) is None
+    assert taint.trained_origin((x, {"x": [trained]})) == "1.bias"
+    assert taint.origins((x, {"x": [frozen]})) == {"0.weight", "0.bias"}
+    assert taint.origins(trained) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert taint.origins(x) == taint.origins(after) == frozenset()
 
 
 def test_watchers_may_stop_in_any_order() -> None:
@@ -36,8 +38,8 @@ def test_watchers_may_stop_in_any_order() -> None:
         first.watch(False)
         output = models[1](torch.randn(1, 2))
         second.watch(False)
-    assert second.origin(output) in ("weight", "bias")
-    assert first.origin(output) is None
+    assert second.trained_origin(output) in ("weight", "bias")
+    assert first.trained_origin(output) is None
     assert _get_current_dispatch_mode_stack() == []
 
 

@@ -32,6 +32,7 @@ from tests.tracking.helpers import WIDTH, Classifier, dataset, loader, train_loa
 
 SECONDS = 60
 NUM_UNEVEN = 37  # samples, for 2 and for 3 ranks
+NUM_MISSING = 3
 
 
 class Case(NamedTuple):
@@ -188,6 +189,30 @@ def reshuffling(rank: int, world_size: int) -> DistributedSampler[Any]:
     return DistributedSampler(dataset(44, 1), world_size, rank, seed=5)
 
 
+class Stream(IterableDataset[Any]):
+    def __init__(self, samples: list[Any]) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.samples)
+
+
+def missing(rank: int, world_size: int, folder: Path) -> Any:
+    """Twice, the second time with samples on the last rank that have not been there before."""
+    reference, module = models()
+    callback = CKACallback(reference=reference)
+    run = trainer(folder, world_size, callback, precision="64-true")
+    own = [dataset(NUM_UNEVEN, 1)[index] for index in range(rank, NUM_UNEVEN, world_size)]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        run.validate(module, DataLoader(Stream(own), batch_size=4), verbose=False)
+        if rank == world_size - 1:
+            own = [dataset(NUM_MISSING, 9)[index] for index in range(NUM_MISSING)] + own[NUM_MISSING:]
+        run.validate(module, DataLoader(Stream(own), batch_size=4), verbose=False)
+    texts = [str(each.message) for each in warned]
+    return {"history": callback.history, "warned": [text for text in texts if "are left out" in text]}
+
+
 class Gathering(Classifier):
     """Its step works with the other ranks, and takes statistics of the batch."""
 
@@ -209,6 +234,20 @@ class Allowing(Gathering):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self(batch[0])
+
+
+def skipping(rank: int, world_size: int, folder: Path) -> Any:
+    """Two validations, of which the last rank takes no part in the first."""
+    module = Allowing().double()
+    callback = CKACallback()
+    run = trainer(folder, world_size, callback, precision="64-true", use_distributed_sampler=False)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for has_none in (True, False):
+            own = [] if has_none and rank == world_size - 1 else range(rank, NUM_UNEVEN, world_size)
+            run.validate(module, DataLoader(dataset(NUM_UNEVEN, 1), 8, sampler=own), verbose=False)
+    texts = [str(each.message) for each in warned]
+    return {"history": callback.history, "warned": [text for text in texts if "CKA" in text]}
 
 
 def mixing(rank: int, world_size: int, folder: Path) -> Any:
@@ -332,7 +371,7 @@ def write(seen: Any, folder: Path, name: str, world_size: int, rank: int) -> Non
 
 
 def fork_all(folder: Path) -> None:
-    jobs = (validated, too_few, changed, fitted, shared, reshuffled, mixing, probed, lacking)
+    jobs = (validated, too_few, changed, fitted, shared, reshuffled, missing, skipping, mixing, probed, lacking)
     for job, world_size in product(jobs, (2, 3)):
         fork_ranks(work, job, world_size, folder, SECONDS)
     for world_size in (2, 3, 1):

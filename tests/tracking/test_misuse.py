@@ -261,6 +261,37 @@ def test_a_decoder_behind_a_frozen_encoder(tmp_path: Path) -> None:
     assert callback.scores == pytest.approx(by_hand, abs=1e-9)
 
 
+class Augmented(TensorDataset):
+    """Other samples at every pass, so that the reference has to run beside the model."""
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = super().__getitem__(index)
+        return x + torch.randn(WIDTH), y
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")  # the frozen encoder, on purpose
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("frozen", [44, 44]), ("trained later", [44, 0]), ("statistics move", [0, 0])]
+)
+def test_a_decoder_whose_reference_runs_behind_a_frozen_encoder(tmp_path: Path, kind: str, expected: list[int]) -> None:
+    """That is right only as long as the encoder is what it was."""
+    module, callback = Separate(), CKACallback(layers="net.blocks.*", debiased=True)
+    module.encoder.requires_grad_(False)
+    if kind != "statistics move":
+        module.encoder.eval()
+        module.encoder.train = lambda mode=True: module.encoder
+    if kind == "trained later":
+        module.on_train_epoch_start = lambda: module.encoder.requires_grad_(module.current_epoch == 1)
+    data = DataLoader(Augmented(*loader().dataset.tensors), batch_size=16)
+    seen = own_warnings(tmp_path, module, callback, data)
+    assert [record["n"] for record in callback.history] == expected
+    changed = [text for text in seen if "has changed since the start" in text]
+    assert len(changed) == (0 if kind == "frozen" else len(BLOCKS))
+    assert all(np.isnan(score) == (kind != "frozen") for score in callback.scores.values())
+    name = "running_mean" if kind == "statistics move" else "weight"
+    assert all(re.search(rf"'encoder\.[\w.]*{name}' has changed", text) for text in changed)
+
+
 def test_a_network_fed_through_a_trained_parameter(tmp_path: Path) -> None:
     """No module, but trained: the recording has both as they were."""
 
@@ -786,11 +817,6 @@ def test_a_model_that_can_not_be_copied(tmp_path: Path) -> None:
     trainer(tmp_path, callback, max_epochs=1).fit(module, train_loader(), loader())
     assert callback.scores == pytest.approx(hand_cka(before, module, BLOCKS, loader()), abs=1e-9)
     # Only where it has to run beside the model, since the data differ at every pass, is that an error.
-
-    class Augmented(TensorDataset):
-        def __getitem__(self, index: int) -> Any:
-            x, y = super().__getitem__(index)
-            return x + torch.randn(WIDTH), y
 
     augmented = DataLoader(Augmented(*loader().dataset.tensors), batch_size=16)
     message = r"Classifier could not be copied .*cannot pickle '_thread.lock'.* Pass `reference=`"

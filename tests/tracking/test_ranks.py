@@ -91,6 +91,27 @@ def test_data_that_change_on_one_rank_alone(folder: Path, world_size: int) -> No
 
 
 @WORLD_SIZES
+def test_samples_that_are_left_out_are_counted_on_all_ranks(folder: Path, world_size: int) -> None:
+    """The first one says so, though it is another that has them."""
+    ranks = seen_by_ranks(folder, "missing", world_size)
+    num_missing = ranks_worker.NUM_MISSING
+    (text,) = ranks[0]["warned"]
+    assert text.startswith(f"{num_missing} samples of validate dataloader 0 were not among those")
+    for seen in ranks:
+        assert [record["n"] for record in seen["history"]] == [NUM_UNEVEN, NUM_UNEVEN - num_missing]
+
+
+@WORLD_SIZES
+def test_an_evaluation_that_a_rank_takes_no_part_in_is_left_out(folder: Path, world_size: int) -> None:
+    """No rank waits for another, then or in the next one."""
+    ranks = seen_by_ranks(folder, "skipping", world_size)
+    assert "some rank has no batches at all" in ranks[0]["warned"][0]
+    for seen in ranks:
+        assert [record["n"] for record in seen["history"]] == [NUM_UNEVEN]
+        assert seen["history"] == ranks[0]["history"]
+
+
+@WORLD_SIZES
 def test_shares_of_other_sizes(folder: Path, world_size: int) -> None:
     ranks = seen_by_ranks(folder, "shared", world_size)
     for seen in ranks:
@@ -140,9 +161,9 @@ def test_features_that_depend_on_the_other_samples_of_a_batch(folder: Path, kind
 def test_a_rank_without_samples(folder: Path, world_size: int) -> None:
     """Lightning calls no hook where it knows of it, so that the others would wait; else there is nothing to add."""
     for seen in seen_by_ranks(folder, "lacking", world_size):
-        for name in ("tracked", "probed"):
-            assert seen[name].startswith("Expected every rank to have batches to validate on, or none, but only some")
-        assert seen["other stage"].startswith("no error")
+        assert seen["probed"].startswith("Expected every rank to have batches to validate on, or none, but only some")
+        for name in ("tracked", "other stage"):
+            assert seen[name].startswith("no error")
         (record,) = seen["stream"]
         assert record["n"] == NUM_UNEVEN
         assert record["scores"] == by_hand([dataset(NUM_UNEVEN, 1)[:]])

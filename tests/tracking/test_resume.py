@@ -382,7 +382,6 @@ def test_killed_at_any_moment(tmp_path: Path, kills: int) -> None:
     ("num_chains", "sizes"),
     [
         (1, [1, 2, 1]),
-        (1, [2, 1, 2]),
         *(pytest.param(10, sizes, marks=pytest.mark.slow) for sizes in ([1, 2, 1], [2, 1, 2], [3, 2, 3])),
     ],
     ids=str,

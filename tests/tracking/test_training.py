@@ -269,6 +269,23 @@ class Late(Classifier):
             self.net.load_state_dict(self.start, strict=False)
 
 
+class Adapting(Classifier):
+    """Takes the running statistics from data of its own, before it is trained."""
+
+    def on_train_start(self) -> None:
+        self.net(dataset(40, seed=8).tensors[0] * 3)
+
+
+def test_running_statistics_that_a_hook_takes_are_what_a_training_starts_from(tmp_path: Path) -> None:
+    module, keeper, callback = Adapting(), Keeper(), CKACallback()
+    before = Classifier()
+    before.load_state_dict(module.state_dict())
+    before.net(dataset(40, seed=8).tensors[0] * 3)
+    trainer(tmp_path, callback, keeper).fit(module, train_loader(), loader())
+    for record, after in zip(callback.history, keeper.models, strict=True):
+        assert record["scores"] == close(hand_cka(before, after, BLOCKS, loader()))
+
+
 @pytest.mark.parametrize("num_sanity_val_steps", [0, 2])
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_epoch_start"])
 def test_weights_that_hooks_load_are_what_a_training_starts_from(

@@ -1,0 +1,588 @@
+"""Whether the tests notice when the code is broken: small changes, one at a time, and the tests that must fail of them.
+
+    python tests/mutations.py [--only NAME] [--list]
+
+applies each change to a copy of the tree in a temporary folder, runs the tests that are named with it, and prints
+"killed" if they fail and "survived" if they do not. What is known to survive stands here with the reason. Before, all
+these tests run once on the unchanged copy. No part of the suite: it takes about a quarter of an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("lit_cka", "tests", "configs", "docs", "benchmarks", "pyproject.toml", "README.md", "train.py", "analyze.py")
+SECONDS = 240  # after which tests hang, which is noticed, too
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A change that breaks something.
+
+    Attributes:
+        name: what is broken.
+        edits: files within `lit_cka/`, what stands there once, and what is put in its place.
+        tests: arguments of pytest that choose the tests that must fail.
+        survives: why none can fail; empty if some must.
+    """
+
+    name: str
+    edits: tuple[tuple[str, str, str], ...]
+    tests: tuple[str, ...]
+    survives: str = ""
+
+
+def zoo(*kinds: str) -> tuple[str, ...]:
+    return ("tests/tracking/test_zoo.py", "-k", " or ".join(kinds))
+
+
+LOOPS, RECORDED = "tracking/evaluation_loops.py", "reference/recorded_dataloader.py"
+PRESERVED, TRACKER = "tracking/preserved_state.py", "tracking/tracker.py"
+
+MUTANTS = [
+    # What a recording leaves behind.
+    Mutant(
+        "random states are not restored",
+        (
+            (
+                LOOPS,
+                "        with isolate_rng(), _hooks_of(trainer, callback):",
+                "        with _hooks_of(trainer, callback):",
+            ),
+            ("samples/drawing.py", "        stack.enter_context(preserved_rng())\n", ""),
+        ),
+        zoo("GlobalGenerators", "Shuffled", "DropoutLeftOn"),
+    ),
+    Mutant(
+        "random states are restored for the data alone",
+        (
+            (
+                LOOPS,
+                "        with isolate_rng(), _hooks_of(trainer, callback):",
+                "        with _hooks_of(trainer, callback):",
+            ),
+        ),
+        zoo("GlobalGenerators", "Shuffled", "DropoutLeftOn"),
+        survives="`unread`, which the same run is in, restores them as well.",
+    ),
+    Mutant(
+        "generators that modules hold are not restored",
+        ((PRESERVED, "    with preserved_generators(objects):\n", "    with preserved_generators([]):\n"),),
+        zoo("TorchGenerator", "NumpyGenerator", "PythonGenerator"),
+    ),
+    Mutant(
+        "generators that samplers hold are not restored",
+        (
+            (
+                "samples/drawing.py",
+                "    with untouched(*holders, *(sampler for sampler in samplers if sampler is not None)):",
+                "    with untouched(*holders):",
+            ),
+        ),
+        zoo("ShuffledByAGenerator"),
+    ),
+    Mutant(
+        "attributes of modules are not restored",
+        ((PRESERVED, "    undo.append(put_back)\n    return list(kept.values())", "    return list(kept.values())"),),
+        zoo("CountsItsCalls", "MetricsByHand"),
+    ),
+    Mutant(
+        "buffers are not restored",
+        (
+            (
+                PRESERVED,
+                "        if buffer is not None:\n            _keep_content(buffer, undo)\n",
+                "        if buffer is not None:\n",
+            ),
+        ),
+        zoo("BatchNormInTrainMode", "CountsItsCalls"),
+    ),
+    Mutant(
+        "submodules that are added stay",
+        ((PRESERVED, "    for name in modules.keys() - before.keys():\n        del modules[name]\n", ""),),
+        zoo("MetricsTrackedByEpoch"),
+    ),
+    Mutant(
+        "logged results are not reset",
+        (
+            (LOOPS, "    connector.reset_results()  # of this loop: a training has logged, too\n", ""),
+            (
+                LOOPS,
+                "        connector.reset_results()\n        trainer.state.stage = stage",
+                "        trainer.state.stage = stage",
+            ),
+        ),
+        zoo("MetricsThatAreLogged", "StoppedEarly"),
+    ),
+    Mutant(
+        "results of the training are reset in place of the validation's",
+        (
+            (
+                LOOPS,
+                "    stage = trainer.state.stage\n    if not trainer.testing",
+                "    connector.reset_results()\n    stage = trainer.state.stage\n    if not trainer.testing",
+            ),
+        ),
+        zoo("WeightsLoadedByACallbackThatLogs"),
+    ),
+    Mutant(
+        "logged metrics of before are lost",
+        (
+            (
+                LOOPS,
+                "        trainer.state.stage = stage\n        vars(connector).update(connected)\n",
+                "        trainer.state.stage = stage\n",
+            ),
+        ),
+        zoo("StoppedEarly", "SchedulerByValidation", "WeightsLoadedByACallbackThatLogs"),
+    ),
+    Mutant(
+        "loggers are reached",
+        (
+            (
+                LOOPS,
+                "    trainer.loggers, loop.verbose = [_SilentLogger(logger) for logger in loggers], False\n",
+                "    loop.verbose = False\n",
+            ),
+        ),
+        zoo("LooksAtItsTrainer"),
+    ),
+    Mutant(
+        "all callbacks' hooks are called",
+        (
+            (
+                LOOPS,
+                " if each is callback or (others and _may_change_batches(each))]",
+                "]",
+            ),
+        ),
+        zoo("Plain", "StoppedEarly"),
+    ),
+    Mutant(
+        "no callback may change the batches",
+        ((LOOPS, "each is callback or (others and _may_change_batches(each))]", "each is callback]"),),
+        zoo("BatchesChangedByACallback"),
+    ),
+    Mutant(
+        "the user is asked for dataloaders twice",
+        ((LOOPS, "        is_set_up = True\n\n    loop.setup_data", "\n    loop.setup_data"),),
+        zoo("DataModuleWithHooks", "DataLoadedAnew"),
+    ),
+    Mutant(
+        "the loop's progress is not put back",
+        ((LOOPS, "        vars(loop).update(of_loop)\n", ""),),
+        ("tests/tracking/test_logging.py", "-k", "by_itself"),
+    ),
+    Mutant(
+        "the loop goes on where a checkpoint was written",
+        ((LOOPS, "        batch_progress=type(loop.batch_progress)(), _restarting=False, _seen", "        _seen"),),
+        ("tests/tracking/test_resume.py", "-k", "middle"),
+    ),
+    # Weights.
+    Mutant(
+        "weights are not put back after an exchange",
+        (
+            (
+                "reference/exchange.py",
+                "            self._copy(self._before)\n            self._before = {}",
+                "            self._before = {}",
+            ),
+        ),
+        ("tests/reference/test_reference.py", "-k", "kinds_of_reference"),
+    ),
+    Mutant(
+        "weights are put back at the end of the run alone",
+        (("tracking/recorder.py", "                self._pass.finish()\n", ""),),
+        ("tests/tracking/test_training.py", "-k", "leaves_the_weights"),
+    ),
+    Mutant(
+        "buffers are not exchanged",
+        (
+            (
+                "reference/places.py",
+                "    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}\n    return {",
+                "    tensors = dict(module.named_parameters())\n    return {",
+            ),
+        ),
+        (
+            "tests/reference/test_reference.py",
+            "tests/tracking/test_training.py",
+            "-k",
+            "kinds_of_reference or stage_test_alone",
+        ),
+    ),
+    Mutant(
+        "a test is compared with the weights that the model has by then",
+        (
+            (
+                "reference/storage.py",
+                "        return None if self.are_live else self.weights\n",
+                "        return None\n",
+            ),
+        ),
+        ("tests/tracking/test_training.py", "-k", "stage_test or best_weights or hooks_load"),
+    ),
+    Mutant(
+        "weights that hooks load are not noticed",
+        (("reference/storage.py", "        return bool(self._moved(module))", "        return False"),),
+        ("tests/tracking/test_training.py", "-k", "hooks_load or running_statistics_that"),
+    ),
+    Mutant(
+        "weights that hooks change are not put back",
+        (("tracking/recorder.py", "                    self.start.put_back(trainer.lightning_module)\n", ""),),
+        zoo("WeightsRoundedByAHook"),
+    ),
+    Mutant(
+        "frozen weights that feed the reference are not watched",
+        (
+            (
+                "reference/running.py",
+                "            self._moved[name] = self._fed[name].moved()",
+                "            self._moved[name] = None",
+            ),
+        ),
+        ("tests/tracking/test_misuse.py", "-k", "frozen_encoder"),
+    ),
+    Mutant(
+        "adapters unfreeze what was frozen",
+        (("reference/adapters.py", "            parameter.requires_grad_(requires_grad)\n", "            pass\n"),),
+        ("tests/tracking/test_adapters.py",),
+    ),
+    # Which samples.
+    Mutant(
+        "samples are matched by position",
+        (
+            (
+                RECORDED,
+                "        positions = self.indices[name].find(keys[:, :2])\n",
+                "        positions = torch.arange(len(keys))\n",
+            ),
+        ),
+        zoo("Shuffled"),
+    ),
+    Mutant(
+        "the hash covers the first 16 bytes of a row",
+        (("samples/hashing.py", "xxh3_128_digest(row)])", "xxh3_128_digest(row[:16])])"),),
+        ("tests/samples/test_hashing.py",),
+    ),
+    Mutant(
+        "the hash knows no dtype",
+        (("samples/hashing.py", 'f"{kind} {tensor.dtype} {tuple(shape)}"', 'f"{kind} {tuple(shape)}"'),),
+        ("tests/samples/test_hashing.py",),
+    ),
+    Mutant(
+        "samples count twice on ranks that share them",
+        (
+            (
+                "samples/shares.py",
+                "        return self._rank + self._num_ranks * (start + np.arange(len(indices))) < self._end",
+                "        return np.ones(len(indices), dtype=bool)",
+            ),
+        ),
+        ("tests/samples/test_shares.py", "tests/tracking/test_ranks.py", "-k", "counts_once or scores_of_one_process"),
+    ),
+    Mutant(
+        "ranks do not settle which samples count",
+        (
+            (
+                "samples/counting.py",
+                "            if place is not None and (state == COUNTS or rank < ranks.rank):",
+                "            if False:",
+            ),
+        ),
+        ("tests/samples/test_samples.py",),
+    ),
+    Mutant(
+        "rows that another rank has are not found",
+        (
+            (
+                "parallel/rows_of_ranks.py",
+                "    return ranks < group.size, answer",
+                "    return (ranks < group.size) & False, answer",
+            ),
+        ),
+        ("tests/tracking/test_ranks.py", "-k", "other_ranks"),
+    ),
+    Mutant(
+        "batches of the minibatch estimator are mixed",
+        (
+            (
+                "tracking/pairing.py",
+                "                unknown |= found  # a batch stays together\n                found =",
+                "                _ =",
+            ),
+        ),
+        ("tests/tracking/test_ranks.py", "-k", "other_ranks"),
+    ),
+    Mutant(
+        "ranks without a file know of no recording",
+        (("reference/storage.py", "        empty.expect(trainer.strategy.broadcast(list(empty.dataloaders)))\n", ""),),
+        ("tests/tracking/test_resume.py", "-k", "another_number_of_ranks"),
+    ),
+    Mutant(
+        "the sampler's indices are taken for all batches of its own size",
+        (("samples/samples.py", "        if rows.votes and n not in rows.votes:\n            return None\n", ""),),
+        ("tests/samples/test_sampler_indices.py", "tests/samples/test_samples.py"),
+    ),
+    # Data that are not what they were.
+    Mutant(
+        "data that differ at every pass are recorded",
+        (
+            (
+                "tracking/recorder.py",
+                "        is_fixed = not self._samples.changing(dataloaders)\n",
+                "        is_fixed = True\n",
+            ),
+        ),
+        (
+            "tests/tracking/test_misuse.py",
+            "tests/tracking/test_resume.py",
+            "-k",
+            "can_not_be_copied or differ_at_every_pass",
+        ),
+    ),
+    Mutant(
+        "a trial is stored as the recording",
+        (("tracking/recorder.py", "                model.forget_recording(stage)", "                pass"),),
+        ("tests/tracking/test_resume.py", "-k", "differ_at_every_pass"),
+    ),
+    Mutant(
+        "batches that have changed are compared",
+        (
+            (
+                RECORDED,
+                '        return known is not None and known.content not in ("", samples.content_key())',
+                "        return False",
+            ),
+        ),
+        ("tests/tracking/test_misuse.py", "-k", "next_epoch"),
+    ),
+    Mutant(
+        "a shuffled dataset has its first fingerprint for good",
+        (
+            (
+                "samples/samples.py",
+                "        elif id(loader) not in self._data and _may_shuffle(loader):",
+                "        elif False:",
+            ),
+        ),
+        ("tests/tracking/test_misuse.py", "-k", "next_epoch"),
+    ),
+    Mutant(
+        "steps that pass something else are compared",
+        ((RECORDED, "        return known is not None and known.passed != passed", "        return False"),),
+        ("tests/tracking/test_inputs.py",),
+    ),
+    Mutant(
+        "features that depend on the batch are not noticed",
+        (("tracking/other_batches.py", "        if name is not None and score < _LOWEST", "        if False"),),
+        ("tests/tracking/test_other_batches.py",),
+    ),
+    Mutant(
+        "a step that runs once more is logged",
+        (
+            (LOOPS, "    loop._results = type(results)(training=False)\n", ""),
+            (
+                LOOPS,
+                "    loop._results.batch, loop._results.dataloader_idx = results.batch, results.dataloader_idx\n",
+                "",
+            ),
+        ),
+        zoo("ShuffledWithStatisticsOfTheBatch"),
+    ),
+    Mutant(
+        "a model that draws is not noticed",
+        (
+            (
+                "tracking/recording_pass.py",
+                "        if name is not None:\n            rank_zero_warn(",
+                "        if False:\n            rank_zero_warn(",
+            ),
+        ),
+        zoo("GlobalGenerators"),
+    ),
+    # Files.
+    Mutant(
+        "the digest of a file is not looked at",
+        (("checkpoints/tensor_files.py", ' and about.get("sha256") == _digest(tensors, notes)', ""),),
+        ("tests/checkpoints/test_tensor_files.py", "tests/tracking/test_resume.py", "-k", "damage or altered"),
+    ),
+    Mutant(
+        "files of another training are taken",
+        (
+            (
+                "checkpoints/tensor_files.py",
+                " and all(found.notes.get(key) == value for key, value in notes.items())",
+                "",
+            ),
+        ),
+        (
+            "tests/checkpoints/test_tensor_files.py",
+            "tests/tracking/test_resume.py",
+            "-k",
+            "sound_file or another_training",
+        ),
+    ),
+    Mutant(
+        "a name may be a path",
+        (
+            (
+                "checkpoints/tensor_files.py",
+                '    if not name or "/" in name or "\\\\" in name or name.startswith("."):',
+                "    if not name:",
+            ),
+        ),
+        ("tests/checkpoints/test_tensor_files.py",),
+    ),
+    # Numbers.
+    Mutant(
+        "the pivot of stored features is left out",
+        (
+            (
+                "reference/feature_store.py",
+                "        return self._offsets(positions).to(device, torch.float64) + self._pivot.to(device)",
+                "        return self._offsets(positions).to(device, torch.float64)",
+            ),
+        ),
+        ("tests/reference/test_feature_store.py",),
+    ),
+    Mutant(
+        "features are stored in half precision, whatever it costs",
+        (("reference/rounding.py", "MAX_ROUNDING_COST = 1e-4", "MAX_ROUNDING_COST = 1.0"),),
+        ("tests/reference", "tests/tracking/test_training.py", "-k", "bfloat16 or bits or rounding or cache_dtype"),
+    ),
+    Mutant(
+        "recentring leaves out a term",
+        (
+            (
+                "functional/moments.py",
+                "        aa + 4 * (ax @ d) + 2 * dd * a + 4 * (d_xx @ d) + n * dd * dd,",
+                "        aa + 4 * (ax @ d) + 2 * dd * a + n * dd * dd,",
+            ),
+        ),
+        ("tests/functional/test_moments.py",),
+    ),
+    Mutant(
+        "pairs of tiles count once",
+        (("functional/sample_space.py", "            sums += (1 if t == u else 2) *", "            sums += 1 *"),),
+        ("tests/functional/test_sample_space.py", "tests/statistics/test_layer.py"),
+    ),
+    Mutant(
+        "ranks do not agree on the mean",
+        (
+            (
+                "statistics/agreement.py",
+                "    if group.size == 1:\n        return  # the mean",
+                "    if True:\n        return  # the mean",
+            ),
+        ),
+        ("tests/statistics/test_layer.py",),
+    ),
+    Mutant(
+        "NaN in the recording is not explained",
+        (("tracking/explanations.py", "            if not store.is_finite:", "            if False:"),),
+        ("tests/tracking/test_misuse.py", "-k", "nan_in_the_recording"),
+    ),
+    Mutant(
+        "a layer that has not run is left out in silence",
+        ((TRACKER, "            if name in problems and not self._ran_once:", "            if False:"),),
+        ("tests/tracking/test_misuse.py", "-k", "sanity_check or without_features or later_alone"),
+    ),
+    Mutant(
+        "samples that are left out are counted on the first rank alone",
+        (("tracking/pairing.py", "(numbers,) = group.add_up([torch.tensor(mine", "(numbers,) = ([torch.tensor(mine"),),
+        ("tests/tracking/test_ranks.py", "-k", "one_rank_alone or left_out"),
+    ),
+]
+
+
+def copied(folder: Path) -> Path:
+    """Copy the tree; return where it is."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    return folder
+
+
+def run_tests(folder: Path, tests: Sequence[str]) -> int | None:
+    """Return what pytest returns, 0 if all is well and 1 if a test has failed; None if it was stopped for its time."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        return process.wait(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+            process.wait()
+
+
+def result(folder: Path, mutant: Mutant) -> str:
+    """Return "killed", "survived", or what is wrong with the mutant; the copy is as it was afterwards."""
+    originals = {folder / "lit_cka" / file: (folder / "lit_cka" / file).read_text() for file, _, _ in mutant.edits}
+    try:
+        for file, old, new in mutant.edits:
+            path = folder / "lit_cka" / file
+            text = path.read_text()
+            if text.count(old) != 1:
+                return f"broken: {text.count(old)} times in {file}: {old!r}"
+            path.write_text(text.replace(old, new))
+        code = run_tests(folder, mutant.tests)
+    finally:
+        for path, text in originals.items():
+            path.write_text(text)
+    return {0: "survived", 1: "killed", None: "killed (hangs)"}.get(code, f"broken: pytest ended with {code}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="part of a name")
+    parser.add_argument("--list", action="store_true", help="print the names")
+    options = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if options.only is None or options.only in mutant.name]
+    if options.list:
+        print("\n".join(mutant.name for mutant in chosen))
+        return 0
+    unexpected = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = copied(Path(name))
+        for tests in sorted({mutant.tests for mutant in chosen}):
+            if run_tests(folder, tests) != 0:
+                print(f"The tests fail without any change: {' '.join(tests)}")
+                return 1
+        for mutant in chosen:
+            start = time.monotonic()
+            found = result(folder, mutant)
+            is_expected = found == "survived" if mutant.survives else found.startswith("killed")
+            unexpected += not is_expected
+            why = f" ({mutant.survives})" if mutant.survives else ""
+            mark = "" if is_expected else "  <-- not as expected"
+            print(f"{found:9} {time.monotonic() - start:5.0f} s  {mutant.name}{why}{mark}", flush=True)
+    print(f"{len(chosen)} changes, {unexpected} not as expected")
+    return int(unexpected > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

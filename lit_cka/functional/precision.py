@@ -19,6 +19,7 @@ _FAST_CAPABILITIES = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 _FAST_AMD = ("gfx906", "gfx908", "gfx90a", "gfx942", "gfx950")  # Radeon VII and the MI series
 _TERMS = 512  # of a sum in float32
 _BLOCK = 2**21  # elements of a product in float32 at a time: 8 MiB
+_SQUARE = 96  # features, of a block of a symmetric product: smaller ones would take longer
 _FULL = ("none", "ieee")  # the precisions in which float32 is float32
 _MATMULS = (("cuda", "matmul"), ("mkldnn", "matmul"))
 
@@ -88,7 +89,10 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, scale: Tensor | None
         scale: a scalar on the device of `total`, of which products in float64 make no use.
     """
     if left.dtype == torch.float64:
-        total.addmm_(left.T, right)
+        if left is right:
+            _add_square(total, left)
+        else:
+            total.addmm_(left.T, right)
         return
     height = max(_BLOCK // max(right.shape[1], 1), 1)
     with FullFloat32(left.device.type):
@@ -96,6 +100,20 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, scale: Tensor | None
             for rows, part in zip(total.split(height), some_left.split(height, dim=1), strict=True):
                 product = (part.T @ some_right).to(total.device)
                 rows += product if scale is None else product.to(torch.float64) * scale
+
+
+def _add_square(total: Tensor, features: Tensor) -> None:
+    """Add `features' features` to a symmetric `total`, in place. Of two blocks across the diagonal one is computed."""
+    width = features.shape[1]
+    if width < 2 * _SQUARE or features.device.type != "cpu":
+        total.addmm_(features.T, features)
+        return
+    half = width // 2
+    first, second = features[:, :half], features[:, half:]
+    _add_square(total[:half, :half], first)
+    _add_square(total[half:, half:], second)
+    total[:half, half:].addmm_(first.T, second)
+    total[half:, :half] = total[:half, half:].T
 
 
 class FullFloat32:

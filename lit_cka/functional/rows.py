@@ -9,7 +9,9 @@ from torch import Tensor
 
 from lit_cka.functional.precision import float64_device
 
-_CPU_ELEMENTS, _GPU_ELEMENTS = 2**15, 2**22  # at a time: what stays in a CPU's cache, or keeps a GPU busy
+# At a time: what stays in a CPU's cache, or keeps a GPU busy. Not less, since every operation of several threads waits
+# for the last of them, and on a machine that others use as well that one may have to wait for its turn.
+_CPU_ELEMENTS, _GPU_ELEMENTS = 2**18, 2**22
 
 
 class Rows:
@@ -55,20 +57,29 @@ class Rows:
         stop = min(stop, self._num_rows)
         read = torch.empty(stop - start, columns.stop - columns.start, dtype=torch.float64, device=self.device)
         before = 0  # samples of earlier blocks
+        measured: list[tuple[int, int, Tensor]] = []  # from where to where something is to be added
         for block, origin, size in zip(self.blocks, self.origins, self._sizes, strict=True):
             begin, end = max(start, before), min(stop, before + size)
-            if begin < end:
-                part = read[begin - start : end - start].copy_(block[begin - before : end - before, columns])
-                if origin is not None:
-                    part += origin[columns]
             before += size
+            if begin >= end:
+                continue
+            read[begin - start : end - start].copy_(block[begin - before + size : end - before + size, columns])
+            if origin is None:
+                continue
+            is_next = bool(measured) and measured[-1][1] == begin and measured[-1][2] is origin
+            measured.append((measured.pop()[0] if is_next else begin, end, origin))
+        for begin, end, origin in measured:
+            read[begin - start : end - start] += origin[columns]
         return (read if self.scale == 1 else read.mul_(self.scale)).to(dtype)
 
     def measured_from(self, point: Tensor, scale: float = 1.0) -> Rows:
         """Returns the same samples, measured from `point` (d,), then multiplied by `scale`."""
         assert self.scale == 1
-        origins = [-point if origin is None else origin.to(point.device) - point for origin in self.origins]
-        return Rows(self.blocks, origins, device=self.device, scale=scale)
+        different = {id(origin): origin for origin in self.origins}
+        moved = {
+            key: -point if origin is None else origin.to(point.device) - point for key, origin in different.items()
+        }
+        return Rows(self.blocks, [moved[id(origin)] for origin in self.origins], device=self.device, scale=scale)
 
     def chunks(self) -> Iterator[Tensor]:
         """Yields all samples in turn, some at a time."""

@@ -18,6 +18,8 @@ from lit_cka.functional.rows import Rows
 from lit_cka.functional.terms import CKATerms
 from lit_cka.functional.units import unit_exponent
 
+_ELEMENTS = 2**19  # of a tile's features, at a time
+
 
 class PairedRows(NamedTuple):
     """Features of the same samples in the same order, both measured from their means."""
@@ -60,7 +62,7 @@ def sample_space_terms(X: Rows, Y: Rows, *, products: Products | None = None) ->
 
 def tile_rows(device: torch.device) -> int:
     """Returns how many samples make a tile: enough to keep the device busy, at some MiB."""
-    return 256 if device.type == "cpu" else 1024
+    return 512 if device.type == "cpu" else 1024
 
 
 def gram_sums(
@@ -122,7 +124,7 @@ def _gram_tile(
     device: torch.device,
 ) -> Tensor:
     """Returns products of samples with samples, float64, from some features at a time."""
-    step = 512 if left.device.type == "cpu" else 1024
+    step = max(_ELEMENTS // (rows[1] - rows[0]), 512)
     dtype = torch.float64 if products == "float64" else torch.float32
     tile = None
     for first in range(0, left.width, step):
@@ -132,7 +134,8 @@ def _gram_tile(
             tile = x.new_zeros(len(x), len(y), dtype=torch.float64)
         if products == "float32":
             x, y = x.to(device), y.to(device)
-        add_product(tile, x.T, y.T)
+        factor = x.T
+        add_product(tile, factor, factor if y is x else y.T)
     assert tile is not None
     return tile
 

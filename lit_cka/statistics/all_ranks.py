@@ -63,7 +63,7 @@ def _sums_about_mean(layer: Layer, device: torch.device) -> list[Tensor]:
 def _exchange_rows(layers: Sequence[Layer], device: torch.device, group: Group) -> None:
     if not layers:
         return
-    shares = [_Share(layer, group.rank, device) for layer in layers]
+    shares = [_Share(layer, group, device) for layer in layers]
     if group.size == 1:
         for share in shares:
             assert share.rows is not None
@@ -83,12 +83,14 @@ def _exchange_rows(layers: Sequence[Layer], device: torch.device, group: Group) 
 class _Share:
     """What this rank computes of a layer's Gram matrices: its rows by those that come in."""
 
-    def __init__(self, layer: Layer, rank: int, device: torch.device) -> None:
+    def __init__(self, layer: Layer, group: Group, device: torch.device) -> None:
         self.layer = layer
-        self.rank = rank
+        self.rank = group.rank
         self.row_bytes = 8 * (layer.d_x + layer.d_y)
-        self.tile = max(min(tile_rows(device), MAX_BYTES // self.row_bytes), 1)
-        self.rows = _centred_rows(layer, device) if layer.counts[rank] else None
+        self.tile = tile_rows(device)
+        if group.size > 1:
+            self.tile = max(min(self.tile, MAX_BYTES // self.row_bytes), 1)  # since whole tiles are sent
+        self.rows = _centred_rows(layer, device) if layer.counts[self.rank] else None
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
 
     def pieces(self, rank: int) -> list[_Piece]:

@@ -76,6 +76,16 @@ def test_a_product_is_added(
     assert has_rounded == (products == "float32" and shape[0] > 0)  # or nothing was shown of float32
 
 
+@pytest.mark.parametrize("width", [1, 191, 192, 193, 500])  # one block, and several, of which some are uneven
+def test_a_product_with_itself_is_that_of_two_and_symmetric(width: int) -> None:
+    X, Y = paired_features(40, width, 3, offset=10.0)
+    start = Y.repeat(1, width)[:1, :width].T @ Y.repeat(1, width)[:1, :width]
+    total, expected = start.clone(), start + float64(X).T @ float64(X)
+    add_product(total, X, X)
+    np.testing.assert_allclose(total, expected, rtol=1e-13)
+    assert torch.equal(total, total.T)
+
+
 @ESTIMATORS
 @pytest.mark.parametrize("related", [True, False], ids=["related", "unrelated"])
 @pytest.mark.parametrize("shape", [(1500, 64, 48), (1100, 256, 1024), (40, 256, 64)], ids=str)

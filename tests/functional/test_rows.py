@@ -42,6 +42,18 @@ def test_any_part_can_be_read(sizes: list[int], scale: float) -> None:
     assert torch.equal(in_blocks(X, [12]).read(3, 99), X[3:])
 
 
+def test_blocks_in_turn_may_be_measured_from_one_point_or_another() -> None:
+    X, Y = paired_features(12, 5, 5, offset=1e4)
+    a, b = X[0], Y[0]
+    origins = [a, a, None, a, b, b]
+    blocks = [x if origin is None else x - origin for x, origin in zip(X.split(2), origins, strict=True)]
+    rows = Rows(blocks, origins)
+    for start, stop in itertools.combinations(range(13), 2):
+        torch.testing.assert_close(rows.read(start, stop), X[start:stop], rtol=1e-14, atol=0)
+        moved = rows.measured_from(b, 0.5).read(start, stop)
+        torch.testing.assert_close(moved, (X[start:stop] - b) / 2, rtol=0, atol=1e-10)
+
+
 def test_the_point_is_subtracted_before_rounding_to_float32() -> None:
     X, _ = paired_features(12, 5, 1, offset=1e6)
     rows = Rows([X]).measured_from(X.mean(dim=0), 2.0)

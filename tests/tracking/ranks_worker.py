@@ -190,6 +190,8 @@ def reshuffling(rank: int, world_size: int) -> DistributedSampler[Any]:
 
 
 class Stream(IterableDataset[Any]):
+    """Samples without a length."""
+
     def __init__(self, samples: list[Any]) -> None:
         self.samples = samples
 
@@ -297,17 +299,6 @@ def probed(rank: int, world_size: int, folder: Path) -> Any:
     return {**seen, "fit": callback.history, "logged": logged(run)}
 
 
-class Stream(IterableDataset[Any]):
-    """Samples without a length."""
-
-    def __init__(self, num_samples: int) -> None:
-        self.num_samples = num_samples
-
-    def __iter__(self) -> Iterator[Any]:
-        x, y = dataset(NUM_UNEVEN, 1)[: self.num_samples]
-        return iter(zip(x.double(), y, strict=True))
-
-
 def lacking(rank: int, world_size: int, folder: Path) -> Any:
     """The last rank has no sample, known before or not; or no file with the reference."""
     is_last = rank == world_size - 1
@@ -324,7 +315,9 @@ def lacking(rank: int, world_size: int, folder: Path) -> Any:
     reference, module = models()
     callback = CKACallback(reference=reference)
     run = trainer(folder, world_size, callback, precision="64-true")
-    run.validate(module, DataLoader(Stream(NUM_UNEVEN if rank == 0 else 0), batch_size=8), verbose=False)
+    x, y = dataset(NUM_UNEVEN, 1)[: NUM_UNEVEN if rank == 0 else 0]
+    stream = Stream(list(zip(x.double(), y, strict=True)))
+    run.validate(module, DataLoader(stream, batch_size=8), verbose=False)
     seen["stream"] = callback.history
     path = folder / f"reference-{world_size}{'-gone' if is_last else ''}.pt"
     if rank == 0:

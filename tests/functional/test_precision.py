@@ -80,7 +80,7 @@ def test_a_product_is_added(
 def test_a_product_with_itself_is_that_of_two_and_symmetric(width: int) -> None:
     X, Y = paired_features(40, width, 3, offset=10.0)
     start = Y.repeat(1, width)[:1, :width].T @ Y.repeat(1, width)[:1, :width]
-    total, expected = start.clone(), start + float64(X).T @ float64(X)
+    total, expected = start.clone(), float64(start) + float64(X).T @ float64(X)
     add_product(total, X, X)
     np.testing.assert_allclose(total, expected, rtol=1e-13)
     assert torch.equal(total, total.T)

@@ -49,7 +49,7 @@ def test_blocks_in_turn_may_be_measured_from_one_point_or_another() -> None:
     blocks = [x if origin is None else x - origin for x, origin in zip(X.split(2), origins, strict=True)]
     rows = Rows(blocks, origins)
     for start, stop in itertools.combinations(range(13), 2):
-        torch.testing.assert_close(rows.read(start, stop), X[start:stop], rtol=1e-14, atol=0)
+        torch.testing.assert_close(rows.read(start, stop), X[start:stop], rtol=0, atol=1e-10)
         moved = rows.measured_from(b, 0.5).read(start, stop)
         torch.testing.assert_close(moved, (X[start:stop] - b) / 2, rtol=0, atol=1e-10)
 

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lit_cka.features.sharded_modules import is_sharded
 from lit_cka.parallel.ranks import agreed
 from lit_cka.reference.reference import INITIAL
 from lit_cka.reference.storage import TrainingStart
@@ -123,13 +124,15 @@ class Recorder:
         """Record in a run of its own, if the evaluation that is about to run needs it.
 
         Raises:
-            ValueError: on all ranks, if some of them have batches, others none, and a probe is measured with them.
+            ValueError: on all ranks, if some of them have batches and others none, for a probe or a sharded model.
         """
         stage: Stage = "test" if trainer.testing else "validate"
         is_in_search = self._callback not in trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         if self.is_recording_due or is_in_search or not self._is_tracked(trainer, stage):
             return
-        if self._options.has_probe and self._options.probe_every_n_steps is None:
+        # All have to run a model that they share; else, those with batches may evaluate without the others.
+        is_joint = is_sharded(trainer.lightning_module) or self._options.has_probe
+        if is_joint and self._options.probe_every_n_steps is None:
             _require_batches_on_all_ranks(trainer, loop, stage)
         if self._options.has_probe or trainer.sanity_checking:
             return
@@ -202,7 +205,7 @@ def _require_batches_on_all_ranks(trainer: pl.Trainer, loop: Any, stage: Stage) 
         return
     if not trainer.strategy.reduce_boolean_decision(loop.skip, all=True):
         raise ValueError(
-            f"Expected every rank to have batches to {stage} on, or none, but only some have: the probe is measured on "
-            "all ranks, and Lightning does not run this loop where there are none. Share the samples out so that each "
+            f"Expected every rank to have batches to {stage} on, or none, but only some have: all have to run the "
+            "model together, and Lightning does not run this loop where there are none. Share the samples out so that each "
             "rank has one at least (a DistributedSampler does), or leave this stage out by `stages=`."
         )

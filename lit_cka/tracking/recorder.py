@@ -206,6 +206,6 @@ def _require_batches_on_all_ranks(trainer: pl.Trainer, loop: Any, stage: Stage) 
     if not trainer.strategy.reduce_boolean_decision(loop.skip, all=True):
         raise ValueError(
             f"Expected every rank to have batches to {stage} on, or none, but only some have: all have to run the "
-            "model together, and Lightning does not run this loop where there are none. Share the samples out so that each "
-            "rank has one at least (a DistributedSampler does), or leave this stage out by `stages=`."
+            "model together, and Lightning does not run this loop where there are none. Share the samples out so that "
+            "each rank has one at least (a DistributedSampler does), or leave this stage out by `stages=`."
         )

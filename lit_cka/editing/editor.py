@@ -56,17 +56,17 @@ class MonoSoupEditor(pl.LightningModule):
             "vetterli") or "energy" (alias "variance").
         R: share of the energy that the high part reaches, for "energy".
         min_rel_update: weights with a smaller relative change keep their fine-tuned value.
-        shared: beginnings of parameter names that both models take from the fine-tuned one, such as a new head.
-        wise_ft: also evaluate the interpolations with these `alpha` (WiSE-FT), without CKA.
+        shared: beginnings of parameter names to take from the fine-tuned model alone, such as a new head.
+        wise_ft: also evaluate WiSE-FT with these `alpha`, without CKA.
         lines: also evaluate LiNeS with these `(alpha, beta)`.
-        soup: also evaluate the uniform soup of the fine-tuned model and these.
+        soup: also evaluate the uniform soup with these models.
         layers: blocks for CKA and LiNeS, counted from the model; None for its repeated blocks.
         pooling: of the features for CKA, as in `CKACallback`.
         debiased: use the unbiased HSIC in CKA.
         max_cka_batches: take CKA over so many batches of each test set at most, on several ranks over the same samples;
             0 for none, None for all.
         sequential: keep the variants in files rather than in memory, and one at a time in the model: slower.
-        weights: which of several sets of weights in a checkpoint file, such as "state_dict_ema" or "teacher".
+        weights: the set of weights to take from files with several ("teacher").
 
     Raises:
         ValueError: if weights are missing, of another shape, damaged, NaN, or pickled, or an option is out of range.

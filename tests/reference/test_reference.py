@@ -148,7 +148,7 @@ def test_weights_that_the_live_model_ties_are_another_architecture(tmp_path: Pat
     live = Classifier()
     reference = live.state_dict()
     live.net.blocks[1].linear.weight = live.net.blocks[0].linear.weight
-    message = r"'net.blocks.1.linear.weight' is one tensor with 'net.blocks.0.linear.weight' in Classifier"
+    message = r"one value for 'net.blocks.0.linear.weight' and 'net.blocks.1.linear.weight', which are the same tensor"
     assert_refused(tmp_path, reference, message, live=live)
     trainer(tmp_path, CKACallback(reference=live.state_dict()), max_epochs=1).fit(live, train_loader(), loader())
 

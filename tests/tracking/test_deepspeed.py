@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("deepspeed", reason="no deepspeed here, which is built where it is installed")
+
 from tests import sync_worker
+from tests.tracking import deepspeed_worker
 from tests.tracking.every_way import (  # noqa: F401  # the tests
     test_a_model_that_is_not_trained_has_a_cka_of_1,
     test_a_probe,
@@ -20,10 +23,6 @@ from tests.tracking.every_way import (  # noqa: F401  # the tests
     test_the_blocks_are_found,
     ways_of,
 )
-
-pytest.importorskip("deepspeed", reason="no deepspeed here, which is built where it is installed")
-
-from tests.tracking import deepspeed_worker
 from tests.tracking.sharded_worker import SECONDS
 
 pytestmark = pytest.mark.slow

@@ -753,11 +753,11 @@ class PaddedNet(nn.Module):
         self.blocks = nn.ModuleList([layer, copy.deepcopy(layer)])
         self.head = nn.Linear(WIDTH, 3)
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, key_padding_mask: Tensor) -> Tensor:
         h = self.embedding(ids)
         for block in self.blocks:
-            h = block(h, src_key_padding_mask=mask)
-        return self.head((h * ~mask[..., None]).sum(1))
+            h = block(h, src_key_padding_mask=key_padding_mask)
+        return self.head((h * ~key_padding_mask[..., None]).sum(1))
 
 
 @kind(layers="net.blocks.*")

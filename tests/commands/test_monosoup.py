@@ -200,6 +200,7 @@ def test_help(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--trainer.max_epochs" not in said
 
 
+@pytest.mark.slow
 def test_as_a_process(checkpoints: Path) -> None:
     done = in_process("--help")
     assert (done.returncode, done.stderr) == (0, "")

@@ -444,6 +444,7 @@ def test_many_threads_of_data(tmp_path: Path) -> None:
     assert editors[0].results == editors[1].results
 
 
+@pytest.mark.slow
 def test_sequential_takes_less_memory_for_the_same_results(tmp_path: Path) -> None:
     """One module and a copy of its own weights, next to one module and five sets."""
     found = {}

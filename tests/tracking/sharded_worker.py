@@ -89,7 +89,6 @@ GROWN = Way("FSDP2 of 3", data=3)
 WAYS = [
     FSDP2,
     TENSOR,
-    Way("both", data=2, tensor=2),
     Way("FSDP", data=2, kind="flat"),
     Way("FSDP, wrapped", data=2, kind="wrapped", tests_again=False),
 ]

@@ -156,7 +156,14 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> list[Usage]:
     return repeated(module, lambda: trainer(folder, max_epochs=1).fit(module, train_loader(), loader(32)))
 
 
-@pytest.mark.parametrize("kind", ["a new callback", "one callback", "a new module"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("a new callback", marks=pytest.mark.slow),
+        "one callback",
+        pytest.param("a new module", marks=pytest.mark.slow),
+    ],
+)
 def test_fits(tmp_path: Path, kind: str, plain: list[Usage]) -> None:
     """The trainer goes with the fit, and so do a callback of its own, or another module, and the copy of the module."""
     module, callback = Quiet(), CKACallback(log_figures=False)

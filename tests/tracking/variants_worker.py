@@ -23,6 +23,7 @@ def fsdp(variant: str, tolerance: float = 1e-6, *, tests_again: bool = False, sa
 
 
 WAYS = [
+    Way("both", data=2, tensor=2),
     fsdp2("tied"),
     fsdp2("frozen"),
     fsdp2("kept"),

@@ -12,7 +12,12 @@ PAGES = sorted(set(DOCS.glob("*.md")) - {DOCS / "how_it_works.md", DOCS / "shard
 
 
 @pytest.mark.filterwarnings("ignore:The dataloader")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    # The commands of that page have tests of their own.
+    [pytest.param(page, marks=pytest.mark.slow) if page.stem == "monosoup" else page for page in PAGES],
+    ids=[page.stem for page in PAGES],
+)
 def test_a_tutorial_runs_and_ends_in_its_picture(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -333,6 +333,7 @@ def test_ranks_share_the_batches(command: str, checkpoints: Path) -> None:
             torch.testing.assert_close(shared.layers[layer], value, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_error_on_several_ranks_is_said_once(checkpoints: Path) -> None:
     wrong = {**DIGITS, "init_args": {"shift": "melted"}}
     Path("options.yaml").write_text(yaml.safe_dump({"models": [entry("before", checkpoints)], "data": wrong}))

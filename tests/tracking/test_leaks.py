@@ -140,7 +140,7 @@ def repeated(module: pl.LightningModule, once: Callable[[], None]) -> list[Usage
     return seen
 
 
-@pytest.mark.parametrize("stage", ["validate", "test"])
+@pytest.mark.parametrize("stage", [pytest.param("validate", marks=pytest.mark.slow), "test"])
 def test_evaluations(tmp_path: Path, stage: str) -> None:
     module, callback = Quiet(), CKACallback(log_figures=False)
     run = trainer(tmp_path, callback)
@@ -190,6 +190,7 @@ class Failing(Quiet):
             raise ArithmeticError("The step has failed.")
 
 
+@pytest.mark.slow
 def test_fits_that_fail(tmp_path: Path, plain: list[Usage]) -> None:
     module = Failing()
 

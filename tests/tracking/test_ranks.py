@@ -220,7 +220,9 @@ def test_a_fit_has_the_same_history_on_every_rank(folder: Path, world_size: int)
         assert seen["num_calls"] == 0  # its weights are exchanged into the live model
 
 
-@pytest.mark.parametrize("strategy", ["ddp_fork", pytest.param("ddp_spawn", marks=pytest.mark.slow), "ddp"])
+@pytest.mark.parametrize(
+    "strategy", ["ddp_fork", *(pytest.param(each, marks=pytest.mark.slow) for each in ("ddp_spawn", "ddp"))]
+)
 def test_processes_that_lightning_starts(folder: Path, strategy: str) -> None:
     if strategy != "ddp_fork":  # which was forked with the others
         sync_worker.run_to_end(ranks_worker.__file__, folder, strategy, seconds=120)

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -11,3 +12,8 @@ torch.set_num_threads(1)
 # torch and transformers anew, for twice the time: they get a folder of their own to share it.
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
     os.environ.setdefault("PYTHONPYCACHEPREFIX", str(Path(__file__).parents[1] / ".pytest_cache" / "pycache"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first, so that no process waits for the other at the end."""
+    items.sort(key=lambda item: "tracking" not in item.path.parts)

@@ -115,7 +115,13 @@ class Quiet(Classifier):
 
 
 @pytest.mark.filterwarnings("ignore:Keeping the reference's features in bfloat16")  # either verdict will do
-@pytest.mark.parametrize(("options", "num_between"), [(name, 50 if name == "exact" else 10) for name in OPTIONS])
+@pytest.mark.parametrize(
+    ("options", "num_between"),
+    [
+        *((name, 20 if name == "exact" else 10) for name in OPTIONS),
+        pytest.param("exact", 50, marks=pytest.mark.slow),
+    ],
+)
 def test_epochs(tmp_path: Path, options: str, num_between: int) -> None:
     """The first ones make all that is made once."""
     num_epochs = 4 * num_between if options == "exact" else 6 * num_between

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
+LONG = ("monosoup", "where_finetuning_rewrites")
 PAGES = sorted(set(DOCS.glob("*.md")) - {DOCS / "how_it_works.md", DOCS / "sharded.md"})  # which have no code
 
 
 @pytest.mark.filterwarnings("ignore:The dataloader")
 @pytest.mark.parametrize(
     "page",
-    # The commands of that page have tests of their own.
-    [pytest.param(page, marks=pytest.mark.slow) if page.stem == "monosoup" else page for page in PAGES],
+    # What those pages show has tests of its own.
+    [pytest.param(page, marks=pytest.mark.slow) if page.stem in LONG else page for page in PAGES],
     ids=[page.stem for page in PAGES],
 )
 def test_a_tutorial_runs_and_ends_in_its_picture(

@@ -35,6 +35,7 @@ def above_bare(seen: dict[str, Any]) -> int:
     return int(seen["tracked"]["growth"] - seen["bare"]["growth"])
 
 
+@pytest.mark.slow
 def test_there_is_no_second_model() -> None:
     """Of 12 layers with 192 MiB of weights, a tenth, besides the features."""
     case = CASES["heavy"]

@@ -19,6 +19,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from lit_cka.analysis import Settings, compare
 
 
+def clock(device: str) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Turns:
     """A loader that runs a bare copy of a model on each of its batches, another model's at every pass.
 
@@ -27,27 +34,28 @@ class Turns:
         extra: seconds of bare forward passes alone, which only this benchmark takes.
     """
 
-    def __init__(self, loader: DataLoader[tuple[Tensor, ...]], models: list[nn.Module]) -> None:
-        self.loader, self.models = loader, copy.deepcopy(models)
+    def __init__(self, loader: DataLoader[tuple[Tensor, ...]], models: list[nn.Module], device: str) -> None:
+        self.loader, self.models, self.device = loader, copy.deepcopy(models), device
         self.bare = self.extra = 0.0
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         model = self.models.pop(0)
-        start = time.perf_counter()
+        start = clock(self.device)
         for index, batch in enumerate(self.loader):
-            self.bare += time.perf_counter() - start
+            batch = [tensor.to(self.device) for tensor in batch]
+            self.bare += clock(self.device) - start
             if index % 2:
                 self._forward(model, batch)
             yield batch
             if not index % 2:
                 self._forward(model, batch)
-            start = time.perf_counter()
+            start = clock(self.device)
 
     def _forward(self, model: nn.Module, batch: list[Tensor]) -> None:
-        start = time.perf_counter()
+        start = clock(self.device)
         with torch.no_grad():
             model(batch[0])
-        seconds = time.perf_counter() - start
+        seconds = clock(self.device) - start
         self.bare, self.extra = self.bare + seconds, self.extra + seconds
 
 
@@ -59,15 +67,17 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, nargs="+", default=[2, 9], help="for each size of images")
     args = parse(parser, {"samples": 64, "batch_size": 32, "image_sizes": [32], "repetitions": [1]})
     sizes = zip(args.image_sizes, args.repetitions, strict=True)
-    tables = [measure(args.samples, args.batch_size, image_size, number) for image_size, number in sizes]
+    name = "vit_tiny_patch16_224"
+    tables = [measure(name, args.samples, args.batch_size, image_size, number) for image_size, number in sizes]
     report("compare_models", args, tables)
 
 
-def measure(samples: int, batch_size: int, image_size: int, repetitions: int) -> Result:
+def measure(name: str, samples: int, batch_size: int, image_size: int, repetitions: int, device: str = "cpu") -> Result:
+    """Compare two of timm's models of this name, on random images."""
     models: list[nn.Module] = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        models.append(timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=image_size).eval())
+        models.append(timm.create_model(name, num_classes=10, img_size=image_size).eval().to(device))
     images = torch.randn(samples, 3, image_size, image_size, generator=torch.Generator().manual_seed(2))
     loader = DataLoader(TensorDataset(images), batch_size)
 
@@ -78,10 +88,11 @@ def measure(samples: int, batch_size: int, image_size: int, repetitions: int) ->
                     model(batch)
 
     def exact(turns: Turns) -> None:
-        compare(*models, turns, progress=False)
+        compare(*models, turns, device=device, progress=False)
 
     def minibatch(turns: Turns) -> None:
-        compare(*models, turns, settings=Settings(measure="minibatch_cka", batch_size=batch_size), progress=False)
+        settings = Settings(measure="minibatch_cka", batch_size=batch_size)
+        compare(*models, turns, settings=settings, device=device, progress=False)
 
     runs: dict[str, Callable[[Turns], None]] = {
         "both forward passes, again: the noise": bare,
@@ -91,20 +102,20 @@ def measure(samples: int, batch_size: int, image_size: int, repetitions: int) ->
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     ratios: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
-        run(Turns(DataLoader(TensorDataset(images[:batch_size]), batch_size), models))
+        run(Turns(DataLoader(TensorDataset(images[:batch_size]), batch_size), models, device))
     for _ in range(repetitions):
-        for name, run in runs.items():
-            turns = Turns(loader, models)
-            start = time.perf_counter()
+        for kind, run in runs.items():
+            turns = Turns(loader, models, device)
+            start = clock(device)
             run(turns)
-            seconds[name].append(time.perf_counter() - start - turns.extra)
-            ratios[name].append(seconds[name][-1] / turns.bare)
+            seconds[kind].append(clock(device) - start - turns.extra)
+            ratios[kind].append(seconds[kind][-1] / turns.bare)
     rows = [
-        [name, spread(seconds[name]), spread(ratios[name]), "<= 1.05" if name.startswith("compare") else None]
-        for name in runs
+        [kind, spread(seconds[kind]), spread(ratios[kind]), "<= 1.05" if kind.startswith("compare") else None]
+        for kind in runs
     ]
     return Result(
-        f"Two ViT-Tiny, {samples} images of {image_size} pixels in batches of {batch_size}",
+        f"Two {name}, {device}, {samples} images of {image_size} pixels in batches of {batch_size}",
         ["run", "seconds", "time / forward passes", "target"],
         rows,
         "Median (min - max; repetitions).",

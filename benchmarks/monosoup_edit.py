@@ -62,25 +62,20 @@ def svd_loop(W0: dict[str, Tensor], W1: dict[str, Tensor]) -> dict[str, dict[str
     return variants
 
 
-def main() -> None:
-    parser = new_parser(__doc__)
-    parser.add_argument("--model", default="ViT-B-32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repetitions", type=int, default=3)
-    args = parse(parser, {"model": "RN50", "repetitions": 1})
-
-    W0 = {name: value.to(args.device) for name, value in weights(args.model).items()}
-    W1 = {name: update(value.cpu()).to(args.device) for name, value in W0.items()}
+def measure(model_name: str, device: str, repetitions: int) -> Result:
+    """Edit by a loop and by `edit_state_dicts`, in turns."""
+    W0 = {name: value.to(device) for name, value in weights(model_name).items()}
+    W1 = {name: update(value.cpu()).to(device) for name, value in W0.items()}
     times: dict[str, list[float]] = {"full SVD of each parameter": [], "edit_state_dicts": []}
     worst = 0.0
-    for _ in range(args.repetitions):
+    for _ in range(repetitions):
         made = []
         for name in times:
             start = time.perf_counter()
             made.append(
                 svd_loop(W0, W1) if name.startswith("full") else edit_state_dicts(W0, W1, EditSettings()).variants
             )
-            if args.device != "cpu":
+            if device != "cpu":
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
         for variant in EDITED:
@@ -95,13 +90,21 @@ def main() -> None:
     loop = times["full SVD of each parameter"]
     rows = [[name, spread(values), ratios(loop, values)] for name, values in times.items()]
     num_parameters = sum(value.numel() for value in W1.values()) / 1e6
-    table = Result(
-        f"MonoSoup of {args.model} with a head, {num_parameters:.0f} M parameters, {args.device}",
+    return Result(
+        f"MonoSoup of {model_name} with a head, {num_parameters:.0f} M parameters, {device}",
         ["three variants by", "seconds", "times as fast as the loop"],
         rows,
         f"Median (min - max; repetitions). Largest relative difference of a weight between the two: {worst:.1e}.",
     )
-    report("monosoup_edit", args, [table])
+
+
+def main() -> None:
+    parser = new_parser(__doc__)
+    parser.add_argument("--model", default="ViT-B-32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repetitions", type=int, default=3)
+    args = parse(parser, {"model": "RN50", "repetitions": 1})
+    report("monosoup_edit", args, [measure(args.model, args.device, args.repetitions)])
 
 
 if __name__ == "__main__":

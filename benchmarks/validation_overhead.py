@@ -42,7 +42,12 @@ def measure(args: Any, variants: Sequence[str], epochs: int) -> list[Round]:
     loader = new_loader(args.model, args.samples, args.batch_size)
     fits = {
         variant: PacedFit(
-            args.device, network=shared_copy(network), loader=loader, epochs=epochs, callbacks=new_callbacks(variant)
+            args.device,
+            network=shared_copy(network),
+            loader=loader,
+            epochs=epochs,
+            callbacks=new_callbacks(variant),
+            precision=args.precision,
         )
         for variant in variants
     }
@@ -65,6 +70,7 @@ def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--model", choices=MODELS, default="vit_tiny")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", default="32-true", help="of the trainer, such as bf16-true")
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--fits", type=int, default=5, help="each has one recording")

@@ -28,7 +28,14 @@ IMAGE_MODELS = {
     "vit_b32": ("vit_base_patch32_224", 224),
     "vit_l14": ("vit_large_patch14_224", 224),
 }
-MODELS = (*IMAGE_MODELS, "llama_1b")
+# Sizes of Llamas.
+LANGUAGE_MODELS = {
+    "llama_1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+                 "num_key_value_heads": 8, "vocab_size": 128256},
+    "llama_tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+                   "num_key_value_heads": 2, "vocab_size": 1000},
+}  # fmt: skip
+MODELS = (*IMAGE_MODELS, *LANGUAGE_MODELS)
 
 
 def new_network(name: str) -> nn.Module:
@@ -40,10 +47,7 @@ def new_network(name: str) -> nn.Module:
         return timm.create_model(timm_name, num_classes=NUM_CLASSES, img_size=size)
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    config = LlamaConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-        num_attention_heads=32, num_key_value_heads=8, num_labels=NUM_CLASSES, pad_token_id=0,
-    )  # fmt: skip
+    config = LlamaConfig(**LANGUAGE_MODELS[name], num_labels=NUM_CLASSES, pad_token_id=0)
     return LlamaForSequenceClassification(config)
 
 
@@ -54,7 +58,7 @@ def new_loader(name: str, num_samples: int, batch_size: int) -> DataLoader[tuple
         size = IMAGE_MODELS[name][1]
         inputs = torch.randn(num_samples, 3, size, size, generator=generator)
     else:
-        inputs = torch.randint(1, 128256, (num_samples, NUM_TOKENS), generator=generator)
+        inputs = torch.randint(1, LANGUAGE_MODELS[name]["vocab_size"], (num_samples, NUM_TOKENS), generator=generator)
     labels = torch.randint(NUM_CLASSES, (num_samples,), generator=generator)
     return DataLoader(TensorDataset(inputs, labels), batch_size)
 
@@ -128,6 +132,8 @@ def fit(
     before_step: Callable[[], None] = lambda: None,
     device: str = "cpu",
     precision: Any = "32-true",
+    devices: int = 1,
+    strategy: Any = "auto",
 ) -> None:
     """A `fit` with one validation an epoch.
 
@@ -142,12 +148,15 @@ def fit(
         before_step: called before each of their steps.
         device: "cpu" or "cuda".
         precision: of the trainer.
+        devices: of the trainer.
+        strategy: of the trainer.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     trainer = pl.Trainer(
         accelerator="gpu" if device == "cuda" else device,
-        devices=1,
+        devices=devices,
+        strategy=strategy,
         max_epochs=epochs,
         precision=precision,
         limit_train_batches=1,

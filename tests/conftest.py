@@ -15,5 +15,11 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files that take longest first, so that no process waits for the other at the end."""
+    """Put the files that take longest first, so that no process waits for the other at the end; leave out what needs
+    a GPU where there is none.
+    """
     items.sort(key=lambda item: "tracking" not in item.path.parts)
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -14,10 +14,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from rich.console import Console
 from torch import nn
 from typing_extensions import override
 
 from lit_cka.checkpoints.state_dicts import load_into
+from lit_cka.editing.artifacts import print_results
 from lit_cka.editing.baselines import Baseline, baselines
 from lit_cka.editing.comparison import VariantComparison
 from lit_cka.editing.evaluation import sample_values
@@ -204,6 +206,8 @@ class MonoSoupEditor(pl.LightningModule):
 
     @override
     def on_test_start(self) -> None:
+        loop: Any = self.trainer.test_loop
+        self._prints, loop.verbose = loop.verbose, False  # one compact table in place of Lightning's of all numbers
         self._sets = loaded_sets(self.trainer)
         variants = list(self.edited.variants)
         compared = [name for name in variants[1:] if not name.startswith("wise_ft")]
@@ -258,6 +262,8 @@ class MonoSoupEditor(pl.LightningModule):
     @override
     def on_test_end(self) -> None:
         self._extractor = self._placement = None
+        if self._prints and self.trainer.is_global_zero and self.results is not None:
+            print_results(self.results, self.edited.records, Console(soft_wrap=True, highlight=False))
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -185,6 +185,18 @@ def test_all_numbers_are_logged(tmp_path: Path) -> None:
     assert "few/wise_ft_0.5/cka_mean" not in logged
 
 
+@pytest.mark.parametrize("verbose", [True, False])
+def test_one_table_is_printed(tmp_path: Path, verbose: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row per variant, where Lightning's has a row per number; none where none is wanted."""
+    editor, run = MonoSoupEditor(*models()), trainer(tmp_path)
+    returned = run.test(editor, Sets(), verbose=verbose)
+    printed = capsys.readouterr().out
+    assert len(returned[0]) > 20
+    assert [printed.count(f"│ {variant} ") for variant in VARIANTS] == [int(verbose)] * 5
+    assert "calibration_error" not in printed
+    assert len(printed.splitlines()) < 20
+
+
 @pytest.mark.parametrize("batch_sizes", [[50], [7, 1, 42], [1] * 50])
 def test_calibration_error_of_sums_is_torchmetrics(batch_sizes: list[int]) -> None:
     """Over-confident logits, spread over many of the bins, with confidences at both ends."""

@@ -228,7 +228,7 @@ def test_sets_in_files(tmp_path: Path) -> None:
             assert torch.equal(outputs(module), expected[key])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @BOTH_MODES
 def test_sets_of_another_device(copies: bool) -> None:
     module, sets = network().cuda(), some_sets()

@@ -388,7 +388,7 @@ def test_a_named_device_changes_nothing_on_it() -> None:
     assert_same(edit(W0, W1, device="cpu", progress=True), edit(W0, W1))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_edits_on_a_gpu() -> None:
     W0, W1 = models()
     there, here = edit(W0, W1, device="cuda"), edit(W0, W1)

@@ -16,7 +16,7 @@ def test_a_device_that_is_not(device: str) -> None:
         usable_device(device)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for rank in range(2 * torch.cuda.device_count()):
         monkeypatch.setenv("LOCAL_RANK", str(rank))

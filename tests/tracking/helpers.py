@@ -91,16 +91,17 @@ def train_loader(batch_size: int = 8) -> DataLoader:
 
 
 def trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    """A Trainer on the CPU that writes below `folder`; quiet, without a logger or checkpoints unless asked for."""
+    """A Trainer, on the CPU unless told otherwise, that writes below `folder`; quiet, without a logger or checkpoints unless asked for."""
     defaults: dict[str, Any] = {
         "max_epochs": 2,
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
+        "accelerator": "cpu",
         "devices": 1,
     }
-    return pl.Trainer(default_root_dir=folder, accelerator="cpu", callbacks=list(callbacks), **{**defaults, **options})
+    return pl.Trainer(default_root_dir=folder, callbacks=list(callbacks), **{**defaults, **options})
 
 
 class Keeper(pl.Callback):

@@ -91,7 +91,7 @@ def train_loader(batch_size: int = 8) -> DataLoader:
 
 
 def trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    """A Trainer, on the CPU unless told otherwise, that writes below `folder`; quiet, without a logger or checkpoints unless asked for."""
+    """A Trainer that writes below `folder`; on the CPU, quiet, without a logger or checkpoints unless asked for."""
     defaults: dict[str, Any] = {
         "max_epochs": 2,
         "logger": False,

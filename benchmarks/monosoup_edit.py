@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lit_cka.editing.parameter import EditSettings
 from lit_cka.editing.weights import edit_state_dicts
-from lit_cka.functional.spectral import coefficients, split_rank
+from lit_cka.functional.rank_rules import split_rank
+from lit_cka.functional.spectral import coefficients
 
 EDITED = ("monosoup", "highonly", "lowonly")
 

@@ -10,7 +10,7 @@ from lit_cka.commands.parsing import Parser
 from lit_cka.editing.artifacts import describe_edit
 from lit_cka.editing.files import edit_files
 from lit_cka.editing.parameter import EDITED, EditSettings, ParameterRecord
-from lit_cka.functional.spectral import RULES
+from lit_cka.functional.rank_rules import RULES
 
 
 def parser() -> Parser:

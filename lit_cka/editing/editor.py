@@ -34,7 +34,7 @@ from lit_cka.features.extractor import FeatureExtractor
 from lit_cka.features.layers import Layers, select_layers
 from lit_cka.features.lightning_private import attached_trainer
 from lit_cka.features.pooling import Pooling, parse_pooling
-from lit_cka.functional.spectral import RankRule
+from lit_cka.functional.rank_rules import RankRule
 from lit_cka.tracking.dataloaders import num_first_samples
 
 

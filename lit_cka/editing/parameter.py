@@ -9,7 +9,8 @@ from typing import TypeAlias, TypedDict
 import torch
 from torch import Tensor
 
-from lit_cka.functional.spectral import RankRule, check_rule, spectral_split
+from lit_cka.functional.rank_rules import RankRule, check_rule
+from lit_cka.functional.spectral import spectral_split
 
 VARIANTS = ("pretrained", "finetuned", "monosoup", "highonly", "lowonly")
 EDITED = VARIANTS[2:]

@@ -7,7 +7,8 @@ and the products of a few hundred terms at a time are added up in float64.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import threading
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ _BLOCK = 2**21  # elements of a product in float32 at a time: 8 MiB
 _SQUARE = 96  # features, of a block of a symmetric product: smaller ones would take longer
 _FULL = ("none", "ieee")  # the precisions in which float32 is float32
 _MATMULS = (("cuda", "matmul"), ("mkldnn", "matmul"))
+_HAS_SETTINGS = hasattr(torch._C, "_get_fp32_precision_getter")  # from torch 2.9 on
 
 
 def has_fast_float64(device: torch.device | str) -> bool:
@@ -121,30 +123,48 @@ class FullFloat32:
 
     Where the user has set a lower precision, the setting is changed for the duration and put back as it was, also
     whether a backend followed that of all. It is one of the process: a product of another thread
-    would be computed in full too.
+    would be computed in full too. Several threads may be in it, and leave it in any order.
     """
+
+    _lock = threading.Lock()
+    _num_active = 0
+    _before: ClassVar[list[tuple[str, str, str]]] = []
+    _legacy: ClassVar[str] = "highest"  # before torch 2.9
 
     def __init__(self, device_type: str) -> None:
         self._autocast = torch.autocast(device_type, enabled=False)
-        self._before: list[tuple[str, str, str]] = []
 
     def __enter__(self) -> None:
         self._autocast.__enter__()
-        if hasattr(torch._C, "_get_fp32_precision_getter"):
-            reduced = [matmul for matmul in _MATMULS if _effective(*matmul) not in _FULL]
-            self._before = [(*matmul, _setting(*matmul)) for matmul in reduced]
-            for matmul in reduced:
-                _set(*matmul, "ieee")
-        else:  # torch before 2.9
-            self._legacy: Any = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")
+        with FullFloat32._lock:
+            FullFloat32._num_active += 1
+            if FullFloat32._num_active == 1:
+                FullFloat32._start()
 
     def __exit__(self, *error: Any) -> None:
-        for setting in self._before:
-            _set(*setting)
-        if not hasattr(torch._C, "_get_fp32_precision_getter"):
-            torch.set_float32_matmul_precision(self._legacy)
+        with FullFloat32._lock:
+            FullFloat32._num_active -= 1
+            if FullFloat32._num_active == 0:
+                FullFloat32._stop()
         self._autocast.__exit__(*error)
+
+    @classmethod
+    def _start(cls) -> None:
+        if _HAS_SETTINGS:
+            reduced = [matmul for matmul in _MATMULS if _effective(*matmul) not in _FULL]
+            cls._before = [(*matmul, _setting(*matmul)) for matmul in reduced]
+            for matmul in reduced:
+                _set(*matmul, "ieee")
+        else:
+            cls._legacy = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+
+    @classmethod
+    def _stop(cls) -> None:
+        for setting in cls._before:
+            _set(*setting)
+        if not _HAS_SETTINGS:
+            torch.set_float32_matmul_precision(cls._legacy)
 
 
 # What is behind `torch.backends.<backend>.<operation>.fp32_precision`, which does not give away all of it.

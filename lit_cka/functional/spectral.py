@@ -8,30 +8,34 @@ Abdollahpoorrostam et al. 2026, "Model soups need only one ingredient" (arXiv 26
     W = W0 + lambda_high Delta_high + lambda_low Delta_low
 
 Only the singular values and the projector on the first `k` directions are needed. Both come from the eigenvectors `Q`
-of the smaller Gram matrix, `G = Delta Delta'` or `Delta' Delta`, in float64: `Delta_high = Q_k Q_k' Delta`.
+of the smaller Gram matrix, `G = Delta Delta'` or `Delta' Delta`: `Delta_high = Q_k Q_k' Delta`. They are computed in
+float32 where that changes neither `k` nor the weights by more than 3e-6 (see `float32_spectrum`), else in float64.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lit_cka.functional.arrays import takes_arrays
+from lit_cka.functional.float32_spectrum import SMALLEST, errors_by, float32_spectrum, sharpened
+from lit_cka.functional.precision import FullFloat32
+from lit_cka.functional.rank_rules import (
+    RULES,
+    RankRule,
+    check_rule,
+    is_energy_doubtful,
+    is_rank_doubtful,
+    split_rank,
+)
 from lit_cka.functional.update_gram import as_matrix, chunks, gram_of_update, narrowed, update
 
-RankRule: TypeAlias = Literal["effective_rank", "freevariance", "vetterli", "energy", "variance"]
-RULES: dict[str, str] = {
-    "effective_rank": "effective_rank",
-    "freevariance": "effective_rank",
-    "vetterli": "effective_rank",
-    "energy": "energy",
-    "variance": "energy",
-}
-_TIE = 1e-9  # an effective rank this close above a whole number is that number: rounding put it there
+_TOLERANCE = 3e-6  # of edited weights, relative
+_TINY = 1e-20  # squares of an update that float32 has room for are between this and its inverse
 
 
 class Coefficients(NamedTuple):
@@ -41,38 +45,6 @@ class Coefficients(NamedTuple):
     rho: float
     lambda_high: float
     lambda_low: float
-
-
-def check_rule(rule: str, R: float) -> None:
-    """Raise a ValueError unless `rule` is known and `R` is a share of the energy."""
-    if rule not in RULES:
-        raise ValueError(f"Expected `rule` to be one of {', '.join(map(repr, RULES))}, but got {rule!r}.")
-    if not 0 < R <= 1:
-        raise ValueError(f"Expected `R`, a share of the energy, to be in (0, 1], but got {R}.")
-
-
-@takes_arrays
-def split_rank(singular_values: Tensor, rule: RankRule = "effective_rank", R: float = 0.9) -> int:
-    """Returns how many singular values make up the high part of an update.
-
-        effective_rank   ceil(exp(H)), H = -sum p_i log p_i, p_i = s_i / sum s  (Roy & Vetterli 2007)
-        energy           the smallest k with sum_{i<=k} s_i^2 >= R sum s_i^2
-
-    Args:
-        singular_values: (m,), descending, not all zero.
-        rule: "effective_rank" (alias "freevariance", "vetterli") or "energy" (alias "variance").
-        R: share of the energy, in (0, 1]; for "energy" alone.
-
-    Returns:
-        k, from 1 to m.
-    """
-    check_rule(rule, R)
-    s = singular_values.detach().to(torch.float64)
-    if RULES[rule] == "energy":
-        energies = s.square().cumsum(0)
-        return min(int((energies < R * (1 - 1e-12) * energies[-1]).sum().item()) + 1, len(s))
-    effective_rank = math.exp(torch.special.entr(s / s.sum()).sum().item())
-    return min(max(math.ceil(effective_rank * (1 - _TIE)), 1), len(s))
 
 
 def coefficients(singular_values: Tensor, k: int) -> Coefficients:
@@ -115,7 +87,8 @@ class SpectralSplit(NamedTuple):
         for start, stop in chunks(as_matrix(W1), self.rows):
             w0, w1 = (narrowed(as_matrix(W), start, stop, self.rows).to(dtype) for W in (W0, W1))
             delta = (w1 - w0).contiguous()  # whose products are the same bits then, however the weights lie in memory
-            part = basis @ (basis.T @ delta) if self.rows else (delta @ basis) @ basis.T
+            with FullFloat32(W1.device.type):
+                part = basis @ (basis.T @ delta) if self.rows else (delta @ basis) @ basis.T
             for target, (high, low) in zip(flat, weights, strict=True):
                 outside, inside = (high, low) if self.complement else (low, high)  # of what `basis` spans
                 into = narrowed(target, start, stop, self.rows)
@@ -155,6 +128,11 @@ def spectral_split(
     check_rule(rule, R)
     _check_weights(W0, W1)
     rows = len(W1) <= W1[0].numel()
+    small = len(W1) if rows else W1[0].numel()
+    if small >= SMALLEST and torch.float64 not in (W0.dtype, W1.dtype):
+        split = _split_in_float32(W0, W1, rows, rule, R, min_rel_update)
+        if split is not None:
+            return split
     gram, norm = gram_of_update(W0, W1, rows)
     total = gram.trace().item()
     if not (math.isfinite(total) and math.isfinite(norm)):
@@ -164,12 +142,48 @@ def spectral_split(
         return change
     eigenvalues, Q = torch.linalg.eigh(gram)  # ascending
     s = eigenvalues.flip(0).clamp_min(0).sqrt()
-    if RULES[rule] == "effective_rank" and _is_doubtful(s):
+    # An eigenvalue is right to about `eps s_1^2 sqrt(m)`, so that a singular value far below `s_1` is not.
+    noise = 4 * torch.finfo(torch.float64).eps * math.sqrt(len(s)) * float(s[0]) ** 2
+    if RULES[rule] == "effective_rank" and is_rank_doubtful(s, errors_by(noise, s)):
         s = torch.linalg.svdvals(update(W0, W1))
-    k = split_rank(s, rule, R)
+    return _split(s, Q, split_rank(s, rule, R), change, rows)
+
+
+def _split(s: Tensor, Q: Tensor, k: int, change: float, rows: bool) -> SpectralSplit:
     complement = 2 * k > len(s)
     basis = Q[:, : len(s) - k] if complement else Q[:, len(s) - k :]
     return SpectralSplit(k, len(s), coefficients(s, k), change, basis.contiguous(), rows, complement)
+
+
+def _split_in_float32(
+    W0: Tensor, W1: Tensor, rows: bool, rule: RankRule, R: float, min_rel_update: float
+) -> SpectralSplit | float | None:
+    """Returns the split by sums in float32; None where float64 could give another `k`, or weights that differ by more
+    than `_TOLERANCE`.
+    """
+    with FullFloat32(W1.device.type):
+        gram, norm = gram_of_update(W0, W1, rows, torch.float32)
+        total = gram.trace().item()
+        if not (_TINY < total < 1 / _TINY and _TINY < norm < math.inf):
+            return None
+        change = math.sqrt(total / norm)
+        if change < min_rel_update:
+            return change
+        spectrum = float32_spectrum(gram)
+    if spectrum is None:
+        return None
+    s = spectrum.singular_values
+    k = split_rank(s, rule, R)
+    if RULES[rule] == "energy":
+        is_doubtful = is_energy_doubtful(s, k, R, float(spectrum.energy_errors.sum()))
+    else:
+        is_doubtful = is_rank_doubtful(s, spectrum.errors)
+    tail, slack = (
+        float(each[k:].sum()) / total for each in (s.square(), spectrum.energy_errors)
+    )  # lambda has the root
+    is_doubtful = is_doubtful or min(slack / (2 * math.sqrt(max(tail, 1e-300))), math.sqrt(slack)) > _TOLERANCE
+    vectors = None if is_doubtful else sharpened(spectrum, k, _TOLERANCE / change)
+    return None if vectors is None else _split(s, vectors, k, change, rows)
 
 
 @takes_arrays
@@ -207,21 +221,6 @@ def low_rank_split(
     rows = len(B) <= A.shape[1]
     basis = (Q_B @ U if rows else Q_A @ Vh.T)[:, :k]
     return SpectralSplit(k, len(s), coefficients(s, k), change, basis.contiguous(), rows, complement=False)
-
-
-def _is_doubtful(s: Tensor) -> bool:
-    """Returns whether what rounding in the Gram matrix does to small singular values could change the effective rank.
-
-    An eigenvalue is right to about `eps s_1^2 sqrt(m)`, so that a singular value far below `s_1` is not.
-    """
-    noise = 4 * torch.finfo(torch.float64).eps * math.sqrt(len(s)) * s[0].square()
-    error = torch.minimum(noise / (2 * s.clamp_min(1e-300)), noise.sqrt())
-    p, slack = s / s.sum(), error / s.sum()
-    # dH/dp_i = -log p_i + const; below, p log p grows at most as fast as at the slack itself.
-    doubt = (slack * (1 - torch.log(torch.maximum(p, slack).clamp_min(1e-300)))).sum().item()
-    effective_rank = math.exp(torch.special.entr(p).sum().item())
-    low, high = effective_rank * math.exp(-doubt), effective_rank * math.exp(doubt)
-    return math.ceil(low * (1 - _TIE)) != math.ceil(high * (1 - _TIE))
 
 
 def _dtype(W: Tensor) -> torch.dtype:

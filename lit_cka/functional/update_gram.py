@@ -25,8 +25,11 @@ def update(W0: Tensor, W1: Tensor) -> Tensor:
     return as_matrix(W1).to(torch.float64) - as_matrix(W0).to(torch.float64)
 
 
-def gram_of_update(W0: Tensor, W1: Tensor, rows: bool) -> tuple[Tensor, float]:
-    """Returns the Gram matrix of the update, its lower triangle, and `||W0||_F^2`, in float64."""
+def gram_of_update(W0: Tensor, W1: Tensor, rows: bool, products: torch.dtype = torch.float64) -> tuple[Tensor, float]:
+    """Returns the Gram matrix of the update, its lower triangle, and `||W0||_F^2`, in float64.
+
+    Products of a part are summed up in the dtype of `products`, and those of all parts in float64.
+    """
     matrix = as_matrix(W1)
     size = len(matrix) if rows else matrix.shape[1]
     edges = [size * block // _NUM_BLOCKS for block in range(_NUM_BLOCKS + 1)]
@@ -35,12 +38,13 @@ def gram_of_update(W0: Tensor, W1: Tensor, rows: bool) -> tuple[Tensor, float]:
     for start, stop in chunks(matrix, rows):
         w0, w1 = (narrowed(as_matrix(W), start, stop, rows) for W in (W0, W1))
         norm += torch.linalg.vector_norm(w0, dtype=torch.float64).square()
-        delta = (w1.to(torch.float64) - w0).contiguous()
+        delta = (w1.to(products) - w0.to(products)).contiguous()
         columns = delta.T if rows else delta  # (chunk, size)
         # Block by block below the diagonal, which is all that `eigh` reads.
         for block in range(_NUM_BLOCKS):
             first, last = edges[block], edges[block + 1]
-            gram[first:last, :last].addmm_(columns[:, first:last].T, columns[:, :last])
+            target, left, right = gram[first:last, :last], columns[:, first:last].T, columns[:, :last]
+            target.addmm_(left, right) if products == gram.dtype else target.add_(left @ right)
     return gram, norm.item()
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lit_cka.editing.parameter import EDITED, VARIANTS, EditSettings, ParameterRecord, edit_cost, edit_parameter
 from lit_cka.editing.placement import FileBacked
 from lit_cka.editing.weights import EditedModel, edit_state_dicts
-from lit_cka.functional.spectral import RankRule
+from lit_cka.functional.rank_rules import RankRule
 from lit_cka.parallel.sharing import one_thread_each, share_out
 from tests import oracles, sync_worker
 from tests.editing import edit_worker

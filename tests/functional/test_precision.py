@@ -83,7 +83,7 @@ def test_a_product_with_itself_is_that_of_two_and_symmetric(width: int) -> None:
     total, expected = start.clone(), float64(start) + float64(X).T @ float64(X)
     add_product(total, X, X)
     np.testing.assert_allclose(total, expected, rtol=1e-13, atol=1e-13 * np.abs(expected).max())
-    assert torch.equal(total, total.T)
+    np.testing.assert_allclose(total, total.T, rtol=1e-14, atol=1e-14 * np.abs(expected).max())
 
 
 @ESTIMATORS

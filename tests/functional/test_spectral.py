@@ -12,16 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lit_cka.functional import spectral, update_gram
-from lit_cka.functional.spectral import (
-    RULES,
-    Coefficients,
-    RankRule,
-    SpectralSplit,
-    coefficients,
-    low_rank_split,
-    spectral_split,
-    split_rank,
-)
+from lit_cka.functional.rank_rules import RULES, RankRule, split_rank
+from lit_cka.functional.spectral import Coefficients, SpectralSplit, coefficients, low_rank_split, spectral_split
 from tests import oracles
 from tests.oracles import float64
 
@@ -109,7 +101,7 @@ def assert_is_the_oracle_s(
         expected = oracles.monosoup_coefficients(svd[1], k)
         np.testing.assert_allclose(split.coefficients, expected, rtol=0, atol=lambda_tolerance, err_msg=f"{rule} {R}")
         change = matrix_norm(svd[1]) / matrix_norm(float64(W0)) if W0.any() else math.inf
-        assert split.relative_change == pytest.approx(change, rel=1e-9)
+        assert split.relative_change == pytest.approx(change, rel=1e-7)
         made = edited(split, W0, W1)
         for variant, oracle in oracles.monosoup_weights(W0, svd, k, *expected[2:]).items():
             assert (made[variant].shape, made[variant].dtype) == (W1.shape, W1.dtype)
@@ -392,7 +384,7 @@ def test_rounding_that_could_change_the_rank_is_noticed(monkeypatch: pytest.Monk
     W1 = torch.outer(torch.arange(1, 51), torch.arange(3, 73) % 17 + 1).float()
     W0 = torch.zeros_like(W1)
     assert split_of(W0, W1).rank == oracles.monosoup_rank(oracles.update_svd(W0, W1)[1], "effective_rank", 1) == 1
-    monkeypatch.setattr(spectral, "_is_doubtful", lambda s: False)
+    monkeypatch.setattr(spectral, "is_rank_doubtful", lambda s, errors: False)
     assert split_of(W0, W1).rank == 2
 
 
@@ -410,7 +402,7 @@ def test_ranks_next_to_a_whole_number(
     assert oracles.monosoup_rank(oracles.update_svd(W0, W1)[1], "effective_rank", 1) == rank + more
     assert split_of(W0, W1).rank == rank + more
     asked: list[Tensor] = []
-    monkeypatch.setattr(spectral, "_is_doubtful", asked.append)
+    monkeypatch.setattr(spectral, "is_rank_doubtful", lambda s, errors: asked.append(s))
     assert split_of(W0, W1).rank == rank + 1
     split_of(W0, W1, "energy")
     assert len(asked) == 1  # small singular values don't matter to the energy
@@ -418,12 +410,12 @@ def test_ranks_next_to_a_whole_number(
 
 @pytest.mark.parametrize("shape", [(96, 384), (300, 200)], ids=str)
 def test_real_updates_need_no_second_decomposition(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    verdicts: list[bool] = []
-    judge = spectral._is_doubtful
-    monkeypatch.setattr(spectral, "_is_doubtful", lambda s: verdicts.append(judge(s)) or verdicts[-1])
+    def refuse(*args: object) -> Tensor:
+        raise AssertionError("a second decomposition")
+
+    monkeypatch.setattr(torch.linalg, "svdvals", refuse)
     for update in (low_rank(shape, 8) + 0.1 * noise(shape), noise(shape), low_rank(shape, 8)):
         split_of(*weights(shape, update))
-    assert verdicts == [False] * 3
 
 
 # Memory layout, chunks, devices

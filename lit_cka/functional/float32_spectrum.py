@@ -1,0 +1,128 @@
+"""Eigenvectors of an update's Gram matrix in float32, where they are as good as those in float64: `float32_spectrum`.
+
+LAPACK's error is about `eps` times the largest eigenvalue, whatever the others are, and a fine-tuned weight has a few
+directions with hundreds of times the energy of the rest. So these are found first, in float64, by subspace iteration
+(Halko et al. 2011), and their eigenvalues are lowered to the next one. That changes neither the eigenvectors nor the
+order, and leaves float32 all its digits for the rest. What could still be wrong is estimated, and where it matters
+there is no result: float64 is to be asked then.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EPS = torch.finfo(torch.float32).eps
+SMALLEST = 128  # rows: below, float64 takes no longer
+_BLOCK = 24  # directions that are looked for
+_STEPS = 3
+_WINDOW = 64  # directions on either side of a cut that are told apart in float64
+_CONVERGED = 1e-8  # of a direction's residual, relative to the first eigenvalue that stays as it is
+
+
+class Spectrum(NamedTuple):
+    """Singular values of an update, and the eigenvectors of its Gram matrix."""
+
+    singular_values: Tensor  # (m,), descending, float64
+    vectors: Tensor  # (m, m), columns in ascending order of the singular values, as `torch.linalg.eigh` has them
+    gram: Tensor  # (m, m), float64, with these eigenvectors, and the large eigenvalues lowered
+    num_lowered: int
+    errors: Tensor  # (m,), how far each singular value may be off
+    mixing: tuple[float, float]  # entries of an error of the Gram matrix: LAPACK's, and that of its sums
+
+    @property
+    def energy_errors(self) -> Tensor:
+        """(m,), how far each squared singular value may be off."""
+        return (2 * self.singular_values + self.errors) * self.errors
+
+
+def float32_spectrum(gram: Tensor) -> Spectrum | None:
+    """Returns the spectrum of a Gram matrix; None where its large eigenvalues could not be told from the rest.
+
+    Args:
+        gram: (m, m), float64, of which the lower triangle counts; it is overwritten.
+    """
+    symmetric = torch.tril(gram, -1)
+    symmetric += symmetric.T.clone()
+    symmetric.diagonal().copy_(gram.diagonal())
+    values, vectors, level = _leading(symmetric)
+    number = len(values)
+    ceiling = 2 * level  # above all that stays as it is, of which `level` is an estimate from below
+    if number:
+        symmetric.addmm_(vectors * (ceiling - values), vectors.T)
+    scale = level.clamp_min(torch.finfo(torch.float64).tiny)
+    eigenvalues, Q = torch.linalg.eigh((symmetric / scale).to(torch.float32))
+    rest = eigenvalues.flip(0)[number:].to(torch.float64).clamp_min(0) * scale
+    if number:
+        Q[:, -number:] = vectors.flip(1).to(torch.float32)
+        if not float(rest[0]) < 1.5 * float(level):
+            return None
+    squares = torch.cat([values, rest])
+    largest, next_one = float(squares[0]), float(rest[0])
+    # Of LAPACK, and of the sums in the Gram matrix. All factors are by trials, on spectra of many kinds, with a margin.
+    noise, mixing = EPS * (3 * next_one + 0.1 * largest), (EPS * 0.4 * next_one, EPS * 0.01 * largest)
+    s = squares.sqrt()
+    errors = errors_by(noise, s)
+    # Those of most values cancel out, but for a fifth at most; those of values below the noise don't.
+    errors = torch.where(squares > 10 * noise, errors / 5, errors)
+    return Spectrum(s, Q, symmetric, number, errors, mixing)
+
+
+def errors_by(noise: float, singular_values: Tensor) -> Tensor:
+    """Returns how far off singular values may be if their squares are off by `noise`."""
+    return torch.minimum(noise / (2 * singular_values.clamp_min(1e-300)), singular_values.new_tensor(noise).sqrt())
+
+
+def _leading(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns eigenvalues and eigenvectors that stand out, descending, and the eigenvalue that follows them."""
+    size = len(gram)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(size, _BLOCK, generator=generator, dtype=torch.float64).to(gram.device)
+    basis = torch.linalg.qr(start).Q
+    for _ in range(_STEPS):
+        basis = torch.linalg.qr(gram @ (gram @ basis)).Q
+    image = gram @ basis
+    values, turn = torch.linalg.eigh(basis.T @ image)
+    values, turn = values.flip(0), turn.flip(1)
+    basis, image = basis @ turn, image @ turn
+    residuals = torch.linalg.vector_norm(image - basis * values, dim=0)
+    # The eigenvalue that follows is known about as well as it has to be.
+    is_found = (residuals[:-1] <= _CONVERGED * values[1:].clamp_min(0)).to(torch.int64).cumprod(0)
+    number = int(is_found.sum())
+    return values[:number], basis[:, :number], values[number].clamp_min(0)
+
+
+def sharpened(spectrum: Spectrum, k: int, tolerance: float) -> Tensor | None:
+    """Returns the eigenvectors with those around the `k`-th told apart in float64, by their Rayleigh quotients.
+
+    Args:
+        spectrum: of an update.
+        k: where it is cut.
+        tolerance: how far the part of the update in its first `k` directions may be off, relative to all of it.
+
+    Returns:
+        (m, m); None if it may be off by more. A perturbation of the Gram matrix turns a direction towards another by
+        its entry for the two over the difference of their eigenvalues (Davis & Kahan 1970), which is for directions
+        farther apart.
+    """
+    squares, vectors = spectrum.singular_values.square(), spectrum.vectors
+    size = len(squares)
+    if k == size:
+        return vectors
+    first, last = max(k - _WINDOW, spectrum.num_lowered), min(k + _WINDOW, size)
+    of_lapack, of_sums = spectrum.mixing
+    entries = torch.full((k, size - k), of_lapack + of_sums, dtype=torch.float64, device=squares.device)
+    entries[first:, : last - k] = of_sums
+    angles = entries / (squares[:k, None] - squares[None, k:]).clamp_min(1e-300)
+    error = (angles.square().clamp_max(1.0) * (squares[:k, None] + squares[None, k:])).sum()
+    if not error <= tolerance**2 * squares.sum():
+        return None
+    if k <= spectrum.num_lowered:
+        return vectors  # those were found in float64
+    columns = slice(size - last, size - first)
+    basis = torch.linalg.qr(vectors[:, columns].to(torch.float64)).Q
+    turn = torch.linalg.eigh(basis.T @ (spectrum.gram @ basis)).eigenvectors
+    vectors[:, columns] = (basis @ turn).to(torch.float32)
+    return vectors

@@ -99,10 +99,15 @@ def _rename_file(source: Path, target: Path) -> None:
         os.unlink(source)
 
 
+def existing_part(folder: str | os.PathLike[str]) -> Path:
+    """Returns the nearest folder above, or this one, that there is; or what is in its place."""
+    path = Path(folder).absolute()
+    return next(each for each in (path, *path.parents) if os.path.lexists(each))
+
+
 def require_writable(option: str, folder: str | os.PathLike[str]) -> None:
     """Raise a ValueError if there can't be a folder to write to, rather now than after all the work."""
-    path = Path(folder).absolute()
-    above = next(each for each in (path, *path.parents) if os.path.lexists(each))
+    path, above = Path(folder).absolute(), existing_part(folder)
     if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
         below = "" if path == above else f" in {str(above)!r}, which can not"
         raise ValueError(f"Expected `{option}` to be a folder that can be written to, but got {str(folder)!r}{below}.")

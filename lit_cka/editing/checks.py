@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from lit_cka.checkpoints.pickles import Weights
-from lit_cka.files import require_writable
+from lit_cka.files import existing_part, require_writable
 
 _SHOWN = 10  # differing tensors
 
@@ -23,7 +24,11 @@ def difference_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -
 
 
 def check_output(output: Path, W0: Weights, W1: Weights) -> None:
-    """Raise a ValueError if the output is in the way of an input, is of another format, or can't be written."""
+    """Raise a ValueError if the output is in the way of an input, is of another format, or can't be written.
+
+    Raises:
+        PermissionError: if there is no right to write it.
+    """
     place = _real(output)
     for weights in (W0, W1):
         source = _real(weights.path)
@@ -36,6 +41,9 @@ def check_output(output: Path, W0: Weights, W1: Weights) -> None:
             f"Expected `output` to be of the format of the fine-tuned model, {W1.path.suffix or 'a state dict'}, "
             f"but got {output.name!r}."
         )
+    folder = existing_part(output.parent)
+    if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(output))
     require_writable("output", output.parent)
 
 

@@ -143,7 +143,7 @@ class TextDataModule(PartsDataModule):
             from datasets import load_dataset
         except ImportError as error:
             raise ImportError("Loading a dataset by name takes datasets: pip install 'lit-cka[hub]'.") from error
-        rows = load_dataset(self.dataset, split=source)
+        rows = load_dataset(self.dataset, split=source, trust_remote_code=False)
         return _labelled(rows, f"{self.dataset} {source}", self.text_column, self.label_column)
 
     @override

@@ -186,7 +186,9 @@ def shards_in_index(index: Path) -> dict[str, str]:
 
 def _is_plain(name: str) -> bool:
     """Returns whether it can't be but the name of a file in the very folder: no path, no address."""
-    return name.isprintable() and name not in ("", ".", "..") and not any(letter in name for letter in "/\\:")
+    if not name.isprintable() or len(name.encode()) > 255:
+        return False
+    return name not in ("", ".", "..") and not any(letter in name for letter in "/\\:")
 
 
 def _counting(name: str) -> list[str | int]:

@@ -42,7 +42,11 @@ def _labelled(rows: Sequence[Any], source: str, text_column: str, label_column: 
     for number, row in enumerate(rows):
         try:
             labelled.append((str(row[text_column]), int(row[label_column])))
-        except (TypeError, ValueError) as error:
+        except KeyError as error:
+            raise ValueError(
+                f"Expected a column {error.args[0]!r}, but row {number} of {source!r} has none."
+            ) from error
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"Expected labels to be whole numbers from 0 on, but row {number} of {source!r} has "
                 f"{row[label_column]!r}."

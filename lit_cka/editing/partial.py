@@ -90,7 +90,7 @@ class PartialOutput:
                 try:
                     record = cast(ParameterRecord, json.loads(line))
                     records[record["name"]] = record
-                except (ValueError, TypeError, KeyError):
+                except (ValueError, TypeError, KeyError, RecursionError):
                     continue  # the line that was being written when the process was killed
         return records
 
@@ -141,11 +141,22 @@ class PartialOutput:
             note = json.loads(path.read_bytes()) if path.is_file() and not self.folder.is_symlink() else None
         except (OSError, ValueError, RecursionError):
             return {}
-        return note if isinstance(note, dict) and note.get("format") == _FORMAT else {}
+        if not isinstance(note, dict) or note.get("format") != _FORMAT or not _is_of_whole(note.get("whole")):
+            return {}
+        return note
 
     def _write_note(self, whole: Mapping[str, Any] | None) -> None:
         note = {"format": _FORMAT, "job": self._job, "whole": whole}
         write_bytes(self.folder / _NOTE, json.dumps(note).encode(), durable=True)
+
+
+def _is_of_whole(value: Any) -> bool:
+    if value is None:
+        return True
+    records = value.get("records") if isinstance(value, dict) and isinstance(value.get("identity"), list) else None
+    return isinstance(records, list) and all(
+        isinstance(each, dict) and isinstance(each.get("name"), str) for each in records
+    )
 
 
 def _identity(path: Path) -> list[int] | None:

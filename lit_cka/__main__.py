@@ -8,6 +8,7 @@ from importlib import import_module
 
 import lit_cka
 from lit_cka.commands.messages import USAGE, fail, suggestion
+from lit_cka.commands.stopping import stopping_in_a_line
 
 # What a command does, and its module in lit_cka.commands.
 COMMANDS = {
@@ -40,9 +41,10 @@ def run(args: list[str]) -> object:
         near = suggestion(command, COMMANDS)
         fail(f"Expected a command, but got {command!r}{near} `lit-cka --help` lists them.", USAGE)
     name = COMMANDS[command][1]
-    # Each command loads what it needs: `edit` no Lightning, say.
-    module = import_module(f"lit_cka.commands.{name}")
-    return module.main(args if name == "training" else args[1:])
+    with stopping_in_a_line("The same command goes on from there." if command == "edit" else ""):
+        # Each command loads what it needs: `edit` no Lightning, say.
+        module = import_module(f"lit_cka.commands.{name}")
+        return module.main(args if name == "training" else args[1:])
 
 
 def _help() -> str:

@@ -20,6 +20,7 @@ from lit_cka.features.pooling import Pooling
 from lit_cka.parallel.devices import usable_device
 from lit_cka.parallel.ranks import Ranks
 from lit_cka.progress import progress_bar
+from lit_cka.reference.arguments import batch_copy
 from lit_cka.samples.hashing import row_hashes
 from lit_cka.samples.random_states import preserved_rng
 
@@ -40,7 +41,8 @@ def extract(
 ) -> Features:
     """Run a model once over a dataset, in eval mode, and keep the features of its layers.
 
-    Where a GPU has too little memory for a batch, batches are run in halves from then on.
+    Where a GPU has too little memory for a batch, batches are run in halves from then on. The model gets copies, so
+    that what it changes in place stays as it is in the loader's batches.
 
     Args:
         model: the network.
@@ -91,7 +93,7 @@ def extract(
             progress_bar(f"{name} on {data}", num_batches, enabled=progress and rank == 0) as advance,
         ):
             for batch in batches_here:
-                hashes = _input_hashes(batch)  # now: the model may change it
+                hashes = _input_hashes(batch)
                 features = run(move_data_to_device(batch, place))
                 num_samples, named = len(next(iter(features.values()))), _ids(batch)
                 read = hashes if named is None and hashes is not None and len(hashes) == num_samples else None
@@ -216,7 +218,7 @@ class _Halving:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _run(self, batch: Any) -> dict[str, Tensor]:
-        call_model(self._model, batch)
+        call_model(self._model, batch_copy(batch))
         return {name: value.cpu() for name, value in self._extractor.collect().items()}
 
 

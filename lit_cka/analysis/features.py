@@ -97,15 +97,30 @@ class Features:
         try:
             with safe_open(path, framework="pt") as file:
                 described = file.metadata() or {}
-                if described.get("format") != _FORMAT:
-                    raise ValueError(f"Expected {str(path)!r} to hold features that lit_cka stored, but it doesn't.")
-                layers = {name: file.get_tensor(name) for name in json.loads(described["layer_names"])}
-        except SafetensorError as error:
+                if described.get("format") == _FORMAT:
+                    return cls._described(described, file)
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{str(path)!r} is damaged or no safetensors file: {error}.") from error
-        return cls(
-            layers, json.loads(described["ids"]), described["model"], described["data"], described["pooling"],
-            json.loads(described["labels"]), json.loads(described.get("inputs", "null")),
-        )  # fmt: skip
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"The features in {str(path)!r} are damaged ({type(error).__name__}): {error}") from error
+        raise ValueError(f"Expected {str(path)!r} to hold features that lit_cka stored, but it doesn't.")
+
+    @classmethod
+    def _described(cls, described: dict[str, str], file: Any) -> Features:
+        names, ids, labels, inputs = (
+            json.loads(described.get(key, "null")) for key in ("layer_names", "ids", "labels", "inputs")
+        )
+        for key, value in (("layer_names", names), ("ids", ids), ("inputs", [] if inputs is None else inputs)):
+            if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+                raise ValueError(f"Expected `{key}` to be names, but got {value!r:.80}.")
+        is_plain = isinstance(labels, list) and all(isinstance(each, (str, int, float, type(None))) for each in labels)
+        if labels is not None and not is_plain:
+            raise ValueError(f"Expected `labels` to be words and numbers, but got {labels!r:.80}.")
+        layers = {name: file.get_tensor(name) for name in names}
+        for name, value in layers.items():
+            if value.is_complex() or (value.is_floating_point() and value.dtype.itemsize < 2):
+                raise ValueError(f"Expected real features of 16 bits or more, but those of {name!r} are {value.dtype}.")
+        return cls(layers, ids, described["model"], described["data"], described["pooling"], labels, inputs)
 
 
 def matched(a: Features, b: Features, *, same_loader: bool = False) -> Features:

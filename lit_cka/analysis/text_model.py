@@ -15,6 +15,7 @@ from lit_cka.analysis.extraction import extract
 from lit_cka.analysis.features import Features
 from lit_cka.analysis.text_network import TextNetwork
 from lit_cka.analysis.texts import Samples, collate, tokenize
+from lit_cka.checkpoints.model_folders import reading_model
 from lit_cka.data.from_model import padding_token
 from lit_cka.data.tokenizer import load_tokenizer
 from lit_cka.features.layers import Layers
@@ -49,6 +50,7 @@ class TextModel:
         batch_size: texts per batch.
         device: where to run; None for the GPU where there is one.
         dtype: of the weights; "auto" for what they were saved with.
+        trust_remote_code: run code that comes with the model and its tokenizer; only for a model that you trust.
 
     Raises:
         FileNotFoundError: if there is no model.
@@ -67,6 +69,7 @@ class TextModel:
         batch_size: int = 32,
         device: torch.device | str | None = None,
         dtype: str | torch.dtype = "auto",
+        trust_remote_code: bool = False,
     ) -> None:
         if pooling not in get_args(TokenPooling):
             raise ValueError(f"Expected `pooling` to be 'mean', 'last' or 'cls', but got {pooling!r}.")
@@ -75,9 +78,11 @@ class TextModel:
         self.name = Path(path).name if name is None else name
         self.pooling = pooling
         self.batch_size = batch_size
-        _check_model(path)
-        self.tokenizer = load_tokenizer(path if tokenizer is None else tokenizer)  # before what may take minutes
-        body = _load_body(path, dtype)
+        _check_model(path, trust_remote_code)
+        self.tokenizer = load_tokenizer(  # before what may take minutes
+            path if tokenizer is None else tokenizer, trust_remote_code=trust_remote_code
+        )
+        body = _load_body(path, dtype, trust_remote_code)
         body.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.network = TextNetwork(body)
         self.layers = self.network.hidden_states if layers is None else layers
@@ -128,23 +133,28 @@ def _context(body: Any) -> int:
     return positions if positions > 0 else 2**31
 
 
-def _check_model(path: str | os.PathLike[str]) -> None:
+def _check_model(path: str | os.PathLike[str], trust_remote_code: bool) -> None:
     from transformers import AutoConfig
 
     try:
-        AutoConfig.from_pretrained(path)
+        with reading_model(path):
+            AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise FileNotFoundError(f"Expected a transformers model at {str(path)!r}, but found none: {error}") from error
 
 
-def _load_body(path: str | os.PathLike[str], dtype: str | torch.dtype) -> Any:
+def _load_body(path: str | os.PathLike[str], dtype: str | torch.dtype, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
 
-    # Saved by itself, the encoder of an encoder-decoder no longer says that it is one.
-    is_encoder = ((AutoConfig.from_pretrained(path).architectures or [""])[0]).endswith("EncoderModel")
-    loader: Any = AutoModelForTextEncoding if is_encoder else AutoModel
-    # Releases before 4.56 do not know `dtype` yet; later ones still take `torch_dtype`.
-    model, info = loader.from_pretrained(path, torch_dtype=dtype, output_loading_info=True)
+    with reading_model(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        # Saved by itself, the encoder of an encoder-decoder no longer says that it is one.
+        is_encoder = (config.architectures or [""])[0].endswith("EncoderModel")
+        loader: Any = AutoModelForTextEncoding if is_encoder else AutoModel
+        # Releases before 4.56 do not know `dtype` yet; later ones still take `torch_dtype`.
+        model, info = loader.from_pretrained(
+            path, torch_dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+        )
     body = model.get_encoder() if is_encoder or model.config.is_encoder_decoder else model
     # A pooler comes behind all layers, and models trained for tokens have none.
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key.split("."))

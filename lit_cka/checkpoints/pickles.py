@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_cka.checkpoints.quantised import type_name
 from lit_cka.checkpoints.shards import DTYPES, SafetensorsWeights, TensorInfo, bytes_of, write_all
-from lit_cka.checkpoints.state_dicts import first_names, read_content, tensor_identity
+from lit_cka.checkpoints.state_dicts import first_names, read_content, require_file, tensor_identity
 from lit_cka.checkpoints.weight_sets import MOST_KEYS, FoundWeights, find_weights, mapping_at, plain_names
 from lit_cka.files import sync
 
@@ -121,6 +121,8 @@ def open_weights(path: Path, *, trusted: bool, weights: str | None = None) -> We
     """
     if not path.exists():
         raise FileNotFoundError(f"Expected a checkpoint file or folder at {str(path)!r}, but there is none.")
+    if not path.is_dir():
+        require_file(path)
     if path.is_dir() or path.suffix == ".safetensors":
         found = SafetensorsWeights(path)
         chosen = find_weights(found.tensors, path, weights, by_names=True, optional=True)

@@ -65,7 +65,7 @@ class SafetensorsWeights:
                     raise ValueError(f"Expected {name!r} in one shard of {str(path)!r}, but several hold it.")
                 self.tensors[name], self._places[name] = info, (shard, start)
         if index:
-            lacking = [name for name in json.loads(index.read_bytes())["weight_map"] if name not in self.tensors]
+            lacking = [name for name in shards_in_index(index) if name not in self.tensors]
             if lacking:
                 raise ValueError(
                     f"The shards of {str(index)!r} lack {len(lacking)} of its tensors, such as {lacking[0]!r}."
@@ -96,13 +96,18 @@ class SafetensorsWeights:
             with twin.open("wb") as file:
                 file.write(header)
                 file.truncate(shard.stat().st_size)
+                os.fsync(file.fileno())
 
     def is_created(self, target: Path) -> bool:
         twins = {shard: self._twin(shard, target) for shard in self._headers}
         return all(twin.is_file() and twin.stat().st_size == shard.stat().st_size for shard, twin in twins.items())
 
     def needed_bytes(self, target: Path) -> int:
-        """Returns the disk space that the output takes, less what it already has."""
+        """Returns the disk space that the output takes, less what it already has.
+
+        Raises:
+            ValueError: if something in the folder can't be copied.
+        """
         twins = [self._twin(shard, target) for shard in self._headers]
         taken = sum(twin.stat().st_blocks * 512 for twin in twins if twin.is_file())
         files = [*self._headers, *(file for file, _ in self._others(target))]
@@ -136,6 +141,8 @@ class SafetensorsWeights:
             for file in (Path(root) / name for name in sorted(names) if not name.startswith(".")):
                 what = file.name.removesuffix(".index.json")  # an index tells of weights, and goes with them
                 if file == self._index or Path(what).suffix not in _WEIGHTS:
+                    if not file.is_file() or not os.access(file, os.R_OK):
+                        raise ValueError(f"Expected a file that can be read at {str(file)!r}, but it is none.")
                     yield file, target / file.relative_to(self.path)
 
 
@@ -146,18 +153,42 @@ def _index_and_shards(path: Path) -> tuple[Path | None, list[Path]]:
     if whole.is_file():
         return None, [whole]
     if not index.is_file():
-        found = sorted(path.glob("*.safetensors"))
+        found = sorted(file for file in path.glob("*.safetensors") if file.is_file())
         if len(found) == 1:
             return None, found
         raise ValueError(f"Expected {str(path)!r} to hold model.safetensors or {index.name}, but it holds neither.")
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{str(index)!r} is damaged or no index of shards ({type(error).__name__}).") from error
-    lacking = [name for name in names if Path(name).name != name or not (path / name).is_file()]
+    names = sorted(set(shards_in_index(index).values()))
+    lacking = [name for name in names if not (path / name).is_file()]
     if lacking:
         raise ValueError(f"{str(index)!r} names shards that are not beside it: {', '.join(map(repr, lacking[:5]))}.")
     return index, [path / name for name in names]
+
+
+def shards_in_index(index: Path) -> dict[str, str]:
+    """Returns the names of shards by tensor, as an index has them; none leads out of its folder.
+
+    Raises:
+        ValueError: if the file is no index of shards, or names something else than files beside it.
+    """
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        names: dict[str, str] = dict(weight_map.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{str(index)!r} is damaged or no index of shards ({type(error).__name__}).") from error
+    strange = [name for name in names.values() if not isinstance(name, str) or not _is_plain(name)]
+    if strange:
+        raise ValueError(
+            f"{str(index)!r} names shards that are not beside it: {', '.join(map(ascii, strange[:5]))}. Expected "
+            "names of files alone."
+        )
+    return names
+
+
+def _is_plain(name: str) -> bool:
+    """Returns whether it can't be but the name of a file in the very folder: no path, no address."""
+    if not name.isprintable() or len(name.encode()) > 255:
+        return False
+    return name not in ("", ".", "..") and not any(letter in name for letter in "/\\:")
 
 
 def _counting(name: str) -> list[str | int]:

@@ -56,7 +56,9 @@ def load_state_dict(
 
 
 def require_file(path: Path) -> None:
-    """Raise a FileNotFoundError if there is no checkpoint file."""
+    """Raise a FileNotFoundError if there is no checkpoint file, a ValueError if something else is there."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"Expected a checkpoint file at {str(path)!r}, but it is a pipe, a socket or a device.")
     if not path.is_file():
         raise FileNotFoundError(f"Expected a checkpoint file at {str(path)!r}, but there is none.")
 

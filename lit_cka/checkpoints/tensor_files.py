@@ -40,7 +40,7 @@ def write_tensors(
     """
     filesystem, root = url_to_fs(os.fspath(folder))
     path = f"{root}/{name}"
-    there = read_tensors(filesystem, path) if filesystem.exists(path) else None
+    there = read_tensors(filesystem, path) if filesystem.isfile(path) else None
     if there is not None and there.notes == json.loads(json.dumps({**notes})):
         return
     held = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
@@ -108,7 +108,7 @@ def find_tensors(
     near = path.rpartition("/")[0]
     places = [(filesystem, near), (filesystem, near.rpartition("/")[0]), *map(url_to_fs, folders)]
     for each, root in places:
-        found = read_tensors(each, f"{root}/{name}") if each.exists(f"{root}/{name}") else None
+        found = read_tensors(each, f"{root}/{name}") if each.isfile(f"{root}/{name}") else None
         if found is not None and all(found.notes.get(key) == value for key, value in notes.items()):
             return found
     return None

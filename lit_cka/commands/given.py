@@ -60,6 +60,8 @@ def _read(path: str) -> dict[str, Any]:
         raise ValueError(f"Expected {path!r} to be YAML, but{line}: {error.problem}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"Expected {path!r} to be YAML, but it is no text.") from error
+    except (ValueError, TypeError, RecursionError, OverflowError) as error:  # of dates, keys and numbers
+        raise ValueError(f"Expected {path!r} to be YAML, but it is not: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"Expected {path!r} to hold options, as `name: value`, but got {str(content)[:60]!r}.")
     return content

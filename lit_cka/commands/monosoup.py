@@ -17,10 +17,12 @@ from torch import nn
 from lit_cka.commands.configs import find_config
 from lit_cka.commands.failures import failing_in_a_line
 from lit_cka.commands.hub import offline_if_unreachable
+from lit_cka.commands.messages import note
 from lit_cka.commands.parsing import Parser
-from lit_cka.commands.running import check_folder, plain_options
+from lit_cka.commands.running import plain_options
 from lit_cka.editing.artifacts import print_results, save_results
 from lit_cka.editing.editor import MonoSoupEditor
+from lit_cka.files import require_writable
 
 _TRAINER = (
     "accelerator", "strategy", "devices", "num_nodes", "precision", "deterministic", "logger",
@@ -75,11 +77,12 @@ def _monosoup(options: Parser, config: Namespace, plain: dict[str, Any]) -> Mono
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     for path in config.export.values():
-        if Path(path).exists():
+        if os.path.lexists(path):
             raise ValueError(f"Expected paths to write to in `export`, but {path!r} exists already.")
+        require_writable("export", Path(path).parent)
     if len({os.path.abspath(path) for path in config.export.values()}) < len(config.export):
         raise ValueError("Expected another path for each variant in `export`, but two have the same.")
-    check_folder("output", config.output)
+    require_writable("output", config.output)
     _train_what_is_needed(config.needs)
     offline_if_unreachable(plain)
     pl.seed_everything(config.seed, workers=True, verbose=False)
@@ -89,10 +92,15 @@ def _monosoup(options: Parser, config: Namespace, plain: dict[str, Any]) -> Mono
     unknown = sorted(set(config.export) - set(editor.variant_names))
     if unknown:
         raise ValueError(f"Expected variants in `export` ({', '.join(editor.variant_names)}), but got {unknown}.")
-    trainer.test(editor, datamodule=objects.data, verbose=False)
+    written_config = {**plain, "working_directory": os.getcwd()}
+    try:
+        trainer.test(editor, datamodule=objects.data, verbose=False)
+    except (KeyboardInterrupt, SystemExit):  # SIGTERM or Ctrl-C, and the trainer has cleaned up
+        _report_unfinished(editor, objects, written_config)
+        raise
     if editor.results is None:
         raise ValueError("Expected samples to test on, but there were none; see `limit_test_batches`.")
-    _report(editor, objects, {**plain, "working_directory": os.getcwd()})
+    _report(editor, objects, written_config)
     return editor
 
 
@@ -135,3 +143,14 @@ def _report(editor: MonoSoupEditor, objects: Namespace, config: dict[str, Any]) 
     console.print(
         f"Results: {objects.output} ({', '.join(path.name for path in written if path.suffix != '.pdf')})", markup=False
     )
+
+
+@rank_zero_only
+def _report_unfinished(editor: MonoSoupEditor, objects: Namespace, config: dict[str, Any]) -> None:
+    results = editor.results_so_far()
+    if results is None:
+        return
+    save_results(objects.output, results, editor.edited.records, config, is_finished=False)
+    print_results(results, editor.edited.records, Console(soft_wrap=True, highlight=False))
+    samples = ", ".join(f"{number} of {name}" for name, number in results.num_samples.items())
+    note(f"the evaluation was stopped; the results of {samples} are in {objects.output}.")

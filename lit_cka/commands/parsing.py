@@ -99,7 +99,10 @@ class ConfigFile(ActionConfigFile):
                 note(line)
         except (OSError, ValueError) as error:
             fail(str(error), USAGE)
-        super().__call__(parser, cfg, path, option_string)  # type: ignore[no-untyped-call]
+        try:
+            super().__call__(parser, cfg, path, option_string)  # type: ignore[no-untyped-call]
+        except (OverflowError, RecursionError) as error:  # of numbers and nesting that no option has
+            fail(f"Expected options in {path!r}, but got values that none takes: {error}.", USAGE)
 
 
 class _FullHelp(argparse._HelpAction):

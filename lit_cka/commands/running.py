@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 from lit_cka.commands.failures import failing_in_a_line
 from lit_cka.commands.hub import offline_if_unreachable
 from lit_cka.commands.messages import num_ranks
 from lit_cka.commands.parsing import Parser
+from lit_cka.files import require_writable
 
 Result = TypeVar("Result")
 
@@ -32,7 +32,7 @@ def run(parser: Parser, args: list[str], command: Callable[[Any, dict[str, Any]]
     if num_ranks() > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     with failing_in_a_line(plain):
-        check_folder("output", config.output)
+        require_writable("output", config.output)
         offline_if_unreachable(plain)
         with Ranks():
             return command(parser.instantiate_classes(config), plain)
@@ -45,12 +45,3 @@ def plain_options(parser: Parser, config: Any) -> dict[str, Any]:
     plain: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_none=True))
     plain.pop("config", None)
     return plain
-
-
-def check_folder(option: str, folder: str) -> None:
-    """Raise a ValueError if there can't be a folder to write to, rather now than after all the work."""
-    path = Path(folder).absolute()
-    above = next(each for each in (path, *path.parents) if each.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        below = "" if path == above else f" in {str(above)!r}, which can not"
-        raise ValueError(f"Expected `{option}` to be a folder that can be written to, but got {folder!r}{below}.")

@@ -20,7 +20,7 @@ from lit_cka.commands.configs import find_config
 from lit_cka.commands.failures import failing_in_a_line
 from lit_cka.commands.hub import offline_if_unreachable
 from lit_cka.commands.parsing import Parser
-from lit_cka.commands.running import check_folder
+from lit_cka.files import partial_name, require_writable
 from lit_cka.tracking.callback import CKACallback
 
 COMMANDS = {
@@ -89,6 +89,11 @@ class TrainCLI(LightningCLI):
         self.config = parser.parse_args(args)
         self._options.update(self.config[self.config.subcommand].as_dict())
 
+    def _parse_ckpt_path(self) -> None:
+        """Leave the model as the options describe it. Lightning would take its class and arguments from the checkpoint,
+        which may be a stranger's, and with them names on a hub and paths.
+        """
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--pretrain",
@@ -129,22 +134,23 @@ class TrainCLI(LightningCLI):
     def _check_folders(self) -> None:
         """Raise a ValueError where something could not be written at the end of a training."""
         trainer = self._options["trainer"]
-        check_folder("trainer.default_root_dir", trainer.get("default_root_dir") or ".")
+        require_writable("trainer.default_root_dir", trainer.get("default_root_dir") or ".")
         loggers = trainer.get("logger")
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             arguments = (logger.get("init_args") or {}) if isinstance(logger, dict) else {}
             if isinstance(arguments.get("save_dir"), str):
-                check_folder("trainer.logger.init_args.save_dir", arguments["save_dir"])
+                require_writable("trainer.logger.init_args.save_dir", arguments["save_dir"])
         if self._option("save_weights") is not None:
-            check_folder("save_weights", str(Path(self._option("save_weights")).parent))
+            require_writable("save_weights", str(Path(self._option("save_weights")).parent))
 
     def after_fit(self) -> None:
         if self._option("save_weights") is not None:
             # Through the trainer, so that sharded strategies gather the weights; atomically.
             path = Path(self._option("save_weights"))
-            self.trainer.save_checkpoint(path.with_suffix(".partial"), weights_only=True)
+            partial = path.with_name(self.trainer.strategy.broadcast(partial_name(path.name)))
+            self.trainer.save_checkpoint(partial, weights_only=True)
             if self.trainer.is_global_zero:
-                os.replace(path.with_suffix(".partial"), path)
+                os.replace(partial, path)
         # Here, since Lightning asks all ranks for it.
         self._report(Path(self.trainer.log_dir or self.trainer.default_root_dir))
 
@@ -171,7 +177,8 @@ def weights_path(config: str) -> str:
     """Where the training that a config describes writes its weights."""
     import yaml
 
-    path = yaml.safe_load(Path(config).read_text()).get("save_weights")
+    content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    path = content.get("save_weights") if isinstance(content, dict) else None
     if not path:
         raise ValueError(f"Expected {config!r} to have `save_weights`, since it is to be trained first.")
     return str(path)

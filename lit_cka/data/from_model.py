@@ -40,10 +40,12 @@ def tokenizer_for(data: pl.LightningDataModule, tokenizer: str | None) -> Any:
     Raises:
         ValueError: if the model names none either, or there is none where it should be.
     """
-    name = tokenizer or getattr(attached_model(data), "tokenizer_name", None)
+    model = attached_model(data)
+    name = tokenizer or getattr(model, "tokenizer_name", None)
     if name is None:
         raise ValueError("Expected `tokenizer` to name a tokenizer, since the LightningModule has none.")
-    return load_tokenizer(name)
+    is_of_model = name == getattr(model, "tokenizer_name", None)
+    return load_tokenizer(name, trust_remote_code=is_of_model and getattr(model, "trust_remote_code", False))
 
 
 def padding_token(tokenizer: Any, num_tokens: float = float("inf")) -> int:

@@ -49,7 +49,7 @@ def read_language_rows(path: str | Path) -> tuple[Kind, list[tuple[str, dict[str
             where = f"line {number} of {str(path)!r}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"Expected a JSON object in each line, but {where} is none: {error}.") from error
             if not isinstance(row, dict):
                 raise ValueError(f"Expected a JSON object in each line, but {where} is {line.decode().strip():.80}.")

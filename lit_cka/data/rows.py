@@ -64,7 +64,7 @@ def _json_rows(path: Path) -> Iterator[PlacedRow]:
         where = repr(str(path)) if is_list else f"line {number} of {str(path)!r}"
         try:
             value = json.loads(source)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"Expected JSON, but {where} is none: {error}.") from error
         rows = value if is_list else [value]
         for index, row in enumerate(rows, start=1):

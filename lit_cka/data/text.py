@@ -42,7 +42,11 @@ def _labelled(rows: Sequence[Any], source: str, text_column: str, label_column: 
     for number, row in enumerate(rows):
         try:
             labelled.append((str(row[text_column]), int(row[label_column])))
-        except (TypeError, ValueError) as error:
+        except KeyError as error:
+            raise ValueError(
+                f"Expected a column {error.args[0]!r}, but row {number} of {source!r} has none."
+            ) from error
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"Expected labels to be whole numbers from 0 on, but row {number} of {source!r} has "
                 f"{row[label_column]!r}."
@@ -143,7 +147,7 @@ class TextDataModule(PartsDataModule):
             from datasets import load_dataset
         except ImportError as error:
             raise ImportError("Loading a dataset by name takes datasets: pip install 'lit-cka[hub]'.") from error
-        rows = load_dataset(self.dataset, split=source)
+        rows = load_dataset(self.dataset, split=source, trust_remote_code=False)
         return _labelled(rows, f"{self.dataset} {source}", self.text_column, self.label_column)
 
     @override

@@ -28,6 +28,8 @@ def save_results(
     results: EvaluationResults,
     records: Sequence[ParameterRecord],
     config: Mapping[str, Any],
+    *,
+    is_finished: bool = True,
 ) -> list[Path]:
     """Write `monosoup.json`, `summary.json` and the pictures; returns the paths.
 
@@ -36,10 +38,11 @@ def save_results(
         results: of the evaluation.
         records: of the edit.
         config: what was run: goes into both JSON files, with the versions of packages.
+        is_finished: False if the evaluation was interrupted, which both JSON files then say.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    frame = {"config": dict(config), "versions": versions()}
+    frame = {"config": dict(config), "versions": versions(), **({} if is_finished else {"finished": False})}
     full = {
         **frame,
         "metrics": results.metrics,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from lit_cka.checkpoints.pickles import Weights
+from lit_cka.files import existing_part, require_writable
 
 _SHOWN = 10  # differing tensors
 
@@ -22,10 +24,14 @@ def difference_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -
 
 
 def check_output(output: Path, W0: Weights, W1: Weights) -> None:
-    """Raise a ValueError if the output is in the way of an input, or has the name of another format."""
-    place = output.resolve()
+    """Raise a ValueError if the output is in the way of an input, is of another format, or can't be written.
+
+    Raises:
+        PermissionError: if there is no right to write it.
+    """
+    place = _real(output)
     for weights in (W0, W1):
-        source = weights.path.resolve()
+        source = _real(weights.path)
         if place == source or (output.exists() and output.samefile(source)):
             raise ValueError(f"Expected `output` to be no input, but both are {str(output)!r}.")
         if source in place.parents or place in source.parents:
@@ -35,18 +41,26 @@ def check_output(output: Path, W0: Weights, W1: Weights) -> None:
             f"Expected `output` to be of the format of the fine-tuned model, {W1.path.suffix or 'a state dict'}, "
             f"but got {output.name!r}."
         )
+    folder = existing_part(output.parent)
+    if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(output))
+    require_writable("output", output.parent)
 
 
 def check_report(report: Path, output: Path, W0: Weights, W1: Weights) -> None:
     """Raise a ValueError if the report can't be written, or an OSError if its folder is not there."""
     if report.suffix not in (".json", ".csv"):
         raise ValueError(f"Expected `report` to end in .json or .csv, but got {report.name!r}.")
-    places = [report.resolve(), *report.resolve().parents]
-    if W1.path.is_dir() and output.resolve() == places[1]:
+    places = [_real(report), *_real(report).parents]
+    if W1.path.is_dir() and _real(output) == places[1]:
         if (W1.path / report.name).exists():
             raise ValueError(f"Expected `report` to have a name of its own, but the model has a {report.name!r}.")
         return
-    if any(path.resolve() in places for path in (output, W0.path, W1.path)):
+    if any(_real(path) in places for path in (output, W0.path, W1.path)):
         raise ValueError(f"Expected `report` apart from the models, but got {str(report)!r}.")
     if report.is_dir() or not os.access(report.parent, os.W_OK):
         raise OSError(f"Expected `report` to be a file in a folder that can be written to, but got {str(report)!r}.")
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # unlike `resolve`, also of links that lead in a circle

@@ -21,7 +21,7 @@ from typing_extensions import override
 from lit_cka.checkpoints.state_dicts import load_into
 from lit_cka.editing.artifacts import print_results
 from lit_cka.editing.baselines import Baseline, baselines
-from lit_cka.editing.comparison import VariantComparison
+from lit_cka.editing.comparison import SetResults, VariantComparison
 from lit_cka.editing.evaluation import sample_values
 from lit_cka.editing.exporting import write_weights
 from lit_cka.editing.loaded_sets import loaded_sets
@@ -35,6 +35,7 @@ from lit_cka.features.layers import Layers, select_layers
 from lit_cka.features.lightning_private import attached_trainer
 from lit_cka.features.pooling import Pooling, parse_pooling
 from lit_cka.functional.rank_rules import RankRule
+from lit_cka.reference.arguments import batch_copy
 from lit_cka.tracking.dataloaders import num_first_samples
 
 
@@ -111,6 +112,8 @@ class MonoSoupEditor(pl.LightningModule):
         self.sequential = sequential
         self._which = weights
         self.results: EvaluationResults | None = None
+        self._comparisons: list[VariantComparison] = []
+        self._done: list[SetResults] = []
         # A module in an attribute would be a part of the editor: moved, converted and put into DDP with it.
         self._file = None if isinstance(finetuned, nn.Module) else finetuned
         shared = (shared,) if isinstance(shared, str) else tuple(shared)
@@ -130,8 +133,8 @@ class MonoSoupEditor(pl.LightningModule):
         self._placement: Placement | None = None
 
     def __getattr__(self, name: str) -> Any:
-        """`eval_transform`, `num_classes` and `tokenizer_name`, which the data ask for, are the model's."""
-        if name in ("eval_transform", "num_classes", "tokenizer_name"):
+        """What the data ask for, such as `eval_transform` and `tokenizer_name`, is the model's."""
+        if name in ("eval_transform", "num_classes", "tokenizer_name", "trust_remote_code"):
             return getattr(self.model, name)
         return super().__getattr__(name)
 
@@ -214,7 +217,8 @@ class MonoSoupEditor(pl.LightningModule):
         self._comparisons = [
             VariantComparison(variants, compared, self.layer_names, debiased=self.debiased) for _ in self._sets
         ]
-        self._done: list[Any] = []
+        self._done = []
+        self._root_device, self._is_within_batch = self.device, False
         self._placement = Placement(self.model, self.edited.variants, copy=self.sequential)
         self._extractor = FeatureExtractor(self.model, self.layer_names, self.pooling)
 
@@ -223,6 +227,7 @@ class MonoSoupEditor(pl.LightningModule):
         assert self._extractor is not None
         assert self._placement is not None
         self._finish_before(dataloader_idx)
+        self._is_within_batch = True
         first_of = partial(num_first_samples, self.trainer, "test", dataloader_idx, batch_idx)
         num_first, num_rows = first_of(), first_of(max_batches=self.max_cka_batches)
         if num_rows is not None and isinstance(batch, Mapping) and "sample" in batch:
@@ -233,9 +238,22 @@ class MonoSoupEditor(pl.LightningModule):
         with self._extractor, self._placement.all_in_turn() as variants:
             for variant in variants:
                 self._extractor.enabled = with_cka and not variant.startswith("wise_ft")
-                values = sample_values(self.model, batch, self._sets[dataloader_idx].to_classes)
+                values = sample_values(self.model, batch_copy(batch), self._sets[dataloader_idx].to_classes)
                 features = self._extractor.collect() if self._extractor.enabled else {}
                 comparison.add(variant, batch_idx, values, features, num_first, num_rows)
+        self._is_within_batch = False
+
+    def results_so_far(self) -> EvaluationResults | None:
+        """Returns what a test that was interrupted has evaluated, None if nothing: the test sets that it was through
+        with, and in a single process the samples of the one that it was at, unless it was within a batch.
+        """
+        if not self._comparisons:
+            return None
+        done = [*self._done]
+        if len(done) < len(self._comparisons) and not self._is_within_batch and self.trainer.world_size == 1:
+            done.append(self._comparisons[len(done)].finish(self._root_device))
+        by_name = {test_set.name: each for test_set, each in zip(self._sets, done, strict=False) if each.metrics}
+        return EvaluationResults.of(by_name) if by_name else None
 
     def _finish_before(self, dataloader_idx: int) -> None:
         """Compute the results of the test sets before this one, whose statistics then need no memory any more."""

@@ -33,11 +33,12 @@ def write_weights(
 
     Raises:
         ValueError: if `path` exists.
+        FileExistsError: if it has come into being meanwhile.
     """
     path = Path(path)
-    if path.exists():
+    if os.path.lexists(path):
         raise ValueError(f"Expected a path to write to, but {str(path)!r} exists already.")
-    with written_whole(path) as partial:
+    with written_whole(path, new=True) as partial:
         if source is not None and Path(source).is_dir():
             _write_folder(weights, partial, Path(source), module)
         elif path.suffix == ".safetensors":

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from threading import Condition
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from lit_cka.checkpoints.pickles import Weights, open_weights
 from lit_cka.checkpoints.quantised import quantised_names
 from lit_cka.editing.checks import check_output, check_report
+from lit_cka.editing.lock import OutputLock
 from lit_cka.editing.pairs import Pairs
 from lit_cka.editing.parameter import (
     EDITED,
@@ -32,10 +32,10 @@ from lit_cka.editing.parameter import (
     untouched,
 )
 from lit_cka.editing.partial import PartialOutput
-from lit_cka.files import write_json, written_whole
+from lit_cka.files import json_bytes, write_bytes
 from lit_cka.parallel.devices import usable_device
 from lit_cka.parallel.ranks import Ranks
-from lit_cka.parallel.sharing import one_thread_each, share_out
+from lit_cka.parallel.sharing import MemoryBudget, one_thread_each, share_out
 from lit_cka.progress import progress_bar
 
 _LEAST_MEMORY = 2**29  # bytes that tensors edited at once may take together even where the largest takes less
@@ -58,8 +58,9 @@ def edit_files(
     """Write the edited weights of a fine-tuned model, in the layout of its files.
 
     Takes about three times the memory of the largest tensor. The output appears whole or not at all: until then it is
-    in `<output>.partial`, from where a killed job goes on when it is started again. Where several processes run it
-    (torchrun), they share the tensors out. The bytes written don't depend on any of this.
+    in `<output>.partial`, from where a killed job goes on when it is started again. One job at a time writes an output,
+    and nothing is replaced. Where several processes run it (torchrun), they share the tensors out. The bytes written
+    don't depend on any of this.
 
     Args:
         pretrained: a safetensors file, a folder with one or with shards of one and their index (`save_pretrained`), or
@@ -69,7 +70,7 @@ def edit_files(
         settings: how to split; None for the defaults.
         variant: "monosoup", "highonly" or "lowonly".
         device: where to compute, such as "cuda"; None for the CPU.
-        report: a .json or .csv file to write the records to.
+        report: a new .json or .csv file to write the records to.
         allow_differences: let tensors that only one of the models has, or that have another shape, be. What the
             fine-tuned model has of them stays as it is.
         trusted: unpickle whatever objects the files hold, which runs code that their authors chose.
@@ -85,16 +86,18 @@ def edit_files(
         ValueError: if a file is damaged or needs `trusted`, the models differ, a weight holds NaN or infinity, or an
             argument is wrong.
         FileNotFoundError: if an input is missing.
-        FileExistsError: if the output exists.
+        FileExistsError: if the output or the report exists, or comes into being meanwhile, or another job writes it.
         OSError: if there is no space for the output.
     """
     if variant not in EDITED:
         raise ValueError(f"Expected `variant` to be one of {', '.join(map(repr, EDITED))}, but got {variant!r}.")
     paths = Path(pretrained), Path(finetuned), Path(output)
-    with Ranks() as ranks:
+    if not paths[2].name:
+        raise ValueError(f"Expected `output` to name a file or a folder, but got {str(output)!r}.")
+    with Ranks() as ranks, OutputLock(paths[2]) as lock:
         job = ranks.agree(lambda: _Job(*paths, settings or EditSettings(), variant, device, report, trusted, weights))
         ranks.agree(lambda: job.check(allow_differences, warn=ranks.rank == 0))
-        (records, finished), *_ = ranks.gather(lambda: job.prepare() if ranks.rank == 0 else ({}, False))
+        (records, is_whole), *_ = ranks.gather(lambda: job.prepare(lock) if ranks.rank == 0 else ({}, False))
         names = job.share(set(records), ranks)
         try:
             for records_there in ranks.gather(lambda: job.edit(names, ranks.rank, progress and ranks.rank == 0)):
@@ -104,7 +107,7 @@ def edit_files(
                 job.partial.discard()  # it would fail again
             raise
         all_records = in_order(job.W1.tied, records)
-        ranks.agree(lambda: job.finish(all_records, finished) if ranks.rank == 0 else None)
+        ranks.agree(lambda: job.finish(all_records, is_whole) if ranks.rank == 0 else None)
     return all_records
 
 
@@ -124,7 +127,7 @@ class _Job:
             raise ValueError(f"Expected a file with a set of weights called {weights!r}, but neither has one.")
         described = {"settings": asdict(settings), "variant": variant, "device": self.device.type, "weights": weights}
         files = {name: _stamps(weights) for name, weights in (("pretrained", self.W0), ("finetuned", self.W1))}
-        self.partial = PartialOutput(output, {**described, **files})
+        self.partial, self._onto_empty = PartialOutput(output, {**described, **files}), False
         self._pairs = Pairs(self.W0, self.W1)
         self._quantised, quantised_before = _quantised(self.W1), _quantised(self.W0)
         self._quantised |= {name for name in self.W1.tensors if self._pairs.before(name) in quantised_before}
@@ -138,28 +141,33 @@ class _Job:
         if differing and warn:
             warnings.warn(f"{differing} tensors in which the models differ are not edited.", stacklevel=4)
 
-    def prepare(self) -> tuple[dict[str, ParameterRecord], bool]:
-        """Make room for the output, or find it begun: what is done, and whether all is."""
-        partial, done = self.partial, {}
-        if partial.is_of_this_job():
-            done = partial.records()
-            if len(done) == len(self._names()) and not partial.staged.exists() and self.output.exists():
-                return done, True  # killed when only the partial folder was left to remove
-        is_empty = self.output.is_dir() and self.W1.path.is_dir() and not any(self.output.iterdir())
-        if self.output.exists() and not is_empty:
+    def prepare(self, lock: OutputLock) -> tuple[dict[str, ParameterRecord], bool]:
+        """Make room for the output, or find it begun: what is done, and whether the output is whole."""
+        lock.take()
+        partial = self.partial
+        partial.require_own()
+        is_folder = self.W1.path.is_dir() and self.output.is_dir() and not self.output.is_symlink()
+        self._onto_empty = is_folder and not any(self.output.iterdir())
+        whole = partial.whole_records()
+        if whole is not None:
+            return whole, True  # killed when the output was left to be put in its place, or the folder to be removed
+        if os.path.lexists(self.output) and not self._onto_empty:
             raise FileExistsError(f"Expected `output` to be new, but {str(self.output)!r} exists.")
-        goes_on = partial.is_of_this_job() and self.W1.is_created(partial.staged)
-        needed, folder = self.W1.needed_bytes(partial.staged), _existing(self.output.parent)
+        if self.report is not None and os.path.lexists(self.report):
+            raise FileExistsError(f"Expected `report` to be new, but {str(self.report)!r} exists.")
+        goes_on = partial.is_being_made() and self.W1.is_created(partial.staged)
+        needed, folder = self.W1.needed_bytes(partial.staged), self.output.parent
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise OSError(f"Expected {needed / 1e9:.3f} GB free in {str(folder)!r}, but there are {free / 1e9:.3f} GB.")
-        if not goes_on:
-            is_other = partial.exists() and not partial.is_of_this_job()
-            partial.start()
-            if is_other:
-                warnings.warn(f"What was in {partial.folder} was of another job; it starts anew.", stacklevel=6)
-            self.W1.create(partial.staged)
-        return (done if goes_on else {}), False
+        if goes_on:
+            return partial.records(), False
+        is_other = partial.exists() and not partial.is_of_this_job()
+        partial.start()
+        if is_other:
+            warnings.warn(f"What was in {partial.folder} was of another job; it starts anew.", stacklevel=6)
+        self.W1.create(partial.staged)
+        return {}, False
 
     def share(self, done: set[str], ranks: Ranks) -> list[str]:
         """Returns the names of the tensors that this rank edits, those that take longest first."""
@@ -172,7 +180,7 @@ class _Job:
         """Edit and write tensors; returns their records. On a CPU several are edited at once, with one thread for each,
         so that the result doesn't depend on their number.
         """
-        memory = _Memory(max([_LEAST_MEMORY, *map(self._memory, self._names())]))
+        memory = MemoryBudget(max([_LEAST_MEMORY, *map(self._memory, self._names())]))
 
         def edit(name: str) -> ParameterRecord:
             with memory.taking(self._memory(name)):
@@ -208,16 +216,31 @@ class _Job:
         self.W1.write(self.partial.staged, name, edited)
         return record
 
-    def finish(self, records: list[ParameterRecord], finished: bool) -> None:
-        if finished:
-            self.partial.discard()
-            return
-        self.W1.finish(self.partial.staged, {record["name"] for record in records if record["reason"] is None})
-        if self.report is not None:
-            inside = self.report.resolve().parent == self.output.resolve()
-            path = self.partial.staged / self.report.name if inside else self.report
-            _write_report(path, records, self.settings, self.variant)
-        self.partial.finish()
+    def finish(self, records: list[ParameterRecord], is_whole: bool) -> None:
+        """Put the output in its place once it is whole, and the report; remove what it was made in."""
+        partial, report = self.partial, self.report
+        if not is_whole:
+            self.W1.finish(partial.staged, {record["name"] for record in records if record["reason"] is None})
+            if report is not None and os.path.realpath(report.parent) == os.path.realpath(self.output):
+                self._write_report(partial.staged / report.name, records)
+            partial.note_whole(records)
+        partial.place(onto_empty=self._onto_empty)
+        if report is not None:
+            self._write_report(report, records)
+        partial.discard()
+
+    def _write_report(self, path: Path, records: list[ParameterRecord]) -> None:
+        content = _report(path, records, self.settings, self.variant)
+        if path.is_file() and path.read_bytes() == content:
+            return  # written before the job was killed
+        try:
+            write_bytes(path, content, durable=True, new=True)
+        except FileExistsError as error:
+            raise FileExistsError(
+                f"Expected `report` to be new, but {str(path)!r} has come into being meanwhile, and was left as it is. "
+                f"The edited weights are in {str(self.output)!r}. Name another report, and run the same edit again, "
+                "which writes it."
+            ) from error
 
     def _names(self) -> list[str]:
         return list(dict.fromkeys(self.W1.tied.values()))
@@ -235,25 +258,6 @@ class _Job:
         return 2 * info.nbytes + 40 * small**2
 
 
-class _Memory:
-    """So many bytes, taken and given back by several threads."""
-
-    def __init__(self, nbytes: int) -> None:
-        self._free, self._given_back = nbytes, Condition()
-
-    @contextmanager
-    def taking(self, nbytes: int) -> Iterator[None]:
-        with self._given_back:
-            self._given_back.wait_for(lambda: self._free >= nbytes)
-            self._free -= nbytes
-        try:
-            yield
-        finally:
-            with self._given_back:
-                self._free += nbytes
-                self._given_back.notify_all()
-
-
 def _quantised(weights: Weights) -> set[str]:
     return quantised_names({name: (info.kind, len(info.shape)) for name, info in weights.tensors.items()})
 
@@ -263,15 +267,11 @@ def _stamps(weights: Weights) -> list[list[str | int]]:
     return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in weights.files]
 
 
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-
-
-def _write_report(path: Path, records: list[ParameterRecord], settings: EditSettings, variant: str) -> None:
-    if path.suffix == ".csv":
-        with written_whole(path, durable=True) as partial, partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(ParameterRecord.__annotations__))
-            writer.writeheader()
-            writer.writerows({**record, "shape": "x".join(map(str, record["shape"]))} for record in records)
-    else:  # which has no infinity, the relative change of weights that were 0: null there
-        write_json(path, {"variant": variant, **asdict(settings), "parameters": records}, durable=True)
+def _report(path: Path, records: list[ParameterRecord], settings: EditSettings, variant: str) -> bytes:
+    if path.suffix != ".csv":  # JSON has no infinity, the relative change of weights that were 0: null there
+        return json_bytes({"variant": variant, **asdict(settings), "parameters": records})
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(ParameterRecord.__annotations__))
+    writer.writeheader()
+    writer.writerows({**record, "shape": "x".join(map(str, record["shape"]))} for record in records)
+    return text.getvalue().encode()

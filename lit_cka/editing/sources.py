@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias, Union
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from lit_cka.checkpoints.model_folders import reading_model
 from lit_cka.checkpoints.state_dicts import (
     first_names,
     first_segments,
@@ -73,14 +74,15 @@ def load_folder(folder: str | os.PathLike[str]) -> nn.Module:
     Raises:
         ValueError: if the folder's model is of another kind, or damaged.
     """
-    with _reading(folder):
+    with _reading(folder), reading_model(folder):
         architectures = json.loads((Path(folder) / "config.json").read_text()).get("architectures") or [""]
         if architectures[0].endswith("ForSequenceClassification"):
             from transformers import AutoConfig
 
             from lit_cka.models.text import TextClassifier
 
-            return TextClassifier(str(folder), AutoConfig.from_pretrained(folder).num_labels)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            return TextClassifier(str(folder), config.num_labels)
         if architectures[0].endswith(("ForCausalLM", "LMHeadModel")):
             from lit_cka.models.language import CausalLanguageModel
 
@@ -158,9 +160,9 @@ def _read_folder(folder: str | os.PathLike[str], module: nn.Module) -> dict[str,
     network = next((child for child in module.modules() if isinstance(child, PreTrainedModel)), None)
     if network is None:
         raise ValueError(f"Expected `model` to hold a transformers model, since {str(folder)!r} is a folder.")
-    with _reading(folder):
-        loading: Any = type(network).from_pretrained
-        loaded, info = loading(folder, output_loading_info=True)
+    with _reading(folder), reading_model(folder):
+        kind: Any = type(network)
+        loaded, info = kind.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
     return {name: value for name, value in module_weights(loaded).items() if name not in info["missing_keys"]}
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from lit_cka.checkpoints.model_folders import reading_model
+
 _NOT_SCORED = -100
 
 
@@ -23,15 +25,24 @@ class CausalLanguageModel(pl.LightningModule):
     Args:
         model_name: a name on the hub ("gpt2") or a local folder in `save_pretrained` format. The weights keep the
             dtype that they were saved with.
+        trust_remote_code: run code that comes with the model and its tokenizer; only for a model that you trust. It is
+            not stored in checkpoints.
+
+    Raises:
+        ValueError: if a folder is damaged, or names something outside of it.
     """
 
-    def __init__(self, model_name: str | PathLike[str]) -> None:
+    def __init__(self, model_name: str | PathLike[str], trust_remote_code: bool = False) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore="trust_remote_code")
+        self.trust_remote_code = trust_remote_code
         from transformers import AutoModelForCausalLM
 
         # Releases before 4.56 do not know `dtype` yet; later ones still take `torch_dtype`.
-        self.model = AutoModelForCausalLM.from_pretrained(model_name, torch_dtype="auto")
+        with reading_model(model_name):
+            self.model = AutoModelForCausalLM.from_pretrained(
+                model_name, torch_dtype="auto", trust_remote_code=trust_remote_code
+            )
 
     @property
     def tokenizer_name(self) -> str:

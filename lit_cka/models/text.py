@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_cka.checkpoints.model_folders import reading_model
 from lit_cka.models.classifier import Classifier
 
 
@@ -18,6 +19,11 @@ class TextClassifier(Classifier):
         learning_rate: the highest, after warm-up.
         weight_decay: of AdamW, for weights of two or more dimensions.
         warmup: the part of the training that warm-up takes.
+        trust_remote_code: run code that comes with the model and its tokenizer; only for a model that you trust. It is
+            not stored in checkpoints.
+
+    Raises:
+        ValueError: if a folder is damaged, or names something outside of it.
     """
 
     def __init__(
@@ -27,13 +33,18 @@ class TextClassifier(Classifier):
         learning_rate: float = 2e-5,
         weight_decay: float = 0.01,
         warmup: float = 0.1,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__(num_classes, learning_rate, weight_decay, warmup)
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore="trust_remote_code")
+        self.trust_remote_code = trust_remote_code
         from transformers import AutoModelForSequenceClassification
 
-        # `from_pretrained` returns the model in eval mode, and Lightning leaves modes as they are.
-        self.model = AutoModelForSequenceClassification.from_pretrained(model_name, num_labels=num_classes).train()
+        with reading_model(model_name):
+            model = AutoModelForSequenceClassification.from_pretrained(
+                model_name, num_labels=num_classes, trust_remote_code=trust_remote_code
+            )
+        self.model = model.train()  # which comes in eval mode, and Lightning leaves modes as they are
 
     @property
     def tokenizer_name(self) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Condition
 from typing import TypeVar
 
 import torch
@@ -35,3 +37,22 @@ def share_out(costs: Sequence[float], num_ranks: int) -> list[int]:
         owners[index] = min(range(num_ranks), key=loads.__getitem__)
         loads[owners[index]] += costs[index] + 1.0
     return owners
+
+
+class MemoryBudget:
+    """So many bytes, taken and given back by several threads."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._free, self._given_back = nbytes, Condition()
+
+    @contextmanager
+    def taking(self, nbytes: int) -> Iterator[None]:
+        with self._given_back:
+            self._given_back.wait_for(lambda: self._free >= nbytes)
+            self._free -= nbytes
+        try:
+            yield
+        finally:
+            with self._given_back:
+                self._free += nbytes
+                self._given_back.notify_all()

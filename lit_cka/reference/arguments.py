@@ -34,6 +34,24 @@ def private_copy(value: Any) -> Any:
         ) from error
 
 
+def batch_copy(batch: Any) -> Any:
+    """Return a batch for one model alone: what that changes in place is as it was for the next.
+
+    It is a `private_copy`, but for what can't be copied, which stays as it is.
+    """
+    try:
+        return private_copy(batch)
+    except CopyError:
+        pass
+    if isinstance(batch, dict):
+        return {name: batch_copy(value) for name, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*map(batch_copy, batch))
+    if type(batch) in (list, tuple):
+        return type(batch)(map(batch_copy, batch))
+    return batch
+
+
 def _copied(tensor: Tensor) -> Tensor:
     copied = tensor.detach().clone()
     return copied.requires_grad_(True) if tensor.requires_grad else copied

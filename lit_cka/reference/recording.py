@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lit_cka.checkpoints.tensor_files import TensorFile
 from lit_cka.reference.feature_store import MappedFile
 from lit_cka.reference.recorded_dataloader import RecordedDataloader
 from lit_cka.samples.sample_keys import BatchSamples
@@ -111,6 +112,16 @@ class Recording:
     def fits(self, notes: Mapping[str, Any]) -> bool:
         """Whether these notes are of a recording of the same layers, pooled in the same way."""
         return notes.get("layers") == self.layer_names and notes.get("pooled") == self.pooled
+
+    def fill(self, files: Sequence[TensorFile]) -> bool:
+        """Add what `tensors` has returned, from files; return whether a recording has such notes; else it is empty."""
+        try:
+            for file in files:
+                self.load(file.tensors, file.notes)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, OverflowError):
+            self.dataloaders.clear()  # sound files, but of notes that no recording has
+            return False
+        return True
 
     def load(self, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         """Add what `tensors` has returned, of one rank or of several, one after the other."""

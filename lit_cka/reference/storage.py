@@ -31,6 +31,7 @@ _LOST = (
     "checkpoint, or were written by processes that shared the model out in another way. Track the data from the start, "
     "as one of the dataloaders of the validation, or pass the original weights as `reference=`."
 )
+_MOST_RANKS = 2**20
 # Checkpoints that Lightning's searches for a learning rate or batch size write at the start, and load at their end.
 _SEARCHES = (".lr_find_", ".scale_batch_size_")
 
@@ -72,8 +73,15 @@ class TrainingStart:
         self.weights, self.are_lost, self._id, self._written = None, False, "", None
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take what a checkpoint says of the files."""
-        self.in_checkpoint = cast("StoredStart | None", state.get("start"))
+        """Take what a checkpoint says of the files.
+
+        Raises:
+            ValueError: if that is of another kind.
+        """
+        start = state.get("start")
+        if start is not None and not _is_start(start):
+            raise ValueError(f"Expected the checkpoint to say where its reference is, but it holds {start!r:.80}.")
+        self.in_checkpoint = cast("StoredStart | None", start)
 
     @property
     def to_exchange(self) -> Weights | None:
@@ -176,12 +184,11 @@ class TrainingStart:
         mine = range(ranks.rank, stored["world_size"], ranks.size)
         names = [self._recording_name(rank, stored["world_size"]) for rank in mine]
         files = [find_tensors(name, {"id": self._id}, *place) for name in names]
-        found = all(file is not None and empty.fits(file.notes) for file in files)
+        fitting = [file for file in files if file is not None and empty.fits(file.notes)]
+        found = len(fitting) == len(files) and empty.fill(fitting)
         if not trainer.strategy.reduce_boolean_decision(found, all=True):
+            empty.dataloaders.clear()
             return False
-        for file in files:
-            if file is not None:
-                empty.load(file.tensors, file.notes)
         # There may be fewer files than ranks: those without one know all the same what the others have.
         empty.expect(trainer.strategy.broadcast(list(empty.dataloaders)))
         return True
@@ -241,6 +248,13 @@ class TrainingStart:
 
     def _recording_name(self, rank: int, world_size: int) -> str:
         return f"cka_recording_{_plain(self._id)}_{rank}_of_{world_size}.safetensors"
+
+
+def _is_start(value: Any) -> bool:
+    kinds = {"id": str, "world_size": int, "has_recording": bool, "num_weight_files": int}
+    if not isinstance(value, Mapping) or not all(isinstance(value.get(key), kinds[key]) for key in kinds):
+        return False
+    return value["world_size"] in range(1, _MOST_RANKS) and value["num_weight_files"] in range(_MOST_RANKS)
 
 
 def _plain(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Union, cast
+from typing import Any, Union
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from lit_cka.reference.reference import INITIAL
 from lit_cka.tracking.evaluation import TrackedEvaluation, record_of
 from lit_cka.tracking.evaluation_loops import is_empty
 from lit_cka.tracking.hints import warn_bias, warn_empty, warn_monitors, warn_no_validation, warn_nothing_tracked
-from lit_cka.tracking.history import THRESHOLDS, Record, Stage, latest_scores
+from lit_cka.tracking.history import THRESHOLDS, Record, Stage, checked_history, latest_scores
 from lit_cka.tracking.options import TrackingOptions
 from lit_cka.tracking.probe import Probe
 from lit_cka.tracking.recorder import Recorder
@@ -364,7 +364,7 @@ class CKACallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.history and self._stage != "fit":
             return  # `test(ckpt_path="best")` after `fit`: the checkpoint's history is a part of this one
-        self.history = [cast(Record, dict(record)) for record in state_dict["history"]]
+        self.history = checked_history(state_dict.get("history"))
         self._num_validations = state_dict.get("num_validations", 0)
         self._recorder.start.load(state_dict)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
 
 from typing_extensions import TypedDict
 
@@ -21,6 +21,20 @@ class Record(TypedDict):
     dataloader: int  # its index
     n: int  # samples; the fewest of any layer where some layers skipped batches
     scores: dict[str, float]  # layer -> CKA, NaN where undefined
+
+
+def checked_history(value: Any) -> list[Record]:
+    """Returns copies of the records that a checkpoint holds.
+
+    Raises:
+        ValueError: if they are no records.
+    """
+    kinds = {"step": int, "epoch": int, "stage": str, "dataloader": int, "n": int, "scores": Mapping}
+    for record in value if isinstance(value, list) else [value]:
+        is_whole = isinstance(record, Mapping) and all(isinstance(record.get(key), kinds[key]) for key in kinds)
+        if not is_whole or not all(isinstance(score, (int, float)) for score in record["scores"].values()):
+            raise ValueError(f"Expected the checkpoint to hold a history of CKACallback, but it holds {record!r:.80}.")
+    return [cast(Record, {**record, "scores": dict(record["scores"])}) for record in value]
 
 
 def latest_scores(history: Sequence[Record]) -> dict[str, float]:

@@ -516,21 +516,6 @@ def test_an_interrupted_edit_goes_on_where_it_was(tmp_path: Path, kind: str, mon
     assert_same(loaded, expected("lowonly"))
 
 
-def test_killed_when_only_the_partial_folder_was_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b = folder(tmp_path / "a", W0, 2), folder(tmp_path / "b", W1, 3)
-
-    def stop(*args: Any, **options: Any) -> None:
-        raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", stop)
-        with pytest.raises(Stop):
-            edit(a, b, tmp_path / "out")
-    assert (tmp_path / "out").exists()
-    assert len(edit(a, b, tmp_path / "out")) == len(W1)
-    assert names_in(tmp_path) == {"a", "b", "out"}
-
-
 def test_killed_while_the_job_was_noted(tmp_path: Path) -> None:
     a, b = folder(tmp_path / "a", W0, 2), folder(tmp_path / "b", W1, 3)
     (tmp_path / "out.partial").mkdir()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias, Union
 
 from torch import Tensor
 
-from lit_cka.features.masks import is_of_positions, names_of, tokens_kept
+from lit_cka.features.masks import PATCH_NAMES, is_of_positions, names_of, tokens_kept
 
 Mask: TypeAlias = Union[str, Callable[..., Tensor]]
 
@@ -36,20 +36,25 @@ def _signature(module_type: Any) -> inspect.Signature:
     return inspect.signature(module_type.forward)
 
 
-def mask_call(module_type: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MaskCall | None:
-    """Returns the masks that a module is called with, by arguments or in a batch that is one; None if there are none
-    and nothing speaks against those of modules around it.
+def mask_call(module_type: type, arguments: Mapping[str, Any]) -> MaskCall | None:
+    """Returns the masks that a module is called with, by the names of its arguments; None if there are none and nothing
+    speaks against those of modules around it.
     """
-    arguments = dict(_named(module_type, args, kwargs))
     masks = {name: arguments[name] for name in names_of(module_type) if isinstance(arguments.get(name), Tensor)}
+    if "input_ids" in arguments:  # beside text, a mask of the patches of images is for a tower inside
+        masks = {name: mask for name, mask in masks.items() if name not in PATCH_NAMES}
     other_input = next((name for name in _OTHER_INPUTS if isinstance(arguments.get(name), Tensor)), "")
     if not masks and not other_input:
         return None
     return MaskCall(masks, other_input, module_type.__module__.partition(".")[0])
 
 
+def named_arguments(module_type: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a call by name, and what mappings among them hold, such as a batch that is one."""
+    return dict(_named(module_type, args, kwargs))
+
+
 def _named(module_type: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields the arguments of a call by name, and after them what mappings among them hold."""
     try:
         arguments = dict(_signature(module_type).bind(None, *args, **kwargs).arguments)
     except (TypeError, ValueError):
@@ -71,7 +76,7 @@ def said_tokens(mask: Mask, module_type: type, args: tuple[Any, ...], kwargs: Ma
     """
     if callable(mask):
         return checked_tokens(mask(*args, **kwargs))
-    arguments = dict(_named(module_type, args, kwargs))
+    arguments = named_arguments(module_type, args, kwargs)
     if not isinstance(arguments.get(mask), Tensor):
         raise ValueError(
             f"Expected the model to be called with a mask named {mask!r}, but its arguments are "

@@ -136,7 +136,21 @@ def _summed(tokens: Tensor, kept: Tensor | None) -> Tensor:
 
 def pool_nested(tensor: Tensor, method: str) -> Tensor:
     """Pool what torch's encoder packs as a nested tensor: samples (tokens, d) without their padding."""
-    samples = list(tensor.unbind())
+    return _pool_unequal(list(tensor.unbind()), method)
+
+
+def pool_packed(rows: Tensor, method: str, lengths: list[int]) -> Tensor:
+    """Pool rows (total, d) of which each sample has as many as its length, one sample after the other.
+
+    Raises:
+        ValueError: if features are to be flattened of samples of several lengths.
+    """
+    if method == "flatten" and len(set(lengths)) > 1:
+        raise ValueError(f"Expected samples of one length to flatten, but got {', '.join(map(str, lengths[:8]))}.")
+    return _pool_unequal(list(rows.split(lengths)), method)
+
+
+def _pool_unequal(samples: list[Tensor], method: str) -> Tensor:
     padded = pad_sequence(samples, batch_first=True)
     lengths = torch.tensor([len(sample) for sample in samples], device=padded.device)
     return pool(padded, method, "NTC", torch.arange(padded.shape[1], device=padded.device) < lengths[:, None])
@@ -173,6 +187,8 @@ def find_layout(
         agreeing = [layout for layout in fitting if (layout[0] == "N") is batch_first]
         # Against the batch size, what is around a layer makes its layout a question, no more.
         fitting = agreeing or fitting + (["TNC"] if batch_first is False and output.ndim == 3 else [])
+    if batch_first and fitting == ["TNC"] and (shape[0] == 1 or shape[0] % shape[1] == 0):
+        fitting = []  # rather positions of all samples alike, or parts of samples in their place
     if not fitting:
         raise ValueError(
             f"Layer {name!r} returned shape {tuple(shape)}, and no axis that could be the samples has the inputs' "

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_cka.features.extractor import FeatureExtractor, tensors_in
+from lit_cka.features.extractor import FeatureExtractor
+from lit_cka.features.nested import tensors_in
 from tests import networks
 
 

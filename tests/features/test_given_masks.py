@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_cka.features.given_masks import MaskCall, checked_tokens, mask_call, mask_for, said_tokens
+from lit_cka.features.given_masks import (
+    MaskCall,
+    checked_tokens,
+    mask_call,
+    mask_for,
+    named_arguments,
+    said_tokens,
+)
 
 KEPT = torch.tensor([[1, 1, 0], [1, 0, 0]])  # samples by tokens
 OTHER = torch.tensor([[1, 1, 1], [0, 1, 1]])
@@ -68,7 +75,7 @@ def kept_by(call: MaskCall | None, warn: Callable[[str, str], None] = no_warning
     ],
 )
 def test_the_mask_that_is_passed(module: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    mask = kept_by(mask_call(module, args, kwargs))
+    mask = kept_by(mask_call(module, named_arguments(module, args, kwargs)))
     assert mask is not None
     assert torch.equal(mask != 0, KEPT != 0)
 
@@ -86,7 +93,7 @@ def test_the_mask_that_is_passed(module: type[nn.Module], args: tuple[Any, ...],
     ],
 )
 def test_no_mask(module: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    assert mask_call(module, args, kwargs) is None
+    assert mask_call(module, named_arguments(module, args, kwargs)) is None
 
 
 def test_the_outermost_mask_of_the_layer_s_tokens_counts() -> None:

@@ -220,6 +220,13 @@ def test_an_open_layout_is_an_error_that_asks_for_it(module: nn.Module, shape: t
         find_layout("layer", module, torch.zeros(shape), {5})
 
 
+@pytest.mark.parametrize("shape", [(20, 5, 6), (1, 5, 6)], ids=["frames in the samples' place", "positions alike"])
+def test_samples_first_is_not_read_as_tokens_first(shape: tuple[int, ...]) -> None:
+    """Where as many tokens as samples make it look so."""
+    with pytest.raises(ValueError, match="no axis that could be the samples has the inputs' batch size"):
+        find_layout("layer", encoder_layer(6, batch_first=True), torch.zeros(shape), {5})
+
+
 def features_of(model: nn.Module, layer: str, pooling: str, *args: Tensor, **kwargs: Tensor) -> Tensor:
     with FeatureExtractor(model, layer, pooling) as extractor:
         model(*args, **kwargs)

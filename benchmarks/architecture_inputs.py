@@ -39,8 +39,11 @@ def with_padding(make: Maker) -> Maker:
 
 
 def image_makers(size: int) -> Callable[[nn.Module], Iterator[Maker]]:
+    """Images of few pixels, where the model takes them, or else of its own size."""
+
     def makers(model: nn.Module) -> Iterator[Maker]:
-        yield lambda index: {"x": noise(index, 1, 3, size, size)}
+        for each in (64, 128, size):
+            yield lambda index, each=each: {"x": noise(index, 1, 3, each, each)}
 
     return makers
 

@@ -157,7 +157,7 @@ def timm_cases() -> Iterator[Case]:
                 raise ValueError(f"{count:.1e} parameters")
             return Named(timm.create_model(name, pretrained=False))
 
-        yield Case(f"timm {module}: {name}", [build], image_makers(min(size, 256)))
+        yield Case(f"timm {module}: {name}", [build], image_makers(size))
 
 
 def torchvision_cases() -> Iterator[Case]:
@@ -212,7 +212,7 @@ def small_open_clip(config: dict[str, Any]) -> nn.Module:
     from open_clip.factory import _MODEL_CONFIGS
 
     config = json.loads(json.dumps(config))
-    config["embed_dim"] = 32
+    config["embed_dim"] = 64
     narrow = {"layers": 2, "width": 64, "heads": 2}
     vision, text = config["vision_cfg"], config["text_cfg"]
     if "timm_model_name" not in vision:
@@ -227,7 +227,7 @@ def small_open_clip(config: dict[str, Any]) -> nn.Module:
     if "multimodal_cfg" in config:
         config["multimodal_cfg"] |= narrow
     _MODEL_CONFIGS["small"] = config
-    return open_clip.create_model("small", pretrained_image=False, load_weights=False)
+    return open_clip.create_model("small", pretrained_image=False, pretrained_text=False)
 
 
 def small_text_config(name: str) -> str:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lit_cka.features import FeatureExtractor
 
 SECONDS = 60
+MOST_ALONE = 3  # samples of a batch
 VERDICTS = ["right", "refused", "wrong", "not run", "not built"]
 
 
@@ -37,7 +38,7 @@ class Outcome(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What the layers returned, by a hook of this script, for a batch and for each of its samples alone."""
+    """What the layers returned, by a hook of this script, for a batch and for each of its first samples alone."""
 
     together: dict[str, Tensor]
     alone: list[dict[str, Tensor]]
@@ -107,14 +108,16 @@ def mistakes(features: dict[str, Tensor], run: Run) -> tuple[list[str], int]:
         raws = [raw.get(name) for raw in run.alone]
         means: list[list[Tensor]] = [
             [] if raw is None else expected_means(raw, X.shape[1], sample.get("attention_mask"), name)
-            for raw, sample in zip(raws, run.samples, strict=True)
+            for raw, sample in zip(raws, run.samples, strict=False)
         ]
         if not all(means):
             untold += 1
             continue
         scale = max(float(raw.abs().max()) for raw in raws if raw is not None)
         spread = float(torch.stack([sample[0] for sample in means]).std(0, correction=0).max())
-        off = max(min(float((row - each).abs().max()) for each in sample) for row, sample in zip(X, means, strict=True))
+        off = max(
+            min(float((row - each).abs().max()) for each in sample) for row, sample in zip(X, means, strict=False)
+        )
         if n > 1 and spread < 1e-4 * scale:
             untold += 1  # all samples look alike
         elif not off <= max(0.02 * spread, 2e-5 * scale):
@@ -139,7 +142,7 @@ def tried(model: nn.Module, samples: list[Sample]) -> Outcome:
         return Outcome("refused", str(error)[:160])
     if not features:
         return Outcome("refused", next(iter(problems.values()), "no layers")[:160])
-    alone = [outputs_of(model, list(features), sample) for sample in samples]
+    alone = [outputs_of(model, list(features), sample) for sample in samples[:MOST_ALONE]]
     wrong, untold = mistakes(features, Run(outputs_of(model, list(features), batch), alone, samples))
     if wrong:
         return Outcome("wrong", f"{len(wrong)} of {len(features)}, {len(samples)} samples: {wrong[0]}")
@@ -244,12 +247,14 @@ def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES), help="which to try")
     parser.add_argument("--only", nargs="+", default=[""], help="names that hold one of these texts; others stay")
+    parser.add_argument("--resume", action="store_true", help="try those that no earlier run has tried")
     parser.add_argument("--first", type=int, default=None, help="try so many of each library")
     args = parse(parser, {"first": 3})
     os.environ["HF_HUB_OFFLINE"] = "1"
     for library in args.libraries:
         cases = [case for case in LIBRARIES[library]() if any(text.lower() in case.name.lower() for text in args.only)]
-        outcomes = {} if args.only == [""] else outcomes_so_far(library)
+        outcomes = {} if args.only == [""] and not args.resume else outcomes_so_far(library)
+        cases = [case for case in cases if not (args.resume and case.name in outcomes)]
         for case in cases[: args.first]:
             outcome = in_process(case)
             outcomes[case.name] = list(outcome)

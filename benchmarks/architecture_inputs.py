@@ -155,6 +155,8 @@ def plain(names: Any, config: Any, shapes: dict[str, tuple[int, ...]], index: in
         sample["noise"] = noise(0, 1, (config.image_size // config.patch_size) ** 2)
     if type(config).__name__ == "TapasConfig":
         sample["token_type_ids"] = torch.zeros(1, TOKENS, 7, dtype=torch.long)
+    if "input_features_mask" in names and "input_features" in shapes:
+        sample["input_features_mask"] = torch.ones(1, max(shapes["input_features"]), dtype=torch.long)
     if "text_input_ids" in names:
         sample["text_input_ids"] = ids(index)
     if {"states", "actions", "returns_to_go"} <= {*names}:

@@ -48,6 +48,8 @@ WIDTHS = {
     "image_size": 32, "patch_size": 8, "head_dim": 8, "d_kv": 8, "num_experts": 4, "num_local_experts": 4,
     "n_routed_experts": 4, "num_experts_per_tok": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8, "v_head_dim": 8, "qk_head_dim": 16, "n_group": 1, "topk_group": 1, "attention_window": 4,
+    "mamba_n_heads": 8, "mamba_num_heads": 8, "mamba_d_head": 8, "mamba_head_dim": 8, "mamba_n_groups": 1,
+    "rotary_dim": 4, "mamba_d_ssm": 64, "n_mamba_heads": 1, "time_step_rank": 8, "n_groups": 1,
 }  # fmt: skip
 OTHERS = {
     "vocab_size": 99, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -55,6 +57,7 @@ OTHERS = {
     "vision_end_token_id": 94, "audio_token_id": 93, "audio_token_index": 93, "use_cache": False,
     "attn_implementation": "eager",
 }  # fmt: skip
+UNSET = ("vocab_size", "n_group", "topk_group", "num_experts_per_tok", "n_routed_experts")  # where that is no choice
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "FSMTConfig": {"langs": ["en", "de"], "src_vocab_size": 99, "tgt_vocab_size": 99},
     **{
@@ -76,7 +79,7 @@ def shrink(config: Any, sizes: dict[str, Any], depth: int = 0) -> None:
     for name, value in values.items():
         if hasattr(value, "to_dict") and depth < 3:
             shrink(value, sizes, depth + 1)
-        elif name in sizes and isinstance(value, (int, str)):
+        elif name in sizes and (isinstance(value, (int, str)) or name in UNSET):
             setattr(config, name, sizes[name])
         elif name == "attention_window" and name in sizes:
             setattr(config, name, 4)
@@ -139,15 +142,22 @@ class Named(nn.Module):
         return self.model(x)
 
 
-def timm_cases() -> Iterator[Case]:
+def smallest_of_timm() -> dict[str, str]:
+    """Of every module of timm a model that its name says is small."""
     import timm
 
     small = re.compile("atto|femto|pico|nano|xxs|xxt|tiny|_xs|_t|small|18|_s|micro|b0|mini|test_")
-    smallest: dict[tuple[str, str], str] = {}  # of every module and class of timm, one that its name says is small
+    smallest: dict[str, str] = {}
     entries = timm.models._registry._model_to_module  # type: ignore[attr-defined]
     for name in sorted(timm.list_models(), key=lambda name: (small.search(name) is None, len(name))):
-        smallest.setdefault((entries[name], re.split(r"[\d_.]", name)[0]), name)
-    for (module, _), name in sorted(smallest.items()):
+        smallest.setdefault(entries[name], name)
+    return smallest
+
+
+def timm_cases() -> Iterator[Case]:
+    import timm
+
+    for module, name in sorted(smallest_of_timm().items()):
         size = (timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()).input_size[-1]
 
         def build(name: str = name) -> nn.Module:
@@ -207,23 +217,27 @@ def open_clip_cases() -> Iterator[Case]:
 
 
 def small_open_clip(config: dict[str, Any]) -> nn.Module:
-    """A model of open_clip as its configuration says, of few and narrow layers. What timm has is as it is there."""
+    """A model of open_clip as its configuration says, of few and narrow layers; of timm the smallest of its module."""
     import open_clip
+    import timm
     from open_clip.factory import _MODEL_CONFIGS
 
     config = json.loads(json.dumps(config))
     config["embed_dim"] = 64
     narrow = {"layers": 2, "width": 64, "heads": 2}
     vision, text = config["vision_cfg"], config["text_cfg"]
-    if "timm_model_name" not in vision:
+    if "timm_model_name" in vision:
+        module = timm.models._registry._model_to_module[vision["timm_model_name"]]  # type: ignore[attr-defined]
+        vision["timm_model_name"] = smallest_of_timm()[module]
+        vision["image_size"] = timm.get_pretrained_cfg(vision["timm_model_name"]).input_size[-1]
+    else:
         is_resnet = isinstance(vision.get("layers"), list)
         vision |= {"layers": [1, 1, 1, 1] if is_resnet else 2, "width": 16 if is_resnet else 64, "image_size": 64}
         vision |= {} if is_resnet else {"head_width": 32, "patch_size": 16}
     if text.get("hf_model_name"):
         text["hf_model_name"] = small_text_config(text["hf_model_name"])
         text["hf_model_pretrained"] = False
-    else:
-        text |= narrow
+    text |= narrow
     if "multimodal_cfg" in config:
         config["multimodal_cfg"] |= narrow
     _MODEL_CONFIGS["small"] = config

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lit_cka.features import FeatureExtractor
 
-SECONDS = 60
+SECONDS = 40
 MOST_ALONE = 3  # samples of a batch
 VERDICTS = ["right", "refused", "wrong", "not run", "not built"]
 
@@ -71,14 +71,17 @@ def outputs_of(model: nn.Module, names: list[str], inputs: Sample) -> dict[str, 
     return raw
 
 
-def expected_means(raw: Tensor, width: int, kept: Tensor | None, name: str) -> list[Tensor]:
+def expected_means(raw: Tensor, width: int, sample: Sample, name: str) -> list[Tensor]:
     """The mean over the positions that count of what a layer returned for one sample alone: over all axes but the
     features', of which shapes may leave several.
     """
+    kept = None if "decoder_input_ids" in sample and "decoder" in name else sample.get("attention_mask")
     means = []
     for axis in (axis for axis, size in enumerate(raw.shape) if size == width):
         rows = raw.double().movedim(axis, -1).reshape(-1, width)
-        if kept is not None and len(rows) == kept.numel() and "decoder" not in name:
+        if kept is not None and not kept.all():
+            if len(rows) != kept.numel():
+                return []  # of tokens that a model has merged: which count is its own affair
             rows = rows[kept.flatten() != 0]
         means.append(rows.mean(0))
     return means
@@ -107,7 +110,7 @@ def mistakes(features: dict[str, Tensor], run: Run) -> tuple[list[str], int]:
             continue
         raws = [raw.get(name) for raw in run.alone]
         means: list[list[Tensor]] = [
-            [] if raw is None else expected_means(raw, X.shape[1], sample.get("attention_mask"), name)
+            [] if raw is None else expected_means(raw, X.shape[1], sample, name)
             for raw, sample in zip(raws, run.samples, strict=False)
         ]
         if not all(means):

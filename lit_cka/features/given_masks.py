@@ -44,6 +44,11 @@ def mask_call(module_type: type, arguments: Mapping[str, Any]) -> MaskCall | Non
     if "input_ids" in arguments:  # beside text, a mask of the patches of images is for a tower inside
         masks = {name: mask for name, mask in masks.items() if name not in PATCH_NAMES}
     other_input = next((name for name in _OTHER_INPUTS if isinstance(arguments.get(name), Tensor)), "")
+    if other_input == "encoder_hidden_states" and not any(
+        isinstance(value, Tensor) and not ("mask" in name or name.startswith("encoder_"))
+        for name, value in arguments.items()
+    ):
+        other_input = ""  # these are the tokens that it runs on itself
     if not masks and not other_input:
         return None
     return MaskCall(masks, other_input, module_type.__module__.partition(".")[0])

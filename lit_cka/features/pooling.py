@@ -177,9 +177,9 @@ def find_layout(
     """
     shape = output.shape
     batch_first = _batch_first(module)
-    if batch_first is False and output.ndim == 3:
-        return "TNC"  # as the module says; the model's inputs may be tokens first, too, where their sizes mislead
     sizes = batch_sizes or set(shape)
+    if batch_first is False and output.ndim == 3 and (_speaks_for_itself(module) or shape[1] in sizes):
+        return "TNC"  # as the module says; the model's inputs may be tokens first, too, where their sizes mislead
     fitting = [layout for layout in _candidates(output.ndim) if shape[layout.index("N")] in sizes]
     if batch_first is None and parent is not None:
         batch_first = _batch_first(parent)
@@ -210,6 +210,12 @@ def find_layout(
 def _candidates(ndim: int) -> list[str]:
     layouts = {2: ["NC"], 3: ["NTC", "TNC", "NCT"], 4: ["NHWC", "NCHW"], 5: ["NTHWC", "NCTHW"]}
     return layouts.get(ndim, [])
+
+
+def _speaks_for_itself(module: nn.Module) -> bool:
+    """Returns whether a module takes batches as it says, rather than turning them round for a part that says so."""
+    bases = [base for base in type(module).__mro__ if base is not nn.Module]
+    return hasattr(module, "batch_first") or any(base.__module__.startswith("torch.nn.modules.") for base in bases)
 
 
 def _batch_first(module: nn.Module) -> bool | None:

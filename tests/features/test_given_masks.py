@@ -127,6 +127,21 @@ def test_a_decoder_has_a_mask_of_its_own(name: str) -> None:
     assert mask_for("encoder.layer", (2, 3), both, no_warning) is None
 
 
+class Predictor(nn.Module):
+    """Runs on the encoder's states themselves, as that of pitches in FastSpeech 2 does."""
+
+    def forward(self, encoder_hidden_states: Tensor, padding_masks: Tensor | None = None) -> Tensor:
+        return encoder_hidden_states
+
+
+def test_what_runs_on_the_encoder_s_states_alone_is_no_decoder() -> None:
+    given = {"encoder_hidden_states": torch.zeros(2, 3, 6), "padding_masks": KEPT == 0}
+    assert mask_call(Predictor, given) is None
+    assert mask_call(Predictor, {**given, "hidden_states": torch.zeros(2, 5, 6)}) == MaskCall(
+        {}, "encoder_hidden_states", "tests"
+    )
+
+
 def test_a_tower_for_images_has_none_of_the_text() -> None:
     calls = {"": MaskCall({"attention_mask": KEPT}, "pixel_values"), "vision": MaskCall({}, "pixel_values")}
     assert mask_for("vision.layer", (2, 3), calls, no_warning) is None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -75,7 +76,8 @@ def expected_means(raw: Tensor, width: int, sample: Sample, name: str) -> list[T
     """The mean over the positions that count of what a layer returned for one sample alone: over all axes but the
     features', of which shapes may leave several.
     """
-    kept = None if "decoder_input_ids" in sample and "decoder" in name else sample.get("attention_mask")
+    of_others = ("decoder_input_ids" in sample and "decoder" in name) or re.search("vision|visual|image", name)
+    kept = None if of_others else sample.get("attention_mask")
     means = []
     for axis in (axis for axis, size in enumerate(raw.shape) if size == width):
         rows = raw.double().movedim(axis, -1).reshape(-1, width)

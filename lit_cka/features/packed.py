@@ -74,7 +74,8 @@ class PackedCalls:
         around = [name for name in self._by_name if name == "" or layer.startswith(f"{name}.")]
         packed = next((self._by_name[name] for name in sorted(around, key=len)[::-1] if self._by_name[name]), None)
         num_samples = self.num_samples if num_samples is None else num_samples
-        shape = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
+        if len(shape) == 3 and shape[0] == 1:
+            shape = torch.Size(shape[1:])
         if packed is None or len(shape) != 2:
             return None
         lengths = _merged(packed.lengths, shape[0])

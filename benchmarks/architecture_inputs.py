@@ -69,8 +69,9 @@ def transformers_makers(model: nn.Module) -> Iterator[Maker]:
         yield lambda index: time_series(config, index)
         return
     for shapes in options(names, config):
-        if "input_ids" in names and "pixel_values" in shapes and hasattr(model, "get_image_features"):
-            yield text_around_images(model, config, shapes["pixel_values"])
+        token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+        if token and "input_ids" in names and "pixel_values" in shapes and hasattr(model, "get_image_features"):
+            yield text_around_images(model, token, shapes["pixel_values"])
         yield lambda index, shapes=shapes: plain(names, config, shapes, index)
     if "input_ids" in names:
         yield lambda index: plain(names, config, {}, index)
@@ -157,6 +158,11 @@ def plain(names: Any, config: Any, shapes: dict[str, tuple[int, ...]], index: in
         sample["token_type_ids"] = torch.zeros(1, TOKENS, 7, dtype=torch.long)
     if "input_features_mask" in names and "input_features" in shapes:
         sample["input_features_mask"] = torch.ones(1, max(shapes["input_features"]), dtype=torch.long)
+    if "qformer_input_ids" in names:
+        sample["qformer_input_ids"] = ids(50 + index)
+    if "pixel_position_ids" in names and "pixel_values" in shapes:
+        side = torch.arange(4)
+        sample["pixel_position_ids"] = torch.cartesian_prod(side, side)[None]
     if "text_input_ids" in names:
         sample["text_input_ids"] = ids(index)
     if {"states", "actions", "returns_to_go"} <= {*names}:
@@ -218,9 +224,8 @@ def packed_images(names: Any, config: Any) -> Maker:
     return make
 
 
-def text_around_images(model: Any, config: Any, shape: tuple[int, ...]) -> Maker:
+def text_around_images(model: Any, token: int, shape: tuple[int, ...]) -> Maker:
     """Text with as many image tokens as the model has features of an image."""
-    token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
 
     def make(index: int) -> Sample:
         image = noise(index, 1, *shape)
@@ -233,4 +238,4 @@ def text_around_images(model: Any, config: Any, shape: tuple[int, ...]) -> Maker
         text[:, 2 : 2 + count] = token
         return {"input_ids": text, "pixel_values": image, "attention_mask": torch.ones_like(text)}
 
-    return make if token is not None else lambda index: {}
+    return make

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple, TypeAlias, Union
 
+import torch
 from torch import Tensor
 
 from lit_cka.features.masks import PATCH_NAMES, is_of_positions, names_of, tokens_kept
@@ -15,6 +16,8 @@ Mask: TypeAlias = Union[str, Callable[..., Tensor]]
 
 # What a module is given that reads something else than the tokens that the masks around it are for.
 _OTHER_INPUTS = ("pixel_values", "pixel_values_videos", "input_features", "input_values", "encoder_hidden_states")
+# Architectures of transformers whose masks of the patches of images are True at padding.
+_TRUE_DROPS = ("mask2former", "oneformer")
 
 
 class MaskCall(NamedTuple):
@@ -41,6 +44,8 @@ def mask_call(module_type: type, arguments: Mapping[str, Any]) -> MaskCall | Non
     speaks against those of modules around it.
     """
     masks = {name: arguments[name] for name in names_of(module_type) if isinstance(arguments.get(name), Tensor)}
+    if any(part in _TRUE_DROPS for part in module_type.__module__.split(".")):
+        masks = {name: ~mask if mask.dtype == torch.bool else mask for name, mask in masks.items()}
     if "input_ids" in arguments:  # beside text, a mask of the patches of images is for a tower inside
         masks = {name: mask for name, mask in masks.items() if name not in PATCH_NAMES}
     other_input = next((name for name in _OTHER_INPUTS if isinstance(arguments.get(name), Tensor)), "")

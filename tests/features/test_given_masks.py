@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers.models.mask2former.modeling_mask2former
 from torch import Tensor, nn
 
 from lit_cka.features.given_masks import (
@@ -140,6 +141,14 @@ def test_what_runs_on_the_encoder_s_states_alone_is_no_decoder() -> None:
     assert mask_call(Predictor, {**given, "hidden_states": torch.zeros(2, 5, 6)}) == MaskCall(
         {}, "encoder_hidden_states", "tests"
     )
+
+
+def test_masks_that_mean_the_opposite_in_one_architecture() -> None:
+    """Nothing is padded there as a rule, so that all would be dropped."""
+    encoder = transformers.models.mask2former.modeling_mask2former.Mask2FormerPixelDecoderEncoderOnly
+    mask = kept_by(mask_call(encoder, {"inputs_embeds": IDS, "attention_mask": KEPT == 0}))
+    assert mask is not None
+    assert torch.equal(mask, KEPT.bool())
 
 
 def test_a_tower_for_images_has_none_of_the_text() -> None:

@@ -183,13 +183,17 @@ def torchvision_cases() -> Iterator[Case]:
             continue
 
         def build(name: str = name, module: str = module) -> nn.Module:
-            inside = {"weights_backbone": None} if ".detection." in module or ".segmentation." in module else {}
+            inside: dict[str, Any] = (
+                {"weights_backbone": None} if ".detection." in module or ".segmentation." in module else {}
+            )
+            if ".detection." in module and "ssd" not in name:
+                inside |= {"min_size": 96, "max_size": 128}
             model = torchvision.models.get_model(name, weights=None, **inside)
             return model if ".optical_flow." in module else Named(model)
 
         def makers(model: nn.Module, name: str = name, module: str = module) -> Iterator[Maker]:
             if ".detection." in module:
-                yield lambda index: {"x": [noise(index, 3, 96, 96 + 32 * (index % 2))]}
+                yield lambda index: {"x": [noise(index, 3, 96, 128)]}
             elif ".video." in module:
                 size = 224 if re.search("mvit|swin|s3d", name) else 64
                 yield lambda index: {"x": noise(index, 1, 3, 16, size, size)}
@@ -248,7 +252,7 @@ def small_text_config(name: str) -> str:
     """A folder with the configuration of a small text encoder of the family of this name."""
     from transformers import M2M100Config, MT5Config, RobertaConfig, XLMRobertaConfig
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     config: Any
     if "mt5" in name:
         config = MT5Config(d_model=32, d_kv=8, num_heads=4, num_layers=2, d_ff=48, vocab_size=99)
@@ -257,7 +261,7 @@ def small_text_config(name: str) -> str:
         config = M2M100Config(d_model=32, encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=99, **layers)
     else:
         kind = XLMRobertaConfig if "xlm" in name else RobertaConfig
-        config = kind(**sizes, vocab_size=99, max_position_embeddings=128)
+        config = kind(**sizes, vocab_size=99, max_position_embeddings=600)
     folder = Path(tempfile.gettempdir()) / f"architectures-{config.model_type}"
     config.save_pretrained(folder)
     return str(folder)

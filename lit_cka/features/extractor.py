@@ -15,12 +15,16 @@ from lit_cka.features.given_masks import Mask, MaskCall, mask_call, named_argume
 from lit_cka.features.layer_pooling import LayerPooling, main_tensor
 from lit_cka.features.layers import Layers, modules_by_name, select_layers
 from lit_cka.features.lightning_private import is_forward_redirected
-from lit_cka.features.nested import sizes_in
+from lit_cka.features.nested import has_images_of_several_sizes, sizes_in
 from lit_cka.features.pooling import Pooling
 from lit_cka.features.shared_mode import SharedMode
 
 OnCall = Callable[[str, bool, "tuple[Any, ...]", "dict[str, Any]"], None]
 OnReturn = Callable[[str, bool, Any], None]
+_PADDED_INSIDE = (
+    "Expected images of one size, but the model was called with a list of several, which it pads where nobody sees it. "
+    "Have the dataset resize them, or pass a callable `pooling` that knows which positions count."
+)
 
 
 class FeatureExtractor:
@@ -182,6 +186,8 @@ class FeatureExtractor:
                     if n in self._batch_sizes:  # whatever other tensors there are
                         self._batch_sizes = {n}
                 self._pooling.num_samples = self.num_samples
+                if self._pooling.counts_positions and has_images_of_several_sizes((args, kwargs)):
+                    self._problems = dict.fromkeys(self.layer_names, _PADDED_INSIDE)
                 self._pooling.tokens = self._tokens_kept(type(target), args, kwargs)
             self._running.append(name)
             call = mask_call(type(target), arguments)

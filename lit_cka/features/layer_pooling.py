@@ -37,6 +37,11 @@ class LayerPooling:
         self.packed = PackedCalls()
         self.shards = OutputShards()
 
+    @property
+    def counts_positions(self) -> bool:
+        """Whether all positions of a layer count, but for those of a mask, rather than what a callable makes of them."""
+        return not callable(self._method)
+
     def features(
         self, name: str, module: nn.Module, parent: nn.Module, output: Any, batch_sizes: set[int],
         calls: Mapping[str, MaskCall], input_sizes: Set[int] = frozenset(),

@@ -35,5 +35,12 @@ def sizes_in(value: Any) -> tuple[set[int], set[int]]:
     return set().union(*(first for first, _ in parts)), set().union(*(others for _, others in parts))
 
 
+def has_images_of_several_sizes(value: Any) -> bool:
+    """Returns whether there is a list of images that can't be one tensor."""
+    if isinstance(value, list) and value and all(map(_is_image, value)):
+        return len({image.shape for image in value}) > 1
+    return any(has_images_of_several_sizes(part) for part in _parts(value))
+
+
 def _is_image(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 3 and value.shape[0] <= _MOST_CHANNELS

@@ -183,9 +183,8 @@ def torchvision_cases() -> Iterator[Case]:
             continue
 
         def build(name: str = name, module: str = module) -> nn.Module:
-            inside: dict[str, Any] = (
-                {"weights_backbone": None} if ".detection." in module or ".segmentation." in module else {}
-            )
+            has_backbone = ".detection." in module or ".segmentation." in module
+            inside: dict[str, Any] = {"weights_backbone": None} if has_backbone else {}
             if ".detection." in module and "ssd" not in name:
                 inside |= {"min_size": 96, "max_size": 128}
             model = torchvision.models.get_model(name, weights=None, **inside)
@@ -270,7 +269,7 @@ def small_text_config(name: str) -> str:
 def open_clip_makers(model: Any) -> Iterator[Maker]:
     size = model.visual.image_size
     size = size[0] if isinstance(size, tuple) else size
-    length = getattr(model, "context_length", None) or 16
+    length = min(getattr(model, "context_length", None) or 16, 77)
 
     def make(index: int) -> Sample:
         return {"image": noise(index, 1, 3, size, size), "text": ids(index, length)}

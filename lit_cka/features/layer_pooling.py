@@ -39,7 +39,7 @@ class LayerPooling:
 
     @property
     def counts_positions(self) -> bool:
-        """Whether all positions of a layer count, but for those of a mask, rather than what a callable makes of them."""
+        """Whether all positions of a layer count but for a mask's, rather than what a callable makes of them."""
         return not callable(self._method)
 
     def features(

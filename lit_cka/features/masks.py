@@ -22,9 +22,10 @@ NAMES = (
     "attn_mask",
     "mask",
     "pixel_attention_mask",
+    "patch_valid",
     "patch_attention_mask",
 )
-PATCH_NAMES = NAMES[-2:]  # of patches of images, in transformers; the last is (n, height, width)
+PATCH_NAMES = NAMES[-3:]  # of patches of images, in transformers and timm; the last is (n, height, width)
 _TORCH_NAMES = tuple(name for name in NAMES if name.endswith("key_padding_mask"))  # torch's other masks are of scores
 _DROPS = -1e3  # what is added to a score to drop it is at most this
 

@@ -69,6 +69,8 @@ def kept_by(call: MaskCall | None, warn: Callable[[str, str], None] = no_warning
         (Open, (IDS,), {"attention_mask": KEPT}),
         (Open, ({"input_ids": IDS, "attention_mask": KEPT},), {}),
         (Images, ({"input_ids": IDS, "attention_mask": KEPT},), {}),
+        (Images, ({"patches": IDS, "patch_valid": KEPT == 1},), {}),  # as timm's NaFlexViT
+        (Images, (IDS,), {"patch_attention_mask": KEPT[:, None] == 1}),
         (Encoder, (IDS,), {"src_key_padding_mask": KEPT == 0}),
         (Encoder, (IDS, None, KEPT == 0), {}),
         (nn.TransformerEncoderLayer, (IDS,), {"src_key_padding_mask": KEPT == 0}),

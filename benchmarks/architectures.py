@@ -1,82 +1,69 @@
 """Are the default layers of every architecture read the right way? One sample at a time tells.
 
 Every architecture of transformers, timm, torchvision and open_clip that can be built small and without a network runs
-on a batch, with fewer samples than tokens and with as many, and then on each of its samples alone. What a layer's
-features of sample i are in the batch has to be the mean over the positions of what it returns for sample i alone,
-taken by a hook of this script. Where that is so for all default layers, the architecture is right; one clear error of
-`FeatureExtractor` is refused; else it is wrong. Wrong has to be none.
+on a batch of a few samples, of as many as there are tokens, of one, and of texts of unequal lengths, and then on each
+of its samples alone. What a layer's features of sample i are in the batch has to be the mean over the positions of
+what it returns for sample i alone, taken by a hook of this script. Where that is so for all default layers that are
+not refused by an error of their own, the architecture is right; where all are refused, it is refused; else it is
+wrong. Wrong has to be none. Each architecture has a process of its own, so that none holds up the others.
 """
 
 from __future__ import annotations
 
-import inspect
+import json
+import multiprocessing
 import os
 import re
-import signal
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import Result, new_parser, parse, report
+from architecture_inputs import TOKENS, Maker, Sample, joined, with_padding
+from architecture_models import LIBRARIES, Case
+from common import RESULTS, Result, new_parser, parse, report
 from torch import Tensor, nn
 
 from lit_cka.features import FeatureExtractor
 
-TOKENS = 8
 SECONDS = 40
-# What configurations of transformers call their sizes.
-SMALL = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size", "width"), 32),
-    **dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "n_inner", "ffn_dim"), 48),
-    **dict.fromkeys(("num_hidden_layers", "encoder_layers", "decoder_layers", "n_layer", "n_layers", "num_layers"), 2),
-    **dict.fromkeys(("num_decoder_layers", "num_encoder_layers", "num_blocks"), 2),
-    **dict.fromkeys(("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads", "n_head"), 4),
-    **dict.fromkeys(("n_heads", "num_heads", "num_key_value_heads"), 4),
-    "vocab_size": 99, "max_position_embeddings": 64, "image_size": 32, "patch_size": 8, "head_dim": 8, "d_kv": 8,
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "q_lora_rank": 16,
-    "kv_lora_rank": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False,
-    "attn_implementation": "eager",
-}  # fmt: skip
+MOST_ALONE = 3  # samples of a batch
+VERDICTS = ["right", "refused", "wrong", "not run", "not built"]
 
 
 class Outcome(NamedTuple):
-    verdict: str  # right, refused, wrong, not built, not run
+    verdict: str  # one of VERDICTS
     detail: str = ""
 
 
-class TooSlowError(Exception):
-    """An architecture that can't be tried in the time."""
+class Run(NamedTuple):
+    """What the layers returned, by a hook of this script, for a batch and for each of its first samples alone."""
+
+    together: dict[str, Tensor]
+    alone: list[dict[str, Tensor]]
+    samples: list[Sample]
 
 
-@contextmanager
-def time_limit(seconds: int) -> Iterator[None]:
-    def stop(*_: Any) -> None:
-        raise TooSlowError
+def outputs_of(model: nn.Module, names: list[str], inputs: Sample) -> dict[str, Tensor]:
+    """The hidden states that the layers of these names return; copies, which what follows does not overwrite."""
+    raw: dict[str, Tensor] = {}
 
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
+    def keeping(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            while isinstance(output, (tuple, list)) and output:
+                output = output[0]
+            output = getattr(output, "last_hidden_state", output)
+            if isinstance(output, Tensor):
+                raw[name] = output.clone()
 
+        return hook
 
-def states_in(output: Any) -> Any:
-    """A copy of the hidden states in a layer's output, which what follows may overwrite."""
-    while isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    output = getattr(output, "last_hidden_state", output)
-    return output.clone() if isinstance(output, Tensor) else None
-
-
-def outputs_of(model: nn.Module, names: list[str], inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """What the layers of these names return, by hooks of this script."""
-    raw: dict[str, Any] = {}
     modules = dict(model.named_modules())
-    handles = [modules[name].register_forward_hook(keeping(raw, name)) for name in names]
+    handles = [modules[name].register_forward_hook(keeping(name)) for name in names]
     try:
+        torch.manual_seed(0)
         with torch.no_grad():
             model(**inputs)
     finally:
@@ -85,258 +72,202 @@ def outputs_of(model: nn.Module, names: list[str], inputs: dict[str, Tensor]) ->
     return raw
 
 
-def are_alike(one: Tensor | None, many: Tensor | None, n: int) -> bool:
-    """Whether a sample alone has as many positions as among others, whose length a model may make its own."""
-    if one is None or many is None:
-        return one is many
-    return one.numel() * n == many.numel()
-
-
-def keeping(raw: dict[str, Any], name: str) -> Callable[[nn.Module, Any, Any], None]:
-    """A forward hook that puts what a layer returns under its name."""
-
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        raw[name] = states_in(output)
-
-    return hook
-
-
-def of_one_sample(raw: Tensor | None, width: int) -> list[Tensor]:
-    """The mean over all positions of what a layer returned for one sample alone: over all axes but the features', of
-    which shapes may leave several.
+def expected_means(raw: Tensor, width: int, sample: Sample, name: str) -> list[Tensor]:
+    """The mean over the positions that count of what a layer returned for one sample alone: over all axes but the
+    features', of which shapes may leave several.
     """
-    if raw is None:
-        return []
-    axes = [axis for axis, size in enumerate(raw.shape) if size == width]
-    return [raw.double().movedim(axis, -1).reshape(-1, width).mean(0) for axis in axes]
+    of_others = ("decoder_input_ids" in sample and "decoder" in name) or re.search("vision|visual|image", name)
+    kept = None if of_others else sample.get("attention_mask")
+    means = []
+    for axis in (axis for axis, size in enumerate(raw.shape) if size == width):
+        rows = raw.double().movedim(axis, -1).reshape(-1, width)
+        if kept is not None and not kept.all():
+            if len(rows) != kept.numel():
+                return []  # of tokens that a model has merged: which count is its own affair
+            rows = rows[kept.flatten() != 0]
+        means.append(rows.mean(0))
+    return means
 
 
-def tried(model: nn.Module, inputs: dict[str, Tensor]) -> Outcome:
+def depends_on_others(alone: Tensor, together: Tensor, width: int) -> bool:
+    """Whether what a layer returns for a sample alone is not to be found in what it returns for the batch."""
+    if alone.ndim != together.ndim or alone.numel() > 2e6:
+        return alone.ndim != together.ndim
+    for axis in (axis for axis, size in enumerate(alone.shape) if size == width == together.shape[axis]):
+        one, all_of_them = (raw.movedim(axis, -1).reshape(-1, width).double() for raw in (alone, together))
+        one = one[:: max(len(one) // 16, 1)]
+        scale = float(one.abs().max().clamp(min=1e-6))
+        if float(torch.cdist(one, all_of_them).amin(dim=1).max()) < 1e-3 * scale * width**0.5:
+            return False
+    return True
+
+
+def mistakes(features: dict[str, Tensor], run: Run) -> tuple[list[str], int]:
+    """What is wrong, and for how many layers nothing could be told."""
+    n = len(run.samples)
+    wrong, untold = [], 0
+    for name, X in features.items():
+        if len(X) != n:
+            wrong.append(f"{name}: {len(X)} rows for {n} samples")
+            continue
+        raws = [raw.get(name) for raw in run.alone]
+        means: list[list[Tensor]] = [
+            [] if raw is None else expected_means(raw, X.shape[1], sample, name)
+            for raw, sample in zip(raws, run.samples, strict=False)
+        ]
+        if not all(means):
+            untold += 1
+            continue
+        scale = max(float(raw.abs().max()) for raw in raws if raw is not None)
+        spread = float(torch.stack([sample[0] for sample in means]).std(0, correction=0).max())
+        off = max(
+            min(float((row - each).abs().max()) for each in sample) for row, sample in zip(X, means, strict=False)
+        )
+        if n > 1 and spread < 1e-4 * scale:
+            untold += 1  # all samples look alike
+        elif not off <= max(0.02 * spread, 2e-5 * scale):
+            if any(depends_on_others(raw, run.together[name], X.shape[1]) for raw in raws if raw is not None):
+                untold += 1
+            else:
+                wrong.append(f"{name}: off by {off:.2g}, where samples differ by {spread:.2g}")
+    return wrong, untold
+
+
+def tried(model: nn.Module, samples: list[Sample]) -> Outcome:
     """Run a batch and its samples one by one."""
-    n = len(next(iter(inputs.values())))
-    model.eval()
-    try:
-        with torch.no_grad():
-            model(**inputs)
-    except TooSlowError:
-        raise
-    except Exception as error:
-        return Outcome("not run", f"{type(error).__name__}: {error}"[:100])
+    batch = joined(samples)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with FeatureExtractor(model) as extractor:
-                model(**inputs)
+                torch.manual_seed(0)
+                model(**batch)
                 features, problems = extractor.drain()
     except ValueError as error:
         return Outcome("refused", str(error)[:160])
     if not features:
         return Outcome("refused", next(iter(problems.values()), "no layers")[:160])
-    together = outputs_of(model, list(features), inputs)
-    again = outputs_of(model, list(features), inputs)
-    if any(together[name] is not None and not torch.equal(together[name], again[name]) for name in together):
-        return Outcome("not run", "it draws random numbers")
-    wrong: list[str] = []
-    untold = 0
-    for sample in range(min(n, 3)):
-        try:
-            raw = outputs_of(model, list(features), {key: value[sample : sample + 1] for key, value in inputs.items()})
-        except TooSlowError:
-            raise
-        except Exception as error:
-            return Outcome("not run", f"one sample: {error}"[:100])
-        for name, X in features.items():
-            expected = of_one_sample(raw.get(name), X.shape[1])
-            if len(X) != n:
-                wrong.append(f"{name}: {len(X)} rows for {n} samples")
-            elif not expected or not are_alike(raw.get(name), together.get(name), n):
-                untold += 1
-            else:
-                off = min(float((X[sample] - each).abs().max() / each.abs().max().clamp(min=1)) for each in expected)
-                wrong += [f"{name}: off by {off:.2g}"] if off > 1e-3 else []
+    alone = [outputs_of(model, list(features), sample) for sample in samples[:MOST_ALONE]]
+    wrong, untold = mistakes(features, Run(outputs_of(model, list(features), batch), alone, samples))
     if wrong:
-        return Outcome("wrong", f"{len(wrong)} of {3 * len(features)}: {wrong[0]}")
-    part = f", {len(problems)} refused: {next(iter(problems.values()))[:90]}" if problems else ""
-    return Outcome("right" if untold < len(features) else "not run", f"{len(features)} layers{part}")
+        return Outcome("wrong", f"{len(wrong)} of {len(features)}, {len(samples)} samples: {wrong[0]}")
+    part = f", {len(problems)} refused: {next(iter(problems.values()))[:120]}" if problems else ""
+    detail = f"{len(features)} layers{part}"
+    return Outcome("right", detail) if untold < len(features) else Outcome("not run", f"none of {detail} can be told")
 
 
-def both_sizes(make: Callable[[], nn.Module], inputs: Callable[[nn.Module, int], dict[str, Tensor]]) -> Outcome:
-    """The worse of a batch with fewer samples than tokens and one with as many."""
-    try:
-        with time_limit(SECONDS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                torch.manual_seed(0)
-                model = make()
-            except TooSlowError:
-                raise
-            except Exception as error:
-                return Outcome("not built", f"{type(error).__name__}: {error}"[:100])
-            outcomes = []
-            for n in (3, TOKENS):
-                try:
-                    given = inputs(model, n)
-                except Exception as error:
-                    return Outcome("not run", str(error)[:100])
-                outcomes.append(tried(model, given))
-    except TooSlowError:
-        return Outcome("not run", f"more than {SECONDS} s")
+def all_sizes(model: nn.Module, make: Maker) -> Outcome:
+    """The worst of several batches."""
+    numbers = (3, TOKENS, 1) if "input_ids" in make(0) else (3, 1)
+    batches = [[make(index) for index in range(n)] for n in numbers]
+    outcomes = [tried(model, samples) for samples in batches[:1]]
+    outcomes += [each for each in (tried(model, samples) for samples in batches[1:]) if each.verdict != "not run"]
+    if "input_ids" in make(0) and "attention_mask" not in make(0):
+        try:
+            padded = [with_padding(make)(index) for index in range(3)]
+            model(**joined(padded))
+            outcomes.append(tried(model, padded))
+        except TypeError:  # it takes no mask
+            pass
+        outcomes = [each for each in outcomes if each.verdict != "not run"] or outcomes
     order = ("wrong", "not run", "refused", "right")
     return min(outcomes, key=lambda outcome: order.index(outcome.verdict))
 
 
-def shrink(config: Any, depth: int = 0) -> None:
-    """Make a configuration of transformers, and those inside it, small."""
-    for name, value in list(vars(config).items()):
-        if hasattr(value, "to_dict") and depth < 3:
-            shrink(value, depth + 1)
-        elif name in SMALL and isinstance(value, (int, str)):
-            setattr(config, name, SMALL[name])
-        elif name == "attention_window":
-            setattr(config, name, 4)
-        elif name in ("depths", "hidden_sizes", "num_heads") and isinstance(value, list):
-            setattr(config, name, [min(int(size), 2 if name == "depths" else 32) for size in value])
-
-
-def transformers_inputs(model: nn.Module, n: int) -> dict[str, Tensor]:
-    parameters = inspect.signature(model.forward).parameters
-    config: Any = model.config
-    torch.manual_seed(1)
-    inputs: dict[str, Tensor] = {}
-    if "input_ids" in parameters:
-        inputs["input_ids"] = torch.randint(3, 90, (n, TOKENS))
-        if "decoder_input_ids" in parameters:
-            inputs["decoder_input_ids"] = torch.randint(3, 90, (n, TOKENS))
-    elif "pixel_values" in parameters:
-        size = getattr(config, "image_size", 32)
-        size = size if isinstance(size, int) else 32
-        inputs["pixel_values"] = torch.randn(n, getattr(config, "num_channels", 3), size, size)
-    elif "input_values" in parameters:
-        inputs["input_values"] = torch.randn(n, 4000)
-    elif "input_features" in parameters:
-        inputs["input_features"] = torch.randn(n, getattr(config, "num_mel_bins", 80), 3000)
-    else:
-        raise ValueError(f"inputs {', '.join(list(parameters)[:3])}")
-    return inputs
-
-
-def transformers_cases() -> Iterator[tuple[str, Callable[[], nn.Module], Any]]:
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-    transformers.logging.set_verbosity_error()
-    for kind in sorted(MODEL_MAPPING.keys(), key=lambda kind: kind.__name__):
-
-        def make(kind: Any = kind) -> nn.Module:
-            config = kind()
-            shrink(config)
-            model_type = MODEL_MAPPING[kind]
-            model_type = model_type[0] if isinstance(model_type, (tuple, list)) else model_type
-            with torch.device("meta"):
-                size = sum(parameter.numel() for parameter in model_type(config).parameters())
-            if size > 3e8:
-                raise ValueError(f"{size:.1e} parameters, still")
-            model: nn.Module = model_type(config)
-            return model
-
-        yield f"transformers {kind.__name__.removesuffix('Config')}", make, transformers_inputs
-
-
-def image_inputs(size: int) -> Callable[[nn.Module, int], dict[str, Tensor]]:
-    def inputs(model: nn.Module, n: int) -> dict[str, Tensor]:
-        torch.manual_seed(1)
-        return {"x": torch.randn(n, 3, size, size)}
-
-    return inputs
-
-
-def timm_cases() -> Iterator[tuple[str, Callable[[], nn.Module], Any]]:
-    import timm
-
-    small = re.compile("atto|femto|pico|nano|xxs|xxt|tiny|_xs|_t|small|18|_s|micro|b0|mini")
-    smallest: dict[str, str] = {}  # of every module of timm, one that its name says is small
-    for name in sorted(timm.list_models(), key=lambda name: (small.search(name) is None, len(name))):
-        smallest.setdefault(timm.models._registry._model_to_module[name], name)  # type: ignore[attr-defined]
-    for module, name in sorted(smallest.items()):
-        size = (timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()).input_size[-1]
-        yield f"timm {module}: {name}", lambda name=name: timm.create_model(name, pretrained=False), image_inputs(size)
-
-
-class Named(nn.Module):
-    """A model whose images have a name."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Any:
-        return self.model(x)
-
-
-def torchvision_cases() -> Iterator[tuple[str, Callable[[], nn.Module], Any]]:
-    import torchvision
-
-    first: dict[str, str] = {}
-    for name in torchvision.models.list_models(module=torchvision.models):
-        first.setdefault(torchvision.models.get_model_builder(name).__module__, name)
-    for name in sorted(first.values()):
-
-        def make(name: str = name) -> nn.Module:
-            return Named(torchvision.models.get_model(name, weights=None))
-
-        yield f"torchvision {name}", make, image_inputs(299 if "inception" in name else 224)
-
-
-def open_clip_cases() -> Iterator[tuple[str, Callable[[], nn.Module], Any]]:
-    import open_clip
-
-    def inputs(model: Any, n: int) -> dict[str, Tensor]:
-        torch.manual_seed(1)
-        size = model.visual.image_size
-        size = size[0] if isinstance(size, tuple) else size
-        length = getattr(model, "context_length", 77)
-        return {"image": torch.randn(n, 3, size, size), "text": torch.randint(3, 90, (n, length))}
-
-    seen = set()
-    for name in open_clip.list_models():
-        config = open_clip.get_model_config(name) or {}
-        vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
-        kind = (str(type(vision.get("layers"))), vision.get("timm_model_name"), "multimodal_cfg" in config)
-        if kind in seen or text.get("hf_model_name"):  # those of transformers ask the hub
+def outcome_of(case: Case) -> Outcome:
+    """Of the first way to build an architecture and to call it that works."""
+    failures: list[Outcome] = []
+    for build in case.builds:
+        try:
+            torch.manual_seed(0)
+            model = build().eval()
+        except Exception as error:
+            failures.append(Outcome("not built", f"{type(error).__name__}: {error}"[:100]))
             continue
-        seen.add(kind)
-        yield f"open_clip {name}", lambda name=name: open_clip.create_model(name, pretrained_image=False), inputs
+        try:
+            for make in case.makers(model):
+                try:
+                    samples = [make(index) for index in range(3)]
+                    with torch.no_grad():
+                        for inputs in (joined(samples), *samples):
+                            model(**inputs)
+                except Exception as error:
+                    failures.append(Outcome("not run", f"{type(error).__name__}: {error}"[:100]))
+                    continue
+                return all_sizes(model, make)
+        except Exception as error:
+            failures.append(Outcome("not run", f"{type(error).__name__}: {error}"[:100]))
+    return next((failure for failure in failures if failure.verdict == "not run"), failures[0])
 
 
-LIBRARIES = {
-    "transformers": transformers_cases, "timm": timm_cases, "torchvision": torchvision_cases,
-    "open_clip": open_clip_cases,
-}  # fmt: skip
+def in_process(case: Case) -> Outcome:
+    """The outcome, by a process of its own, which is stopped when its time is over."""
+
+    def send(connection: Connection) -> None:
+        warnings.simplefilter("ignore")
+        connection.send(tuple(outcome_of(case)))
+
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=send, args=(theirs,))
+    process.start()
+    theirs.close()
+    try:
+        return Outcome(*ours.recv()) if ours.poll(SECONDS) else Outcome("not run", f"more than {SECONDS} s")
+    except EOFError:
+        return Outcome("not run", "the process died")
+    finally:
+        process.kill()
+        process.join()
+
+
+def outcomes_file(library: str) -> Path:
+    return RESULTS / "architectures" / f"{library}.json"
+
+
+def outcomes_so_far(library: str) -> dict[str, list[str]]:
+    """By the architectures' names, from earlier runs."""
+    path = outcomes_file(library)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def summary() -> list[Result]:
+    """The tables of all that was tried, in this run and in earlier ones."""
+    counts, others, untried = [], [], []
+    for library in LIBRARIES:
+        outcomes = outcomes_so_far(library)
+        found = [verdict for verdict, _ in outcomes.values()]
+        counts += [[library, len(found), *(found.count(verdict) for verdict in VERDICTS)]] if found else []
+        others += [[name, *outcome] for name, outcome in outcomes.items() if outcome[0] in ("wrong", "refused")]
+        for verdict in ("not run", "not built"):
+            names = [name.partition(" ")[2] for name, outcome in outcomes.items() if outcome[0] == verdict]
+            untried += [[library, verdict, ", ".join(names)]] if names else []
+    return [
+        Result("Default layers, read right?", ["library", "architectures", *VERDICTS], counts),
+        Result("Not right", ["architecture", "verdict", "why"], others),
+        Result("Not tried", ["library", "", "architectures"], untried),
+    ]
 
 
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES), help="which to try")
-    parser.add_argument("--only", default="", help="names that hold this text")
+    parser.add_argument("--only", nargs="+", default=[""], help="names that hold one of these texts; others stay")
+    parser.add_argument("--resume", action="store_true", help="try those that no earlier run has tried")
     parser.add_argument("--first", type=int, default=None, help="try so many of each library")
     args = parse(parser, {"first": 3})
     os.environ["HF_HUB_OFFLINE"] = "1"
-    counts: dict[str, dict[str, int]] = {}
-    details: list[list[Any]] = []
     for library in args.libraries:
-        cases = [case for case in LIBRARIES[library]() if args.only.lower() in case[0].lower()]
-        for name, make, inputs in cases[: args.first]:
-            outcome = both_sizes(make, inputs)
-            counts.setdefault(library, {}).setdefault(outcome.verdict, 0)
-            counts[library][outcome.verdict] += 1
-            details.append([name, outcome.verdict, outcome.detail])
-            print(f"{name}: {outcome.verdict}. {outcome.detail}", flush=True)
-    verdicts = ["right", "refused", "wrong", "not run", "not built"]
-    rows = [[library, *(found.get(verdict, 0) for verdict in verdicts)] for library, found in counts.items()]
-    summary = Result("Default layers, read right?", ["library", *verdicts], rows)
-    others = [row for row in details if row[1] in ("wrong", "refused")]
-    part = "" if len(args.libraries) == len(LIBRARIES) else "_" + "_".join(args.libraries)
-    report(f"architectures{part}", args, [summary, Result("Not right", ["architecture", "verdict", "why"], others)])
+        cases = [case for case in LIBRARIES[library]() if any(text.lower() in case.name.lower() for text in args.only)]
+        outcomes = {} if args.only == [""] and not args.resume else outcomes_so_far(library)
+        cases = [case for case in cases if not (args.resume and case.name in outcomes)]
+        for case in cases[: args.first]:
+            outcome = in_process(case)
+            outcomes[case.name] = list(outcome)
+            print(f"{case.name}: {outcome.verdict}. {outcome.detail}", flush=True)
+            if not args.quick:
+                outcomes_file(library).parent.mkdir(parents=True, exist_ok=True)
+                outcomes_file(library).write_text(json.dumps(outcomes, indent=1, sort_keys=True) + "\n")
+    report("architectures", args, summary())
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRand
 
 from lit_cka.analysis.features import Features
 from lit_cka.features.calling import call_model, evaluating
-from lit_cka.features.extractor import FeatureExtractor, tensors_in
+from lit_cka.features.extractor import FeatureExtractor
 from lit_cka.features.given_masks import Mask
 from lit_cka.features.layers import Layers
+from lit_cka.features.nested import tensors_in
 from lit_cka.features.pooling import Pooling
 from lit_cka.parallel.devices import usable_device
 from lit_cka.parallel.ranks import Ranks

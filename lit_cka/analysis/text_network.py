@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_cka.features.extractor import tensors_in
 from lit_cka.features.layers import named_layers
+from lit_cka.features.nested import tensors_in
 
 
 class TextNetwork(nn.Module):

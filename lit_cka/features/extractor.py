@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar, Self
 
@@ -11,15 +11,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.module import register_module_forward_hook
 
-from lit_cka.features.given_masks import Mask, MaskCall, mask_call, said_tokens
+from lit_cka.features.given_masks import Mask, MaskCall, mask_call, named_arguments, said_tokens
 from lit_cka.features.layer_pooling import LayerPooling, main_tensor
 from lit_cka.features.layers import Layers, modules_by_name, select_layers
 from lit_cka.features.lightning_private import is_forward_redirected
+from lit_cka.features.nested import has_images_of_several_sizes, sizes_in
 from lit_cka.features.pooling import Pooling
 from lit_cka.features.shared_mode import SharedMode
 
 OnCall = Callable[[str, bool, "tuple[Any, ...]", "dict[str, Any]"], None]
 OnReturn = Callable[[str, bool, Any], None]
+_PADDED_INSIDE = (
+    "Expected images of one size, but the model was called with a list of several, which it pads where nobody sees it. "
+    "Have the dataset resize them, or pass a callable `pooling` that knows which positions count."
+)
 
 
 class FeatureExtractor:
@@ -156,6 +161,7 @@ class FeatureExtractor:
         self._features, self._problems, self._calls = {}, {}, {}
         self._running, self._batch_sizes, self._input_sizes = [], set(), set()
         self._num_calls, self._call_of = 0, {}
+        self._pooling.packed.clear()
 
     def _ancestors(self) -> list[str]:
         parts = [name.split(".") for name in self.layer_names]
@@ -171,14 +177,20 @@ class FeatureExtractor:
             outermost = not self._running
             if self._on_call is not None:
                 self._on_call(name, outermost, args, kwargs)
+            arguments = named_arguments(type(target), args, kwargs)
+            self._pooling.packed.note(name, target, arguments, outermost=outermost)
             if outermost:
                 self._num_calls += 1
-                self._batch_sizes, self._input_sizes = _sizes((args, kwargs))
-                if self.num_samples in self._batch_sizes:  # whatever other tensors there are
-                    self._batch_sizes = {self.num_samples}
+                self._batch_sizes, self._input_sizes = sizes_in((args, kwargs))
+                for n in (self.num_samples, self._pooling.packed.num_samples):
+                    if n in self._batch_sizes:  # whatever other tensors there are
+                        self._batch_sizes = {n}
+                self._pooling.num_samples = self.num_samples
+                if self._pooling.counts_positions and has_images_of_several_sizes((args, kwargs)):
+                    self._problems = dict.fromkeys(self.layer_names, _PADDED_INSIDE)
                 self._pooling.tokens = self._tokens_kept(type(target), args, kwargs)
             self._running.append(name)
-            call = mask_call(type(target), args, kwargs)
+            call = mask_call(type(target), arguments)
             if call is None:
                 self._calls.pop(name, None)
             else:
@@ -223,7 +235,7 @@ class FeatureExtractor:
             try:
                 self._call_of[name] = self._num_calls
                 with _plain_mode(main_tensor(output)):
-                    sizes = (self._batch_sizes, self._input_sizes) if self._batch_sizes else _sizes(args)
+                    sizes = (self._batch_sizes, self._input_sizes) if self._batch_sizes else sizes_in(args)
                     self._features[name] = self._pooling.features(
                         name, module, parent, output, sizes[0], self._calls, sizes[1]
                     )
@@ -274,21 +286,3 @@ def _plain_mode(tensor: Tensor | None) -> AbstractContextManager[None]:
 def _plain(device_type: str, autocast: bool) -> Iterator[None]:
     with torch.no_grad(), torch.autocast(device_type, enabled=False) if autocast else nullcontext():
         yield
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yields all tensors in nested tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-
-
-def _sizes(value: Any) -> tuple[set[int], set[int]]:
-    """Returns the sizes of the first axes of all tensors, and those of the others."""
-    shapes = [tensor.shape for tensor in tensors_in(value) if tensor.ndim]
-    return {shape[0] for shape in shapes}, {size for shape in shapes for size in shape[1:]}

@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple, TypeAlias, Union
 
+import torch
 from torch import Tensor
 
-from lit_cka.features.masks import is_of_positions, names_of, tokens_kept
+from lit_cka.features.masks import PATCH_NAMES, is_of_positions, names_of, tokens_kept
 
 Mask: TypeAlias = Union[str, Callable[..., Tensor]]
 
 # What a module is given that reads something else than the tokens that the masks around it are for.
 _OTHER_INPUTS = ("pixel_values", "pixel_values_videos", "input_features", "input_values", "encoder_hidden_states")
+# Architectures of transformers whose masks of the patches of images are True at padding.
+_TRUE_DROPS = ("mask2former", "oneformer")
 
 
 class MaskCall(NamedTuple):
@@ -36,20 +39,32 @@ def _signature(module_type: Any) -> inspect.Signature:
     return inspect.signature(module_type.forward)
 
 
-def mask_call(module_type: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MaskCall | None:
-    """Returns the masks that a module is called with, by arguments or in a batch that is one; None if there are none
-    and nothing speaks against those of modules around it.
+def mask_call(module_type: type, arguments: Mapping[str, Any]) -> MaskCall | None:
+    """Returns the masks that a module is called with, by the names of its arguments; None if there are none and nothing
+    speaks against those of modules around it.
     """
-    arguments = dict(_named(module_type, args, kwargs))
     masks = {name: arguments[name] for name in names_of(module_type) if isinstance(arguments.get(name), Tensor)}
+    if any(part in _TRUE_DROPS for part in module_type.__module__.split(".")):
+        masks = {name: ~mask if mask.dtype == torch.bool else mask for name, mask in masks.items()}
+    if "input_ids" in arguments:  # beside text, a mask of the patches of images is for a tower inside
+        masks = {name: mask for name, mask in masks.items() if name not in PATCH_NAMES}
     other_input = next((name for name in _OTHER_INPUTS if isinstance(arguments.get(name), Tensor)), "")
+    if other_input == "encoder_hidden_states" and not any(
+        isinstance(value, Tensor) and not ("mask" in name or name.startswith("encoder_"))
+        for name, value in arguments.items()
+    ):
+        other_input = ""  # these are the tokens that it runs on itself
     if not masks and not other_input:
         return None
     return MaskCall(masks, other_input, module_type.__module__.partition(".")[0])
 
 
+def named_arguments(module_type: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a call by name, and what mappings among them hold, such as a batch that is one."""
+    return dict(_named(module_type, args, kwargs))
+
+
 def _named(module_type: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields the arguments of a call by name, and after them what mappings among them hold."""
     try:
         arguments = dict(_signature(module_type).bind(None, *args, **kwargs).arguments)
     except (TypeError, ValueError):
@@ -71,7 +86,7 @@ def said_tokens(mask: Mask, module_type: type, args: tuple[Any, ...], kwargs: Ma
     """
     if callable(mask):
         return checked_tokens(mask(*args, **kwargs))
-    arguments = dict(_named(module_type, args, kwargs))
+    arguments = named_arguments(module_type, args, kwargs)
     if not isinstance(arguments.get(mask), Tensor):
         raise ValueError(
             f"Expected the model to be called with a mask named {mask!r}, but its arguments are "

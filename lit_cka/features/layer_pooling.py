@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_cka.features.given_masks import MaskCall, mask_for
-from lit_cka.features.pooling import Pooling, find_layout, parse_pooling, pool, pool_nested
+from lit_cka.features.packed import PackedCalls
+from lit_cka.features.pooling import Pooling, find_layout, parse_pooling, pool, pool_nested, pool_packed
 from lit_cka.features.sharded_outputs import OutputShards, is_dtensor
 from lit_cka.features.sharded_pooling import pool_shards
 
@@ -32,7 +33,14 @@ class LayerPooling:
         self._layouts: dict[str, str] = {}
         self._unused_masks: set[str] = set()
         self.tokens: Tensor | None = None  # that count, (n, tokens), where it is not left to the calls to say
+        self.num_samples: int | None = None  # of the batch, likewise
+        self.packed = PackedCalls()
         self.shards = OutputShards()
+
+    @property
+    def counts_positions(self) -> bool:
+        """Whether all positions of a layer count but for a mask's, rather than what a callable makes of them."""
+        return not callable(self._method)
 
     def features(
         self, name: str, module: nn.Module, parent: nn.Module, output: Any, batch_sizes: set[int],
@@ -51,8 +59,8 @@ class LayerPooling:
             input_sizes: sizes of the other axes of the model's inputs.
 
         Raises:
-            ValueError: if the output is no floating-point tensor, its layout is ambiguous, or a callable pooling
-                returns something else than features.
+            ValueError: if the output is no floating-point tensor, its layout is ambiguous, its rows are of packed
+                sequences of nobody knows which samples, or a callable pooling returns something else than features.
         """
         tensor = main_tensor(output)
         if tensor is None or not tensor.is_floating_point():
@@ -72,6 +80,9 @@ class LayerPooling:
                 )
         elif tensor.is_nested:
             features = pool_nested(tensor, self._method)
+        elif (lengths := self.packed.rows_of_samples(name, tensor.shape, self.num_samples)) is not None:
+            rows = tensor.full_tensor() if is_dtensor(tensor) else tensor
+            features = pool_packed(rows.flatten(0, -2), self._method, lengths)
         else:
             layout = layout_of(tensor)
             mask = self._mask(name, layout, tensor, calls) if self._method in ("mean", "last") else None

@@ -124,7 +124,7 @@ def repeated_blocks(model: nn.Module) -> list[str]:
     Blocks are what containers (`ModuleList`, `Sequential`, `ModuleDict`) hold of a class that occurs at least twice:
     transformer blocks, residual blocks, ConvNeXt blocks. Stages (Swin, ConvNeXt, ResNet, EfficientNet) and whole
     networks in a container are looked into; blocks, which may hold experts or branches, are not. Losses and metrics are
-    none of the network's layers, whatever networks they hold.
+    none of the network's layers, whatever networks they hold, and what a detector runs on regions has rows of regions.
     A network without any, such as an MLP, gets its layers with weights, normalisation and embeddings left out.
 
     Raises:
@@ -140,10 +140,10 @@ def repeated_blocks(model: nn.Module) -> list[str]:
         once = [(name, block) for name, block in blocks if count[original_class(block)] == 1]
         blocks = [inner for name, block in once for inner in structure.blocks(block, f"{name}.")]
     modules = named_layers(model)
-    measures = tuple(f"{name}." for name, module in modules.items() if _is_measure(module))
+    left_out = tuple(f"{name}." for name, module in modules.items() if _is_measure(module) or _is_of_regions(module))
     if not found:
         plain = (name for name, module in modules.items() if structure.is_plain_layer(module))
-        found = {name for name in plain if not f"{name}.".startswith(measures)}
+        found = {name for name in plain if not f"{name}.".startswith(left_out)}
     if not found:
         raise ValueError(f"Expected {type(model).__name__} to have layers with weights to track, but found none.")
     return [name for name in modules if name in found]
@@ -200,7 +200,7 @@ class _Structure:
 
 def _children(module: nn.Module) -> dict[str, nn.Module]:
     children = ((name, unwrapped(child)) for name, child in module.named_children())
-    return {name: child for name, child in children if not _is_measure(child)}
+    return {name: child for name, child in children if not (_is_measure(child) or _is_of_regions(child))}
 
 
 def _is_measure(module: nn.Module) -> bool:
@@ -209,6 +209,11 @@ def _is_measure(module: nn.Module) -> bool:
     is_metric = any(base.__module__.startswith("torchmetrics") for base in bases)
     is_loss = any(base.__module__ == "torch.nn.modules.loss" for base in bases)
     return is_metric or is_loss or type(module).__name__.endswith(("Loss", "Criterion"))
+
+
+def _is_of_regions(module: nn.Module) -> bool:
+    """Returns whether a module is the part of a detector that runs on regions of the images, as many as it found."""
+    return type(module).__name__.lower().endswith("roiheads")
 
 
 def _are_alike(container: nn.Module) -> bool:

@@ -21,7 +21,11 @@ NAMES = (
     "padding_mask",
     "attn_mask",
     "mask",
+    "pixel_attention_mask",
+    "patch_valid",
+    "patch_attention_mask",
 )
+PATCH_NAMES = NAMES[-3:]  # of patches of images, in transformers and timm; the last is (n, height, width)
 _TORCH_NAMES = tuple(name for name in NAMES if name.endswith("key_padding_mask"))  # torch's other masks are of scores
 _DROPS = -1e3  # what is added to a score to drop it is at most this
 
@@ -41,6 +45,8 @@ def tokens_kept(name: str, mask: Tensor, *, library: str = "") -> Tensor | None:
         mask: (n, tokens), (n, tokens, 1), (n, 1 or queries, tokens) or (n, heads, 1 or queries, tokens), any dtype.
         library: that the module is from, in which a name may have another sense.
     """
+    if name in PATCH_NAMES and mask.ndim > 2:
+        return (mask != 0).flatten(1) if name == "patch_attention_mask" and mask.ndim == 3 else None
     if not 2 <= mask.ndim <= 4 or not mask.numel() or mask.is_complex():
         return None
     if name in ("attn_mask", "mask") and mask.ndim == 2 and len(mask) == mask.shape[1] and _is_of_scores(mask):

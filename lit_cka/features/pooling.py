@@ -136,7 +136,21 @@ def _summed(tokens: Tensor, kept: Tensor | None) -> Tensor:
 
 def pool_nested(tensor: Tensor, method: str) -> Tensor:
     """Pool what torch's encoder packs as a nested tensor: samples (tokens, d) without their padding."""
-    samples = list(tensor.unbind())
+    return _pool_unequal(list(tensor.unbind()), method)
+
+
+def pool_packed(rows: Tensor, method: str, lengths: list[int]) -> Tensor:
+    """Pool rows (total, d) of which each sample has as many as its length, one sample after the other.
+
+    Raises:
+        ValueError: if features are to be flattened of samples of several lengths.
+    """
+    if method == "flatten" and len(set(lengths)) > 1:
+        raise ValueError(f"Expected samples of one length to flatten, but got {', '.join(map(str, lengths[:8]))}.")
+    return _pool_unequal(list(rows.split(lengths)), method)
+
+
+def _pool_unequal(samples: list[Tensor], method: str) -> Tensor:
     padded = pad_sequence(samples, batch_first=True)
     lengths = torch.tensor([len(sample) for sample in samples], device=padded.device)
     return pool(padded, method, "NTC", torch.arange(padded.shape[1], device=padded.device) < lengths[:, None])
@@ -163,9 +177,9 @@ def find_layout(
     """
     shape = output.shape
     batch_first = _batch_first(module)
-    if batch_first is False and output.ndim == 3:
-        return "TNC"  # as the module says; the model's inputs may be tokens first, too, where their sizes mislead
     sizes = batch_sizes or set(shape)
+    if batch_first is False and output.ndim == 3 and (_speaks_for_itself(module) or shape[1] in sizes):
+        return "TNC"  # as the module says; the model's inputs may be tokens first, too, where their sizes mislead
     fitting = [layout for layout in _candidates(output.ndim) if shape[layout.index("N")] in sizes]
     if batch_first is None and parent is not None:
         batch_first = _batch_first(parent)
@@ -173,6 +187,8 @@ def find_layout(
         agreeing = [layout for layout in fitting if (layout[0] == "N") is batch_first]
         # Against the batch size, what is around a layer makes its layout a question, no more.
         fitting = agreeing or fitting + (["TNC"] if batch_first is False and output.ndim == 3 else [])
+    if batch_first and fitting == ["TNC"] and (shape[0] == 1 or shape[0] % shape[1] == 0):
+        fitting = []  # rather positions of all samples alike, or parts of samples in their place
     if not fitting:
         raise ValueError(
             f"Layer {name!r} returned shape {tuple(shape)}, and no axis that could be the samples has the inputs' "
@@ -194,6 +210,12 @@ def find_layout(
 def _candidates(ndim: int) -> list[str]:
     layouts = {2: ["NC"], 3: ["NTC", "TNC", "NCT"], 4: ["NHWC", "NCHW"], 5: ["NTHWC", "NCTHW"]}
     return layouts.get(ndim, [])
+
+
+def _speaks_for_itself(module: nn.Module) -> bool:
+    """Returns whether a module takes batches as it says, rather than turning them round for a part that says so."""
+    bases = [base for base in type(module).__mro__ if base is not nn.Module]
+    return hasattr(module, "batch_first") or any(base.__module__.startswith("torch.nn.modules.") for base in bases)
 
 
 def _batch_first(module: nn.Module) -> bool | None:

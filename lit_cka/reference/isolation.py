@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_cka.features.extractor import tensors_in
+from lit_cka.features.nested import tensors_in
 from lit_cka.features.shared_mode import SharedMode
 from lit_cka.reference.places import mark_of
 from lit_cka.samples.hashing import content_hash

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_cka.features.extractor import FeatureExtractor, tensors_in
+from lit_cka.features.extractor import FeatureExtractor
 from lit_cka.features.layers import named_layers
+from lit_cka.features.nested import tensors_in
 from lit_cka.features.pooling import Pooling
 from lit_cka.reference.arguments import CopyError, private_copy
 from lit_cka.reference.exchange import below

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_cka.features.extractor import tensors_in
+from lit_cka.features.nested import tensors_in
 
 _COMPUTED = -1
 

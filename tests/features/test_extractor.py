@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_cka.features.extractor import FeatureExtractor, tensors_in
+from lit_cka.features.extractor import FeatureExtractor
+from lit_cka.features.nested import tensors_in
 from tests import networks
 
 
@@ -621,3 +622,31 @@ def test_a_mask_that_may_mean_its_opposite_is_not_used() -> None:
             output = model(x=x, mask=MASK.bool())
         torch.testing.assert_close(extractor.collect()["layer"], pooled(output, "mean"))
         model(x=x, mask=MASK.bool())  # a second warning would be an error
+
+
+class Detector(nn.Module):
+    """Takes a list of images, and pads them, as those of torchvision do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, images: list[Tensor]) -> Tensor:
+        height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+        padded = torch.zeros(len(images), 3, height, width)
+        for image, place in zip(images, padded, strict=True):
+            place[:, : image.shape[1], : image.shape[2]] = image
+        return self.conv(padded)
+
+
+def test_a_list_of_images_is_as_many_samples() -> None:
+    model, images = Detector(), [torch.randn(3, 5, 6) for _ in range(2)]
+    with torch.no_grad(), FeatureExtractor(model, "conv") as extractor:
+        expected = model(images).double().mean((2, 3))
+        torch.testing.assert_close(extractor.collect()["conv"], expected)
+        model([*images, torch.randn(3, 5, 4)])
+        with pytest.raises(ValueError, match="Expected images of one size, but the model was called with a list of"):
+            extractor.collect()
+    with torch.no_grad(), FeatureExtractor(model, "conv", lambda output: output[:, :, 0, 0]) as extractor:
+        model([*images, torch.randn(3, 5, 4)])
+        assert extractor.collect()["conv"].shape == (3, 4)

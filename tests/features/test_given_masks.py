@@ -7,9 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers.models.mask2former.modeling_mask2former
 from torch import Tensor, nn
 
-from lit_cka.features.given_masks import MaskCall, checked_tokens, mask_call, mask_for, said_tokens
+from lit_cka.features.given_masks import (
+    MaskCall,
+    checked_tokens,
+    mask_call,
+    mask_for,
+    named_arguments,
+    said_tokens,
+)
 
 KEPT = torch.tensor([[1, 1, 0], [1, 0, 0]])  # samples by tokens
 OTHER = torch.tensor([[1, 1, 1], [0, 1, 1]])
@@ -61,6 +69,8 @@ def kept_by(call: MaskCall | None, warn: Callable[[str, str], None] = no_warning
         (Open, (IDS,), {"attention_mask": KEPT}),
         (Open, ({"input_ids": IDS, "attention_mask": KEPT},), {}),
         (Images, ({"input_ids": IDS, "attention_mask": KEPT},), {}),
+        (Images, ({"patches": IDS, "patch_valid": KEPT == 1},), {}),  # as timm's NaFlexViT
+        (Images, (IDS,), {"patch_attention_mask": KEPT[:, None] == 1}),
         (Encoder, (IDS,), {"src_key_padding_mask": KEPT == 0}),
         (Encoder, (IDS, None, KEPT == 0), {}),
         (nn.TransformerEncoderLayer, (IDS,), {"src_key_padding_mask": KEPT == 0}),
@@ -68,7 +78,7 @@ def kept_by(call: MaskCall | None, warn: Callable[[str, str], None] = no_warning
     ],
 )
 def test_the_mask_that_is_passed(module: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    mask = kept_by(mask_call(module, args, kwargs))
+    mask = kept_by(mask_call(module, named_arguments(module, args, kwargs)))
     assert mask is not None
     assert torch.equal(mask != 0, KEPT != 0)
 
@@ -86,7 +96,7 @@ def test_the_mask_that_is_passed(module: type[nn.Module], args: tuple[Any, ...],
     ],
 )
 def test_no_mask(module: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    assert mask_call(module, args, kwargs) is None
+    assert mask_call(module, named_arguments(module, args, kwargs)) is None
 
 
 def test_the_outermost_mask_of_the_layer_s_tokens_counts() -> None:
@@ -118,6 +128,29 @@ def test_a_decoder_has_a_mask_of_its_own(name: str) -> None:
         assert torch.equal(mask, KEPT.bool())
     both = {"": MaskCall({"decoder_attention_mask": KEPT})}
     assert mask_for("encoder.layer", (2, 3), both, no_warning) is None
+
+
+class Predictor(nn.Module):
+    """Runs on the encoder's states themselves, as that of pitches in FastSpeech 2 does."""
+
+    def forward(self, encoder_hidden_states: Tensor, padding_masks: Tensor | None = None) -> Tensor:
+        return encoder_hidden_states
+
+
+def test_what_runs_on_the_encoder_s_states_alone_is_no_decoder() -> None:
+    given = {"encoder_hidden_states": torch.zeros(2, 3, 6), "padding_masks": KEPT == 0}
+    assert mask_call(Predictor, given) is None
+    assert mask_call(Predictor, {**given, "hidden_states": torch.zeros(2, 5, 6)}) == MaskCall(
+        {}, "encoder_hidden_states", "tests"
+    )
+
+
+def test_masks_that_mean_the_opposite_in_one_architecture() -> None:
+    """Nothing is padded there as a rule, so that all would be dropped."""
+    encoder = transformers.models.mask2former.modeling_mask2former.Mask2FormerPixelDecoderEncoderOnly
+    mask = kept_by(mask_call(encoder, {"inputs_embeds": IDS, "attention_mask": KEPT == 0}))
+    assert mask is not None
+    assert torch.equal(mask, KEPT.bool())
 
 
 def test_a_tower_for_images_has_none_of_the_text() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from torchvision.models import resnet18
+from torchvision.models.detection import maskrcnn_resnet50_fpn
 from transformers import T5Config, T5Model
 
 from lit_cka.features.layers import Layers, modules_by_name, repeated_blocks, select_layers
@@ -275,3 +276,11 @@ def test_losses_and_metrics_are_no_layers_of_the_network() -> None:
     assert repeated_blocks(nn.ModuleDict({"network": Network(), **measures})) == [
         f"network.{name}" for name in repeated_blocks(Network())
     ]
+
+
+def test_what_a_detector_runs_on_regions_is_no_layer_of_samples() -> None:
+    """Its rows are regions, and may by chance be as many as the images."""
+    kinds = {"weights": None, "weights_backbone": None, "min_size": 32, "max_size": 32}
+    chosen = repeated_blocks(maskrcnn_resnet50_fpn(**kinds))
+    assert chosen
+    assert not any(name.startswith("roi_heads") for name in chosen)

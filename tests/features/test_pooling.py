@@ -220,6 +220,32 @@ def test_an_open_layout_is_an_error_that_asks_for_it(module: nn.Module, shape: t
         find_layout("layer", module, torch.zeros(shape), {5})
 
 
+@pytest.mark.parametrize("shape", [(20, 5, 6), (1, 5, 6)], ids=["frames in the samples' place", "positions alike"])
+def test_samples_first_is_not_read_as_tokens_first(shape: tuple[int, ...]) -> None:
+    """Where as many tokens as samples make it look so."""
+    with pytest.raises(ValueError, match="no axis that could be the samples has the inputs' batch size"):
+        find_layout("layer", encoder_layer(6, batch_first=True), torch.zeros(shape), {5})
+
+
+class Turning(nn.Module):
+    """Samples first outside, tokens first in a part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(6, 6)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.lstm(tokens.transpose(0, 1))[0].transpose(0, 1)
+
+
+def test_a_module_may_turn_its_batches_round_for_a_part_of_it() -> None:
+    """As Encodec does for its LSTM."""
+    model, tokens = nn.Sequential(Turning()), torch.randn(3, 5, 6)
+    with pytest.raises(ValueError, match=r"Layer '0' returned .* can be read as NTC or NCT or TNC"):
+        features_of(model, "0", "mean", tokens)
+    torch.testing.assert_close(features_of(model, "0", "mean:NTC", tokens), model(tokens).double().mean(1))
+
+
 def features_of(model: nn.Module, layer: str, pooling: str, *args: Tensor, **kwargs: Tensor) -> Tensor:
     with FeatureExtractor(model, layer, pooling) as extractor:
         model(*args, **kwargs)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lit_cka.functional.arrays import takes_arrays
 from lit_cka.functional.update_gram import as_matrix, chunks, gram_of_update, narrowed, update
+from lit_cka.functional.update_spectrum import effective_rank, rows_are_fewer
 
 RankRule: TypeAlias = Literal["effective_rank", "freevariance", "vetterli", "energy", "variance"]
 RULES: dict[str, str] = {
@@ -71,8 +72,7 @@ def split_rank(singular_values: Tensor, rule: RankRule = "effective_rank", R: fl
     if RULES[rule] == "energy":
         energies = s.square().cumsum(0)
         return min(int((energies < R * (1 - 1e-12) * energies[-1]).sum().item()) + 1, len(s))
-    effective_rank = math.exp(torch.special.entr(s / s.sum()).sum().item())
-    return min(max(math.ceil(effective_rank * (1 - _TIE)), 1), len(s))
+    return min(max(math.ceil(effective_rank(s) * (1 - _TIE)), 1), len(s))
 
 
 def coefficients(singular_values: Tensor, k: int) -> Coefficients:
@@ -154,7 +154,7 @@ def spectral_split(
     """
     check_rule(rule, R)
     _check_weights(W0, W1)
-    rows = len(W1) <= W1[0].numel()
+    rows = rows_are_fewer(W1)
     gram, norm = gram_of_update(W0, W1, rows)
     total = gram.trace().item()
     if not (math.isfinite(total) and math.isfinite(norm)):
@@ -219,8 +219,7 @@ def _is_doubtful(s: Tensor) -> bool:
     p, slack = s / s.sum(), error / s.sum()
     # dH/dp_i = -log p_i + const; below, p log p grows at most as fast as at the slack itself.
     doubt = (slack * (1 - torch.log(torch.maximum(p, slack).clamp_min(1e-300)))).sum().item()
-    effective_rank = math.exp(torch.special.entr(p).sum().item())
-    low, high = effective_rank * math.exp(-doubt), effective_rank * math.exp(doubt)
+    low, high = effective_rank(s) * math.exp(-doubt), effective_rank(s) * math.exp(doubt)
     return math.ceil(low * (1 - _TIE)) != math.ceil(high * (1 - _TIE))
 
 

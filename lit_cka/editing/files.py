@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from lit_cka.checkpoints.pickles import Weights, open_weights
-from lit_cka.checkpoints.quantised import quantised_names
 from lit_cka.editing.checks import check_output, check_report
 from lit_cka.editing.pairs import Pairs
 from lit_cka.editing.parameter import (
@@ -126,8 +125,7 @@ class _Job:
         files = {name: _stamps(weights) for name, weights in (("pretrained", self.W0), ("finetuned", self.W1))}
         self.partial = PartialOutput(output, {**described, **files})
         self._pairs = Pairs(self.W0, self.W1)
-        self._quantised, quantised_before = _quantised(self.W1), _quantised(self.W0)
-        self._quantised |= {name for name in self.W1.tensors if self._pairs.before(name) in quantised_before}
+        self._quantised = self._pairs.quantised()
 
     def check(self, allow_differences: bool, warn: bool) -> None:
         """Raise a ValueError if the models or the paths don't fit each other."""
@@ -252,10 +250,6 @@ class _Memory:
             with self._given_back:
                 self._free += nbytes
                 self._given_back.notify_all()
-
-
-def _quantised(weights: Weights) -> set[str]:
-    return quantised_names({name: (info.kind, len(info.shape)) for name, info in weights.tensors.items()})
 
 
 def _stamps(weights: Weights) -> list[list[str | int]]:

@@ -65,9 +65,12 @@ def update_products(W0: Tensor, updated: Sequence[Tensor]) -> UpdateProducts:
     base = torch.zeros((), dtype=torch.float64, device=W0.device)
     products = torch.zeros(len(updated), len(updated), dtype=torch.float64, device=W0.device)
     for w0, *parts in zip(_parts(W0), *map(_parts, updated), strict=True):
-        base += w0.square().sum()
-        deltas = torch.stack([part - w0 for part in parts])
-        products += deltas @ deltas.T
+        base += torch.dot(w0, w0)
+        deltas = [part - w0 for part in parts]
+        for i, delta in enumerate(deltas):
+            for j, other in enumerate(deltas[: i + 1]):
+                products[i, j] += torch.dot(delta, other)
+    products = products.tril() + products.tril(-1).T
     return UpdateProducts(base.item(), products.cpu())
 
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from lit_cka.editing.weights import EditedModel, edit_state_dicts
 
 __all__ = [
-    "Diff", "EditSettings", "EditedModel", "MonoSoupEditor", "ParameterRecord", "TensorDiff", "diff_files", "edit_files",
-    "edit_state_dicts",
+    "Diff", "EditSettings", "EditedModel", "MonoSoupEditor", "ParameterRecord", "TensorDiff", "diff_files",
+    "edit_files", "edit_state_dicts",
 ]  # fmt: skip
 
 # Imported when asked for: one name should not load what another needs.

@@ -35,8 +35,8 @@ def diff_files(
     """Compare one or two checkpoints with a base, tensor by tensor.
 
     Takes the memory of the largest tensor once for each checkpoint and, for a spectrum, `16 m^2` bytes with `m` the
-    smaller side of the matrix, part of which is what the weights leave. Tensors of two or more dimensions are read as matrices (out, rest). Those of integers,
-    of 8 bits, or that belong to quantised weights are compared for equality alone.
+    smaller side of the matrix, part of which is what the weights leave. Tensors of two or more dimensions are read as
+    matrices (out, rest). Those of integers, of 8 bits, or that belong to quantised weights are compared for equality.
 
     Args:
         base: A: a safetensors file, a folder with one or with shards of one and their index (`save_pretrained`), or a
@@ -48,6 +48,9 @@ def diff_files(
         weights: which of several sets of weights in a file, such as "state_dict_ema" or "teacher", see
             `lit_cka.checkpoints.weight_sets.find_weights`. None where there is one set.
         progress: show a progress bar.
+
+    Returns:
+        What is said of each tensor, see `Diff`.
 
     Raises:
         ValueError: if a file is damaged, needs `trusted`, or holds several sets of weights, or an argument is wrong.
@@ -196,7 +199,7 @@ class _Walk:
 
 
 def _note_spectra(weights: list[Tensor], found: Sequence[_Both]) -> None:
-    """Note the spectra of the updates; `weights`, the base first, is emptied on the way: eigenvalues need the memory."""
+    """Note the spectra of the updates. `weights`, the base first, is emptied: eigenvalues need the memory."""
     for position, both in enumerate(found, start=1):
         W1, record = weights.pop(1), both.record
         if not record["change_norm"] or W1.ndim < 2:

@@ -34,7 +34,7 @@ class Pairs:
         return None
 
     def quantised(self) -> set[str]:
-        """Returns the names in the fine-tuned model's files of tensors of weights that are quantised in either model."""
+        """Returns the names that the fine-tuned model has for tensors of weights that are quantised in either."""
         before = _quantised(self._W0)
         return _quantised(self._W1) | {name for name in self._W1.tensors if self.before(name) in before}
 

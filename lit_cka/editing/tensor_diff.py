@@ -29,7 +29,7 @@ KINDS: dict[Kind, str] = {
 
 
 class TensorDiff(TypedDict):
-    """One tensor in a checkpoint and in the base, A. Numbers are None where they can't be, and `kind` or `note` says why."""
+    """One tensor in a checkpoint and in the base, A. Numbers are None where `kind` or `note` says why."""
 
     name: str
     kind: Kind

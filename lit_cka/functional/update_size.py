@@ -1,7 +1,7 @@
 """How far weights moved from one base, and whether they moved the same way; in parts that take little memory.
 
-With `W0` the base and `Delta_i = W_i - W0` the update of each of several fine-tuned weights (task vectors, Ilharco et al.
-2023, arXiv 2212.04089), all of it follows from `||W0||_F` and the products `G_ij = <Delta_i, Delta_j>`.
+With `W0` the base and `Delta_i = W_i - W0` the update of each of several fine-tuned weights (task vectors, Ilharco et
+al. 2023, arXiv 2212.04089), all of it follows from `||W0||_F` and the products `G_ij = <Delta_i, Delta_j>`.
 """
 
 from __future__ import annotations

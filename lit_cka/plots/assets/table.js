@@ -39,9 +39,15 @@ function matching() {
   );
 }
 
+/** A name, which breaks behind its dots rather than within words. */
+function nameCell(name) {
+  const parts = name.split(/(?<=\.)/).flatMap((part) => [part, element("wbr", {})]);
+  return element("th", { scope: "row", title: name }, element("bdi", {}, ...parts));
+}
+
 function cell(value, index) {
   const column = data.columns[index];
-  if (index === 0) return element("th", { scope: "row" }, element("bdi", {}, value));
+  if (index === 0) return nameCell(value);
   if (column.numeric) return element("td", { className: "number" }, formatted(value));
   return element("td", { className: column.wide ? "wide" : "" }, value ?? "");
 }

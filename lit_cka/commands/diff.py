@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import SUPPRESS
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,9 @@ def parser() -> Parser:
         usage="lit-cka diff A B [C] [options]",
     )
     parser.add_command_options()
+    # Without a default, which would win over what a config says.
     parser.add_argument(
-        "checkpoints", type=str, nargs="*", default=[], help="A, the base, then B, and C if there are three."
+        "checkpoints", type=str, nargs="*", default=SUPPRESS, help="A, the base, then B, and C if there are three."
     )
     parser.add_argument("--output", type=str | None, default=None, help="Folder for JSON, CSV, figures and a page.")
     parser.add_argument(
@@ -52,9 +54,10 @@ def main(args: list[str]) -> Diff | None:
     """Run the command; an error that a user can mend is one line and exit status 1."""
     options = parser()
     config = options.parse_args(args)
-    if len(config.checkpoints) not in (2, 3):
+    checkpoints = config.get("checkpoints") or []
+    if len(checkpoints) not in (2, 3):
         fail(
-            f"Expected two checkpoints, or a base and two others, but got {len(config.checkpoints)}.\n"
+            f"Expected two checkpoints, or a base and two others, but got {len(checkpoints)}.\n"
             f"For example: {options.example}",
             USAGE,
         )

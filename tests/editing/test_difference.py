@@ -135,7 +135,8 @@ def test_every_kind_of_difference(tmp_path: Path) -> None:
     kinds = {name: record["kind"] for name, record in records.items() if record["kind"] != "unchanged"}
     assert kinds == {
         "layers.1.weight": "changed", "layers.2.weight": "not finite", "counts": "changed", "eight": "changed",
-        "other shape": "other shape", "gone": "missing", "was whole": "other type", "infinite": "not finite", "new": "added",
+        "other shape": "other shape", "gone": "missing", "was whole": "other type", "infinite": "not finite",
+        "new": "added",
     }  # fmt: skip
     assert sum(found.num_by_kind().values()) == len(records) == len(W0) + 1
     one = records["layers.1.weight"]  # a single element
@@ -274,7 +275,7 @@ def test_several_sets_of_weights_and_other_mistakes(tmp_path: Path) -> None:
     assert diff(a, tmp_path / "two.pt", weights="state_dict_ema").num_by_kind()["changed"] == 9
     with pytest.raises(ValueError, match="a set of weights called 'x', but none has one"):
         diff(a, a, weights="x")
-    with pytest.raises(FileNotFoundError, match="checkpoint file or folder at .*missing"):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint file or folder at .*missing"):
         diff(a, tmp_path / "missing.pt")
     (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(ValueError, match="damaged or no safetensors file"):

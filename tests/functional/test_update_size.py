@@ -80,5 +80,5 @@ def test_what_is_not_finite() -> None:
 
 @pytest.mark.parametrize("W1", [torch.ones(3, 2), torch.ones(2, 3, dtype=torch.int64)])
 def test_other_weights(W1: Tensor) -> None:
-    with pytest.raises(ValueError, match="of the same shape, but got torch.float32"):
+    with pytest.raises(ValueError, match=r"of the same shape, but got torch\.float32"):
         update_products(torch.ones(2, 3), [W1])

@@ -12,7 +12,11 @@ import pytest
 from lit_cka.plots.table_page import Cell, Column, write_table_page
 from tests.browser import CHROMIUM, Page, browser_page
 
-HOSTILE = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "$\\frac{1}{2}$ {{data}} \u202etfel \ud800"]
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "$\\frac{1}{2}$ {{data}} \u202etfel \ud800",
+]
 COLUMNS = [
     Column("tensor", "What it is called."),
     Column("kind", "What it is.", choices=True),
@@ -52,7 +56,9 @@ def sort_by(page: Page, column: int) -> list[str]:
 
 
 def search(page: Page, words: str) -> list[str]:
-    page.evaluate(f"byId('words').value = {words!r}; byId('words').dispatchEvent(new Event('input', {{bubbles: true}}))")
+    page.evaluate(
+        f"byId('words').value = {words!r}; byId('words').dispatchEvent(new Event('input', {{bubbles: true}}))"
+    )
     return names(page)
 
 

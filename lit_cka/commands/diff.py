@@ -135,4 +135,4 @@ def _print_changes(found: Diff, console: Console) -> None:
 
 
 def _number(record: TensorDiff | None, key: str) -> float | None:
-    return None if record is None else record[key]  # type: ignore[literal-required, no-any-return]
+    return None if record is None else record[key]  # type: ignore[literal-required]

@@ -104,7 +104,7 @@ def _write_csv(path: Path, found: Diff) -> Path:
         writer.writeheader()
         for label, tensors in zip(found.labels, found.tensors, strict=True):
             for tensor in tensors:
-                shapes = {key: _shape(tensor[key]) for key in ("base_shape", "shape")}  # type: ignore[literal-required]
+                shapes = {"base_shape": _shape(tensor["base_shape"]), "shape": _shape(tensor["shape"])}
                 cosine = found.cosines.get(tensor["name"])
                 writer.writerow({"checkpoint": label, **tensor, **shapes, "cosine": cosine})
     return path

@@ -61,9 +61,9 @@ def _by_checkpoint(found: Diff, there: Sequence[TensorDiff], records: Sequence[T
     values = {"A": there[0][f"base_{key}"]}  # type: ignore[literal-required]
     values |= {label: record and record[key] for label, record in zip(found.labels, records, strict=True)}  # type: ignore[literal-required]
     said = {label: _text(value) for label, value in values.items() if value is not None}
-    return (
-        next(iter(said.values())) if len(set(said.values())) == 1 else ", ".join(f"{a}: {b}" for a, b in said.items())
-    )
+    if len(set(said.values())) == 1:
+        return next(iter(said.values()))
+    return ", ".join(f"{label}: {text}" for label, text in said.items())
 
 
 def _text(value: list[int] | str) -> str:

@@ -40,7 +40,7 @@ class TensorDiff(TypedDict):
     tied_to: str | None
     base_norm: float | None  # ||W0||_F
     change_norm: float | None  # ||W1 - W0||_F
-    relative_change: float | None  # ||W1 - W0||_F / ||W0||_F
+    relative_change: float | None  # ||W1 - W0||_F / ||W0||_F; infinite where W0 is 0, for which JSON has null
     effective_rank: float | None  # of the update, see `lit_cka.functional.effective_rank`
     stable_rank: float | None
     full_rank: int | None  # min(out, rest)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLORS = tuple(OKABE_ITO.values())
-_UNNUMBERED = "0.55"  # the grey of matrices outside the numbered layers
+_OTHERS = "0.55"  # the grey of matrices outside the numbered layers, or of a role of their own
 _LEAST = 1e-5  # of the largest singular value: what is below is not drawn
 _POINTS = 200  # of a curve
 _NAMED = 40  # matrices, up to which each has a label; of more, each layer
@@ -63,7 +63,7 @@ def spectra_by_depth(
         shares = s[places - 1] / s[0]
         shown = int((shares >= _LEAST).sum()) + 1  # the first of those below is where the curve leaves the picture
         layer = _layer(name)
-        color = colors[layers.index(layer)] if layer else _UNNUMBERED
+        color = colors[layers.index(layer)] if layer else _OTHERS
         ax.plot(
             places[:shown], shares[:shown].clip(_LEAST), color=color, alpha=0.75, linewidth=1, marker="o", markersize=2,
             markevery=[0], linestyle="-" if layer else "--",
@@ -125,10 +125,12 @@ def updates_by_layer(
         chosen = roles == role if role is not None else ~np.isin(roles, common)
         if not chosen.any():
             continue
-        style = {"color": "0.55", "linestyle": "none"} if role is None else {"color": _COLORS[common.index(role)]}
+        color, label = (_OTHERS, "others") if role is None else (_COLORS[common.index(role)], labels[role])
         for each, values in zip(axes, (changes, shares), strict=True):
-            label = "others" if role is None else labels[role]
-            each.plot(places[chosen], values[chosen], marker="o", markersize=3.5, linewidth=1, label=label, **style)
+            each.plot(
+                places[chosen], values[chosen], marker="o", markersize=3.5, linewidth=0 if role is None else 1, color=color,
+                label=label,
+            )  # fmt: skip
     axes[0].set(yscale="log", ylabel="relative change")
     axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[0].yaxis.set_major_formatter(_plain)

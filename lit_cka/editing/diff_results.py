@@ -35,6 +35,8 @@ def describe_diff(found: Diff) -> list[str]:
         change = found.relative_change(index)
         overall = f"; relative change of all together {change:.4g}" if change == change else ""
         lines.append(f"{label} ({path}): {sum(numbers.values())} tensors: {counted}{overall}.")
+        if found.renamings[index] is not None:
+            lines.append(f"  its names are taken {found.renamings[index]}, as in A")
         for kind in (kind for kind in numbers if kind not in ("changed", "unchanged")):
             names = [each["name"] for each in found.tensors[index] if each["kind"] == kind]
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
@@ -55,10 +57,11 @@ def save_diff(folder: str | os.PathLike[str], found: Diff, config: Mapping[str, 
     folder = Path(folder)
     sides = [
         {
-            "label": label, "path": path, "num_by_kind": found.num_by_kind(index), "tensors": tensors,
-            "identical": found.is_identical(index), "relative_change": found.relative_change(index),
+            "label": label, "path": found.others[index], "names_taken": found.renamings[index],
+            "identical": found.is_identical(index), "num_by_kind": found.num_by_kind(index),
+            "relative_change": found.relative_change(index), "tensors": found.tensors[index],
         }
-        for index, (label, path, tensors) in enumerate(zip(found.labels, found.others, found.tensors, strict=True))
+        for index, label in enumerate(found.labels)
     ]  # fmt: skip
     frame = {"config": dict(config or {}), "versions": versions(), "base": found.base}
     numbers = {"cosine": found.cosine(), "cosines": found.cosines, "checkpoints": sides}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_cka.checkpoints.pickles import Weights, open_weights
 from lit_cka.editing.pairs import Pairs
+from lit_cka.editing.prefixes import find_renaming
 from lit_cka.editing.tensor_diff import Diff, TensorDiff, tensor_diff
 from lit_cka.functional.update_gram import gram_of_update
 from lit_cka.functional.update_size import num_not_finite, update_products
@@ -40,7 +41,8 @@ def diff_files(
 
     Args:
         base: A: a safetensors file, a folder with one or with shards of one and their index (`save_pretrained`), or a
-            state dict of torch. The names of the tensors count, not which file they are in.
+            state dict of torch. The names of the tensors count, not which file they are in; a prefix that all names of
+            another checkpoint have more, or less, is none of them.
         others: B, or B and C, likewise.
         device: where to compute, such as "cuda"; None for the CPU.
         spectra: compute singular values and ranks of the updates, which takes the most time.
@@ -62,6 +64,7 @@ def diff_files(
     W0, *after = (open_weights(Path(path), trusted=trusted, weights=weights) for path in (base, *others))
     if weights is not None and not any(each.was_named for each in (W0, *after)):
         raise ValueError(f"Expected a file with a set of weights called {weights!r}, but none has one.")
+    renamings = tuple(_renamed(W0, W1) for W1 in after)
     sides = [_Side(W0, W1) for W1 in after]
     walk = _Walk(W0, sides, chosen, spectra)
     names = list(dict.fromkeys(name for each in (W0, *after) for name in _names(each)))
@@ -70,7 +73,16 @@ def diff_files(
             walk.compare(name)
             advance(1)
     found = tuple(side.tensors for side in sides), tuple(side.spectra for side in sides)
-    return Diff(str(base), tuple(map(str, others)), *found, walk.cosines)
+    return Diff(str(base), tuple(map(str, others)), *found, walk.cosines, renamings)
+
+
+def _renamed(W0: Weights, W1: Weights) -> str | None:
+    """Give weights the base's names where a prefix tells them apart; returns how they are called now."""
+    renaming = find_renaming(W0.chosen, W1.chosen)
+    if renaming is None:
+        return None
+    W1.chosen = {renaming(plain): name for plain, name in W1.chosen.items()}
+    return str(renaming)
 
 
 def _names(weights: Weights) -> list[str]:

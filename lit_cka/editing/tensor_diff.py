@@ -69,6 +69,7 @@ class Diff:
         tensors: for each of the others what is said of each tensor, in the order of the base, then what is new.
         spectra: for each of the others the singular values of its updates, (m,) float64, by name.
         cosines: by name, between the updates of B and of C.
+        renamings: for each of the others in which words its names became those of the base; None where they are.
     """
 
     base: str
@@ -76,6 +77,7 @@ class Diff:
     tensors: tuple[list[TensorDiff], ...]
     spectra: tuple[dict[str, Tensor], ...]
     cosines: dict[str, float]
+    renamings: tuple[str | None, ...]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -90,7 +92,9 @@ class Diff:
     def is_identical(self, index: int = 0) -> bool:
         """Returns whether a checkpoint has the base's tensors, with the same names, types and values."""
         same_types = all(tensor["dtype"] in (None, tensor["base_dtype"]) for tensor in self.tensors[index])
-        return same_types and not self.num_by_kind(index).keys() - {"unchanged", "tied"}
+        return (
+            same_types and self.renamings[index] is None and not self.num_by_kind(index).keys() - {"unchanged", "tied"}
+        )
 
     def relative_change(self, index: int = 0) -> float:
         """Returns `||Delta||_F / ||W0||_F` over all tensors that were measured; NaN where there are none."""

@@ -127,10 +127,10 @@ def updates_by_layer(
             continue
         color, label = (_OTHERS, "others") if role is None else (_COLORS[common.index(role)], labels[role])
         for each, values in zip(axes, (changes, shares), strict=True):
-            each.plot(
-                places[chosen], values[chosen], marker="o", markersize=3.5, linewidth=0 if role is None else 1, color=color,
-                label=label,
-            )  # fmt: skip
+            (line,) = each.plot(
+                places[chosen], values[chosen], "o-", markersize=3.5, linewidth=1, color=color, label=label
+            )
+            line.set_linestyle("none" if role is None else "-")
     axes[0].set(yscale="log", ylabel="relative change")
     axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[0].yaxis.set_major_formatter(_plain)

@@ -265,6 +265,24 @@ def test_shards_and_wrappers(tmp_path: Path) -> None:
     assert found.tensors == whole.tensors
 
 
+def test_a_prefix_of_all_names(tmp_path: Path) -> None:
+    """As between a LightningModule's checkpoint and the weights of the model in it."""
+    W0 = {name: W for name, W in base().items() if name != "eight"}
+    W1 = moved(W0)
+    a, b = saved(tmp_path / "a.pt", W0), saved(tmp_path / "b.pt", W1)
+    torch.save({"state_dict": {f"model.{name}": W for name, W in W1.items()}}, tmp_path / "b.ckpt")
+    torch.save({"state_dict": {f"model.{name}": W for name, W in W0.items()}}, tmp_path / "a.ckpt")
+    plain = diff(a, b)
+    found = diff(a, tmp_path / "b.ckpt", tmp_path / "b.pt")
+    assert found.tensors == plain.tensors * 2
+    assert found.renamings == ("without 'model.'", None)
+    found = diff(tmp_path / "a.ckpt", b, tmp_path / "b.ckpt")
+    assert [each["name"] for each in found.tensors[0]] == [f"model.{name}" for name in W0]
+    assert found.tensors[0] == found.tensors[1]
+    assert found.renamings == ("with 'model.' in front", None)
+    assert not diff(a, tmp_path / "a.ckpt").is_identical()
+
+
 def test_several_sets_of_weights_and_other_mistakes(tmp_path: Path) -> None:
     W0 = base()
     a = saved(tmp_path / "a.pt", W0)

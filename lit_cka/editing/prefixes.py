@@ -34,7 +34,7 @@ def find_renaming(base: Collection[str], names: Collection[str]) -> Renaming | N
     renamings = [Renaming(removed=prefix) for prefix in _prefixes(names)]
     renamings += [Renaming(added=prefix) for prefix in _prefixes(base)]
     for renaming in renamings:
-        renamed = set(map(renaming, names))
+        renamed = {renaming(name) for name in names}
         fitting = len(renamed & set(base))
         if len(renamed) == len(names) and 2 * fitting >= min(len(names), len(base)):
             return renaming

@@ -15,7 +15,7 @@ def test_a_prefix(prefix: str) -> None:
     removing, adding = find_renaming(NAMES, longer), find_renaming(longer, NAMES)
     assert (removing, adding) == (Renaming(removed=prefix), Renaming(added=prefix))
     assert removing is not None
-    assert list(map(removing, longer)) == NAMES
+    assert [removing(name) for name in longer] == NAMES
     assert find_renaming(NAMES, [*longer, "loss.weight"]) == removing
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
+    from lit_cka.editing.diff_results import save_diff
     from lit_cka.editing.difference import diff_files
     from lit_cka.editing.editor import MonoSoupEditor
     from lit_cka.editing.files import edit_files
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Diff", "EditSettings", "EditedModel", "MonoSoupEditor", "ParameterRecord", "TensorDiff", "diff_files",
-    "edit_files", "edit_state_dicts",
+    "edit_files", "edit_state_dicts", "save_diff",
 ]  # fmt: skip
 
 # Imported when asked for: one name should not load what another needs.
 __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "diff_results": ["save_diff"],
         "difference": ["diff_files"],
         "editor": ["MonoSoupEditor"],
         "files": ["edit_files"],

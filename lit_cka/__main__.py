@@ -21,6 +21,7 @@ COMMANDS = {
     "project": ("all layers of several models on several datasets in one interactive map", "project"),
     "monosoup": ("edit a fine-tuned model in memory, evaluate all variants, draw what came of it", "monosoup"),
     "edit": ("edit checkpoint files into a checkpoint file, without any model code", "edit"),
+    "diff": ("what differs between checkpoint files, tensor by tensor, without any model code", "diff"),
     "configs": ("list the configs that ship, print one, or copy it", "configs"),
 }
 

@@ -503,6 +503,68 @@ MUTANTS = [
         (("tracking/pairing.py", "(numbers,) = group.add_up([torch.tensor(mine", "(numbers,) = ([torch.tensor(mine"),),
         ("tests/tracking/test_ranks.py", "-k", "one_rank_alone or left_out"),
     ),
+    # What differs between checkpoints.
+    Mutant(
+        "the relative change is that of the new weight",
+        (
+            (
+                "functional/update_size.py",
+                "        base += torch.dot(w0, w0)\n",
+                "        base += parts[0].square().sum()\n",
+            ),
+        ),
+        ("tests/functional/test_update_size.py",),
+    ),
+    Mutant(
+        "the cosine is of weights in place of updates",
+        (("functional/update_size.py", "[part - w0 for part in parts]", "list(parts)"),),
+        ("tests/functional/test_update_size.py",),
+    ),
+    Mutant(
+        "the effective rank is by the squares",
+        (
+            (
+                "functional/update_spectrum.py",
+                "torch.special.entr(s / s.sum())",
+                "torch.special.entr(s**2 / (s**2).sum())",
+            ),
+        ),
+        ("tests/functional/test_update_spectrum.py",),
+    ),
+    Mutant(
+        "rounding adds directions to an update of low rank",
+        (("functional/update_spectrum.py", "eigenvalues > noise", "eigenvalues > 0"),),
+        ("tests/functional/test_update_spectrum.py",),
+    ),
+    Mutant(
+        "all tensors of a comparison stay in memory",
+        (
+            (
+                "editing/difference.py",
+                "        weights = [self._read(self._W0, found[0].base_name)",
+                "        weights = self.__dict__.setdefault(found[0].base_name, [])\n"
+                "        weights += [self._read(self._W0, found[0].base_name)",
+            ),
+            (
+                "editing/difference.py",
+                "        W1, record = weights.pop(1), both.record",
+                "        W1, record = weights[position], both.record",
+            ),
+            ("editing/difference.py", "            weights.clear()\n", "            pass\n"),
+        ),
+        ("tests/editing/test_difference.py", "-k", "memory"),
+    ),
+    Mutant(
+        "weights that are tied in the file alone count as tied",
+        (
+            (
+                "editing/difference.py",
+                "if first != plain and self._is_one_in_base(base_name, first):",
+                "if first != plain:",
+            ),
+        ),
+        ("tests/editing/test_difference.py",),
+    ),
 ]
 
 

@@ -67,6 +67,10 @@ class StateDictWeights:
             value: Tensor = self._weights[self._names[name]]
             return value.detach().clone(memory_format=torch.contiguous_format)
 
+    def read_bytes(self, name: str) -> Tensor:
+        """Returns a copy of the bytes of a tensor of any dtype that is stored as a plain array."""
+        return self.read(name).reshape(-1).view(torch.uint8)
+
     def create(self, target: Path) -> None:
         target.with_name("tensors").mkdir()
 

@@ -22,6 +22,8 @@ from torch import Tensor
 from lit_cka.files import sync
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LETTERS = {"BF": "bfloat", "F": "float", "I": "int", "U": "uint", "C": "complex"}
+_EIGHT_BITS = {"F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu"}
 _CHUNK = 2**24  # bytes copied at a time
 # Other weights that a model's folder may hold besides its safetensors; an output with them would hold two models.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz"}
@@ -34,6 +36,12 @@ class TensorInfo(NamedTuple):
     kind: str  # dtype, as the file format calls it
     dtype: torch.dtype | None  # None unless it is one of those that are edited
     nbytes: int
+
+    @property
+    def type_name(self) -> str:
+        """The dtype as torch calls it, such as "bfloat16", whatever the file format does."""
+        short = re.fullmatch(r"(BF|[FIUC])(\d+)", self.kind)
+        return f"{_LETTERS[short[1]]}{short[2]}" if short else _EIGHT_BITS.get(self.kind, self.kind.lower())
 
 
 class SafetensorsWeights:
@@ -75,8 +83,13 @@ class SafetensorsWeights:
 
     def read(self, name: str) -> Tensor:
         """Returns a copy; what a memory map reads would stay in memory."""
-        (shard, start), info = self._places[name], self.tensors[name]
+        info = self.tensors[name]
         assert info.dtype is not None
+        return self.read_bytes(name).view(info.dtype).reshape(info.shape)
+
+    def read_bytes(self, name: str) -> Tensor:
+        """Returns a copy of the bytes of a tensor of any dtype."""
+        (shard, start), info = self._places[name], self.tensors[name]
         content = torch.empty(info.nbytes, dtype=torch.uint8)
         with shard.open("rb", buffering=0) as file:
             file.seek(start)
@@ -86,7 +99,7 @@ class SafetensorsWeights:
                 if not count:
                     raise ValueError(f"{str(shard)!r} was truncated while it was read.")
                 done += count
-        return content.view(info.dtype).reshape(info.shape)
+        return content
 
     def create(self, target: Path) -> None:
         """Write the headers and make room for the tensors."""

@@ -36,7 +36,7 @@ TRAINER_HELP = {
 def brief_help(parser: Parser) -> str:
     """The command's own options first, then those of its groups, and where to find the rest."""
     width = max(min(shutil.get_terminal_size().columns, 120) - 1, _COLUMN + 20)
-    lines = [f"usage: {parser.prog} [options]", ""]
+    lines = [f"usage: {parser.usage or f'{parser.prog} [options]'}", ""]
     lines += [*textwrap.wrap(parser.description or "", width), ""]
     shown = [action for action in parser._actions if _is_shown(parser, action)]
     groups: dict[str, list[argparse.Action]] = {}

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from lit_cka.checkpoints.pickles import Weights, open_weights
-from lit_cka.checkpoints.quantised import quantised_names
 from lit_cka.editing.checks import check_output, check_report
 from lit_cka.editing.lock import OutputLock
 from lit_cka.editing.pairs import Pairs
@@ -129,8 +128,7 @@ class _Job:
         files = {name: _stamps(weights) for name, weights in (("pretrained", self.W0), ("finetuned", self.W1))}
         self.partial, self._onto_empty = PartialOutput(output, {**described, **files}), False
         self._pairs = Pairs(self.W0, self.W1)
-        self._quantised, quantised_before = _quantised(self.W1), _quantised(self.W0)
-        self._quantised |= {name for name in self.W1.tensors if self._pairs.before(name) in quantised_before}
+        self._quantised = self._pairs.quantised()
 
     def check(self, allow_differences: bool, warn: bool) -> None:
         """Raise a ValueError if the models or the paths don't fit each other."""
@@ -256,10 +254,6 @@ class _Job:
             return 0
         small = min(info.shape[0], math.prod(info.shape[1:])) if len(info.shape) > 1 else 0
         return 2 * info.nbytes + 40 * small**2
-
-
-def _quantised(weights: Weights) -> set[str]:
-    return quantised_names({name: (info.kind, len(info.shape)) for name, info in weights.tensors.items()})
 
 
 def _stamps(weights: Weights) -> list[list[str | int]]:

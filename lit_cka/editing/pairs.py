@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lit_cka.checkpoints.pickles import Weights
+from lit_cka.checkpoints.quantised import quantised_names
 from lit_cka.checkpoints.shards import TensorInfo
 from lit_cka.editing.checks import difference_table
 
@@ -32,6 +33,20 @@ class Pairs:
                 return found
         return None
 
+    def quantised(self) -> set[str]:
+        """Returns the names that the fine-tuned model has for tensors of weights that are quantised in either."""
+        before = _quantised(self._W0)
+        return _quantised(self._W1) | {name for name in self._W1.tensors if self.before(name) in before}
+
+    def without_counterpart(self) -> list[str]:
+        """Returns the names that the pretrained model has for weights of which the fine-tuned one has nothing."""
+        plain_of = {name: plain for plain, name in self._W0.chosen.items()}
+        return [
+            plain
+            for plain, name in self._W0.chosen.items()
+            if not any(plain_of.get(other) in self._W1.chosen for other in self._same[0][name])
+        ]
+
     def check(self, *, allow_differences: bool) -> int:
         """Returns the number of tensors in which the models differ.
 
@@ -60,10 +75,8 @@ class Pairs:
             before = None if found is None else self._W0.tensors[found]
             if before is None or before.shape != self._W1.tensors[name].shape:
                 rows.append((plain, _shape(before), _shape(self._W1.tensors[name])))
-        plain_of = {name: plain for plain, name in self._W0.chosen.items()}
-        for plain, name in self._W0.chosen.items():
-            if not any(plain_of.get(other) in self._W1.chosen for other in self._same[0][name]):
-                rows.append((plain, _shape(self._W0.tensors[name]), "missing"))
+        for plain in self.without_counterpart():
+            rows.append((plain, _shape(self._W0.tensors[self._W0.chosen[plain]]), "missing"))
         return rows
 
 
@@ -73,6 +86,10 @@ def _names_of_same(weights: Weights) -> dict[str, list[str]]:
     for name, first in weights.tied.items():
         names.setdefault(first, []).append(name)
     return {name: [name, *(other for other in names[first] if other != name)] for name, first in weights.tied.items()}
+
+
+def _quantised(weights: Weights) -> set[str]:
+    return quantised_names({name: (info.kind, len(info.shape)) for name, info in weights.tensors.items()})
 
 
 def _shape(info: TensorInfo | None) -> str:

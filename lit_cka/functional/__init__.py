@@ -22,17 +22,21 @@ from lit_cka.functional.sample_space import cheaper_in_sample_space, sample_spac
 from lit_cka.functional.signatures import kernel_pca, signature, signature_gram
 from lit_cka.functional.spectral import low_rank_split, spectral_split
 from lit_cka.functional.terms import CKATerms
+from lit_cka.functional.update_size import UpdateProducts, update_products
+from lit_cka.functional.update_spectrum import effective_rank, stable_rank, update_singular_values
 
 __all__ = [
     "CKATerms",
     "PairedMoments",
     "Rows",
+    "UpdateProducts",
     "add_samples",
     "cheaper_in_sample_space",
     "cka_from_gram",
     "cka_from_moments",
     "cka_from_terms",
     "cka_matrix",
+    "effective_rank",
     "empty_moments",
     "has_fast_float64",
     "hsic",
@@ -51,4 +55,7 @@ __all__ = [
     "signature",
     "signature_gram",
     "spectral_split",
+    "stable_rank",
+    "update_products",
+    "update_singular_values",
 ]

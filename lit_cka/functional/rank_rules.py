@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_cka.functional.arrays import takes_arrays
+from lit_cka.functional.update_spectrum import effective_rank
 
 RankRule: TypeAlias = Literal["effective_rank", "freevariance", "vetterli", "energy", "variance"]
 RULES: dict[str, str] = {
@@ -49,8 +50,7 @@ def split_rank(singular_values: Tensor, rule: RankRule = "effective_rank", R: fl
     if RULES[rule] == "energy":
         energies = s.square().cumsum(0)
         return min(int((energies < R * (1 - 1e-12) * energies[-1]).sum().item()) + 1, len(s))
-    effective_rank = math.exp(torch.special.entr(s / s.sum()).sum().item())
-    return min(max(math.ceil(effective_rank * (1 - _TIE)), 1), len(s))
+    return min(max(math.ceil(effective_rank(s) * (1 - _TIE)), 1), len(s))
 
 
 def is_rank_doubtful(s: Tensor, errors: Tensor) -> bool:
@@ -58,8 +58,7 @@ def is_rank_doubtful(s: Tensor, errors: Tensor) -> bool:
     p, slack = s / s.sum(), errors / s.sum()
     # dH/dp_i = -log p_i + const; below, p log p grows at most as fast as at the slack itself.
     doubt = (slack * (1 - torch.log(torch.maximum(p, slack).clamp_min(1e-300)))).sum().item()
-    effective_rank = math.exp(torch.special.entr(p).sum().item())
-    low, high = effective_rank * math.exp(-doubt), effective_rank * math.exp(doubt)
+    low, high = effective_rank(s) * math.exp(-doubt), effective_rank(s) * math.exp(doubt)
     return math.ceil(low * (1 - _TIE)) != math.ceil(high * (1 - _TIE))
 
 

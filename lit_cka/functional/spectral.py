@@ -33,6 +33,7 @@ from lit_cka.functional.rank_rules import (
     split_rank,
 )
 from lit_cka.functional.update_gram import as_matrix, chunks, gram_of_update, narrowed, update
+from lit_cka.functional.update_spectrum import rows_are_fewer
 
 _TOLERANCE = 3e-6  # of edited weights, relative
 _TINY = 1e-20  # squares of an update that float32 has room for are between this and its inverse
@@ -127,7 +128,7 @@ def spectral_split(
     """
     check_rule(rule, R)
     _check_weights(W0, W1)
-    rows = len(W1) <= W1[0].numel()
+    rows = rows_are_fewer(W1)
     small = len(W1) if rows else W1[0].numel()
     if small >= SMALLEST and torch.float64 not in (W0.dtype, W1.dtype):
         split = _split_in_float32(W0, W1, rows, rule, R, min_rel_update)

@@ -8,16 +8,11 @@ a list of the same points are enough.
 from __future__ import annotations
 
 import base64
-import hashlib
-import html
-import json
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_cka.files import write_bytes
+from lit_cka.plots.html_page import html_page
 
 _SCRIPTS = ("dom.js", "scatter.js", "heatmap.js", "map.js", "controls.js")
 
@@ -75,9 +71,8 @@ def write_map(
     Raises:
         ValueError: if there is nothing to draw, a point is there twice, or shapes and names don't fit each other.
     """
-    page = _page(title, _content(points, title, explained, cka, matrices, notes, tables))
-    # Half a surrogate pair (from a file name, say) has no UTF-8; the reader sees the replacement character.
-    return write_bytes(path, page.encode("utf-8", "xmlcharrefreplace"))
+    content = _content(points, title, explained, cka, matrices, notes, tables)
+    return write_bytes(path, html_page("map.html", "map.css", _SCRIPTS, title=title, data=content))
 
 
 def _content(
@@ -186,27 +181,3 @@ def _viridis() -> list[str]:
     from matplotlib.colors import to_hex
 
     return [to_hex(color) for color in colormaps["viridis"](np.arange(256))]
-
-
-def _page(title: str, content: dict[str, Any]) -> str:
-    """Returns the template with style, scripts and content in it."""
-    assets = files("lit_cka.plots") / "assets"
-    style = assets.joinpath("map.css").read_text("utf-8")
-    script = "\n".join(assets.joinpath(name).read_text("utf-8") for name in _SCRIPTS)
-    # A string of JSON may hold "</script>"; escaped, it is the same string, and no markup.
-    data = json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    parts = {
-        "title": html.escape(title),
-        "policy": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'",
-        "style": style,
-        "data": data,
-        "script": script,
-    }
-    # All at once: names are not searched for placeholders.
-    template = assets.joinpath("map.html").read_text("utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
-
-
-def _hash(source: str) -> str:
-    """Returns how a content security policy names the one inline script or style that it lets in."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode('utf-8')).digest()).decode('ascii')}'"

@@ -53,7 +53,7 @@ def packages(modules: set[str]) -> set[str]:
 
 @cache
 def without_lightning() -> dict[str, set[str]]:
-    commands = [[name, "--help"] for name in ("edit", "compare", "probe", "project")]
+    commands = [[name, "--help"] for name in ("edit", "diff", "compare", "probe", "project")]
     return loaded_after([["--help"], ["--version"], ["configs"], ["import", "torch"], *commands])
 
 
@@ -62,7 +62,7 @@ def test_the_first_answers_load_nothing(step: str) -> None:
     assert packages(without_lightning()[step]) <= {"lazy_loader"}
 
 
-@pytest.mark.parametrize("name", ["edit", "compare", "probe", "project"])
+@pytest.mark.parametrize("name", ["edit", "diff", "compare", "probe", "project"])
 def test_commands_that_need_torch_load_no_more(name: str) -> None:
     torch, after = without_lightning()["import torch"], without_lightning()[f"{name} --help"]
     assert f"lit_cka.commands.{name}" in after
@@ -81,6 +81,9 @@ def test_commands_that_train_load_lightning_and_no_more() -> None:
 def test_mathematics_and_files_take_no_lightning() -> None:
     paths = [*(PACKAGE / "functional").glob("*.py"), *(PACKAGE / "checkpoints").glob("*.py")]
     paths += [PACKAGE / "editing" / f"{name}.py" for name in ("files", "checks", "partial", "parameter", "artifacts")]
+    paths += [
+        PACKAGE / "editing" / f"{name}.py" for name in ("difference", "tensor_diff", "diff_results", "diff_table")
+    ]
     paths.append(PACKAGE / "commands" / "edit.py")
     names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in paths]
     found = loaded_after([["import", "torch"], *(["import", name] for name in names)])

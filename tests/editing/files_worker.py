@@ -1,8 +1,10 @@
-"""A script for `test_files.py`: edits of files that are killed or shared by ranks, and the memory that one takes.
+"""A script for `test_files.py`: edits of files that are killed or shared by ranks, and the memory that one takes; and
+for `test_difference.py`, the memory of a comparison.
 
     python tests/editing/files_worker.py kills PRETRAINED FINETUNED OUTPUT KILLS
     python tests/editing/files_worker.py ranks PRETRAINED FINETUNED OUTPUT NUM_RANKS [KILL_AFTER]
     python tests/editing/files_worker.py memory PRETRAINED FINETUNED OUTPUT RESULT
+    python tests/editing/files_worker.py diff_memory RESULT BASE OTHER...
 
 The processes are forked after the imports, which take the most time, and before the first tensor.
 """
@@ -20,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from lit_cka.editing.difference import diff_files
 from lit_cka.editing.files import edit_files
 from lit_cka.editing.parameter import EditSettings
 
@@ -103,6 +106,15 @@ def memory(pretrained: str, finetuned: str, output: str, result: str) -> None:
     )
 
 
+def diff_memory(result: str, *paths: str) -> None:
+    """The most memory that a comparison takes above what the process takes before it, in bytes."""
+    torch.linalg.eigh(torch.eye(3, dtype=torch.float64))  # loads libraries
+    before = _kilobytes("VmRSS")
+    found = diff_files(*paths, progress=False)
+    nbytes = (_kilobytes("VmHWM") - before) * 1024
+    Path(result).write_text(json.dumps({"bytes": nbytes, "names": len(found.spectra[0])}))
+
+
 def _kilobytes(what: str) -> int:
     """Memory of this process alone; what `getrusage` tells starts with that of the process before `exec`."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
@@ -110,4 +122,4 @@ def _kilobytes(what: str) -> int:
 
 
 if __name__ == "__main__":
-    {"kills": kills, "ranks": ranks, "memory": memory}[sys.argv[1]](*sys.argv[2:])
+    {"kills": kills, "ranks": ranks, "memory": memory, "diff_memory": diff_memory}[sys.argv[1]](*sys.argv[2:])

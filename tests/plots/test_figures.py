@@ -330,3 +330,45 @@ def test_ticks_are_spread_evenly_from_the_first_on(num_places: int, most: float)
     assert len({after - before for before, after in pairwise(ticks)}) <= 1
     assert ticks[:1] == [0][:num_places]
     assert len(ticks) == num_places or num_places > most
+
+
+def test_spectra_by_depth() -> None:
+    spectra = {
+        "embed": np.array([3.0, 3.0]), "layers.10.a": np.array([5.0, 1.0, 0.0]), "layers.2.a": np.geomspace(2, 1, 900)
+    }  # fmt: skip
+    figure, ax = plots.spectra_by_depth(spectra, title="$\\frac")
+    unnumbered, last, first = ax.lines
+    np.testing.assert_array_equal(last.get_xydata()[:2], [[1, 1], [2, 0.2]])  # type: ignore[index]
+    assert len(last.get_xdata()) == 3  # down to the edge, and no further  # type: ignore[arg-type]
+    x, y = first.get_data()
+    np.testing.assert_allclose(y, np.geomspace(1, 0.5, 900)[np.asarray(x, dtype=int) - 1])
+    assert len(x) <= 200  # type: ignore[arg-type]
+    assert to_rgba(first.get_color()) == colormaps["viridis"](0.0)  # type: ignore[arg-type]
+    assert to_rgba(last.get_color()) == colormaps["viridis"](0.92)  # type: ignore[arg-type]
+    assert unnumbered.get_linestyle() == "--"
+    assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["layers.2", "layers.10"]
+    plots.figure_pixels(figure)
+    with pytest.raises(ValueError, match="of one matrix at least, but got none"):
+        plots.spectra_by_depth({})
+    with pytest.raises(ValueError, match="of 'a', the largest first"):
+        plots.spectra_by_depth({"a": [0.0, 0.0]})
+
+
+def test_updates_by_layer() -> None:
+    names = [f"blocks.{index}.{role}.weight" for index in range(30) for role in ("query", "key")] + ["head.weight"]
+    changes, shares = np.geomspace(1e-3, 1, len(names)), np.linspace(0, 1, len(names))
+    figure, axes = plots.updates_by_layer(names, changes, shares, title="a" * 300)
+    for ax, values in zip(axes, (changes, shares), strict=True):
+        for line, chosen in zip(ax.lines, (slice(0, 60, 2), slice(1, 60, 2), slice(60, 61)), strict=True):
+            np.testing.assert_array_equal(line.get_ydata(), values[chosen])
+            np.testing.assert_array_equal(line.get_xdata(), np.arange(61)[chosen])
+    legend = axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["query", "key", "others"]
+    ticks = dict(zip(axes[1].get_xticks(), (label.get_text() for label in axes[1].get_xticklabels()), strict=True))
+    assert (ticks[0], ticks[4]) == ("blocks.0", "blocks.2")
+    plots.figure_pixels(figure)
+    _, axes = plots.updates_by_layer(["$\\frac", "b"], [0.1, 0.2], [0.3, 0.4])
+    assert [label.get_text() for label in axes[1].get_xticklabels()] == ["$\\frac", "b"]
+    with pytest.raises(ValueError, match=r"each of 1 matrices, one at least, but got \(2,\)"):
+        plots.updates_by_layer(["a"], [1, 2], [1])

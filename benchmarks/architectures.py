@@ -250,7 +250,7 @@ def summary() -> list[Result]:
 
 def main() -> None:
     parser = new_parser(__doc__)
-    parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES), help="which to try")
+    parser.add_argument("--libraries", nargs="*", choices=LIBRARIES, default=list(LIBRARIES), help="which, or none")
     parser.add_argument("--only", nargs="+", default=[""], help="names that hold one of these texts; others stay")
     parser.add_argument("--resume", action="store_true", help="try those that no earlier run has tried")
     parser.add_argument("--first", type=int, default=None, help="try so many of each library")

@@ -13,7 +13,7 @@ import torch
 from common import Result, new_parser, parse, ratios, report, spread
 from torch import Tensor
 
-from lit_cka.editing.parameter import EditSettings
+from lit_cka.editing.settings import EditSettings
 from lit_cka.editing.weights import edit_state_dicts
 from lit_cka.functional.rank_rules import split_rank
 from lit_cka.functional.spectral import coefficients

@@ -28,6 +28,12 @@ _TRAINER = (
     "accelerator", "strategy", "devices", "num_nodes", "precision", "deterministic", "logger",
 )  # fmt: skip
 
+_NOT_BRIEF = {
+    *("trainer.num_nodes", "trainer.deterministic", "trainer.logger"),
+    *("editor.include", "editor.exclude", "editor.keep_pretrained", "editor.keep_finetuned", "editor.weights"),
+    *("editor.min_rel_update", "editor.sequential", "editor.shared"),
+}
+
 
 def parser() -> Parser:
     """The command's options."""
@@ -36,7 +42,7 @@ def parser() -> Parser:
         description="Edit a fine-tuned model in memory, evaluate all variants on any number of test sets, and draw "
         "what came of it.",
         example="lit-cka monosoup --config monosoup_digits",
-        brief=lambda option: option not in ("trainer.num_nodes", "trainer.deterministic", "trainer.logger"),
+        brief=lambda option: option not in _NOT_BRIEF,
     )
     parser.add_command_options()
     parser.add_class_arguments(MonoSoupEditor, "editor")

@@ -12,14 +12,26 @@ if TYPE_CHECKING:
     from lit_cka.editing.diff_results import save_diff
     from lit_cka.editing.difference import diff_files
     from lit_cka.editing.editor import MonoSoupEditor
+    from lit_cka.editing.edits import Edit, edit_weights
     from lit_cka.editing.files import edit_files
-    from lit_cka.editing.parameter import EditSettings, ParameterRecord
+    from lit_cka.editing.parameter import ParameterRecord
+    from lit_cka.editing.settings import EditSettings
     from lit_cka.editing.tensor_diff import Diff, TensorDiff
     from lit_cka.editing.weights import EditedModel, edit_state_dicts
 
 __all__ = [
-    "Diff", "EditSettings", "EditedModel", "MonoSoupEditor", "ParameterRecord", "TensorDiff", "diff_files",
-    "edit_files", "edit_state_dicts", "save_diff",
+    "Diff",
+    "Edit",
+    "EditSettings",
+    "EditedModel",
+    "MonoSoupEditor",
+    "ParameterRecord",
+    "TensorDiff",
+    "diff_files",
+    "edit_files",
+    "edit_state_dicts",
+    "edit_weights",
+    "save_diff",
 ]  # fmt: skip
 
 # Imported when asked for: one name should not load what another needs.
@@ -29,8 +41,10 @@ __getattr__, __dir__, _ = lazy_loader.attach(
         "diff_results": ["save_diff"],
         "difference": ["diff_files"],
         "editor": ["MonoSoupEditor"],
+        "edits": ["Edit", "edit_weights"],
         "files": ["edit_files"],
-        "parameter": ["EditSettings", "ParameterRecord"],
+        "parameter": ["ParameterRecord"],
+        "settings": ["EditSettings"],
         "tensor_diff": ["Diff", "TensorDiff"],
         "weights": ["EditedModel", "edit_state_dicts"],
     },

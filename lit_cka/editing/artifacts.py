@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lit_cka import plots
-from lit_cka.editing.parameter import ParameterRecord
+from lit_cka.editing.parameter import AS_PRETRAINED, EDITED, ParameterRecord
 from lit_cka.files import file_name, versions, write_json
 from lit_cka.tracking.history import mean_score
 
@@ -144,17 +144,23 @@ def describe_edit(records: Sequence[ParameterRecord], variant: str = "monosoup")
     """
     edited = [record for record in records if record["reason"] is None]
     numbers: dict[str, int] = {}
+    num_pretrained = sum(record["reason"] == AS_PRETRAINED for record in records)
     for record in records:
-        if record["reason"] is not None:
+        if record["reason"] not in (None, AS_PRETRAINED):
             numbers[record["reason"]] = numbers.get(record["reason"], 0) + 1
     text = f"{len(edited)} of {len(records)} tensors edited"
-    if edited and variant != "monosoup":
+    if edited and variant not in EDITED:
+        kept = sorted(record["kept"] or 0.0 for record in edited)
+        text += f"; of the update's norm are left {kept[0]:.0%} to {kept[-1]:.0%}, median {kept[len(kept) // 2]:.0%}"
+    elif edited and variant != "monosoup":
         shares = sorted((record["k"] or 0) / (record["rank"] or 1) for record in edited)
         text += f"; k from {shares[0]:.0%} to {shares[-1]:.0%} of the singular values, "
         text += f"median {shares[len(shares) // 2]:.0%}"
     elif edited:
         lows = sorted(record["lambda_low"] or 0.0 for record in edited)
         text += f"; lambda_low from {lows[0]:.3f} to {lows[-1]:.3f}, median {lows[len(lows) // 2]:.3f}"
+    if num_pretrained:
+        text += f". Taken from the pretrained model: {num_pretrained}"
     if numbers:
         text += ". Left as fine-tuned: " + ", ".join(f"{number} ({reason})" for reason, number in numbers.items())
     return text + "."

@@ -20,14 +20,17 @@ from typing_extensions import override
 
 from lit_cka.checkpoints.state_dicts import load_into
 from lit_cka.editing.artifacts import print_results
-from lit_cka.editing.baselines import Baseline, baselines
+from lit_cka.editing.baselines import uniform_soup
 from lit_cka.editing.comparison import SetResults, VariantComparison
+from lit_cka.editing.depths import depths_of
+from lit_cka.editing.edits import named_edits
 from lit_cka.editing.evaluation import sample_values
 from lit_cka.editing.exporting import write_weights
 from lit_cka.editing.loaded_sets import loaded_sets
-from lit_cka.editing.parameter import VARIANTS, EditSettings, untouched
+from lit_cka.editing.parameter import VARIANTS, untouched
 from lit_cka.editing.placement import FileBacked, Placement
 from lit_cka.editing.results import EvaluationResults
+from lit_cka.editing.settings import EditSettings
 from lit_cka.editing.sources import Source, copied, host_model, module_weights, weights_for
 from lit_cka.editing.weights import EditedModel, edit_state_dicts
 from lit_cka.features.extractor import FeatureExtractor
@@ -63,6 +66,10 @@ class MonoSoupEditor(pl.LightningModule):
         wise_ft: also evaluate WiSE-FT with these `alpha`, without CKA.
         lines: also evaluate LiNeS with these `(alpha, beta)`.
         soup: also evaluate the uniform soup with these models.
+        edits: also evaluate these, by the names they are to have: options of `lit_cka.editing.EDITS`' functions, and
+            under "edit" which one, if it isn't the name: `{"shrink": {}, "half": {"edit": "wise_ft", "alpha": 0.5}}`.
+        include: patterns of the parameters to edit, see `EditSettings`; likewise `exclude`, `keep_pretrained` and
+            `keep_finetuned`.
         layers: blocks for CKA and LiNeS, counted from the model; None for its repeated blocks.
         pooling: of the features for CKA, as in `CKACallback`.
         debiased: use the unbiased HSIC in CKA.
@@ -88,6 +95,11 @@ class MonoSoupEditor(pl.LightningModule):
         wise_ft: Sequence[float] = (),
         lines: tuple[float, float] | None = None,
         soup: Sequence[Source] = (),
+        edits: Mapping[str, Mapping[str, Any]] | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        keep_pretrained: Sequence[str] = (),
+        keep_finetuned: Sequence[str] = (),
         layers: Layers | None = None,
         pooling: Pooling = "mean",
         debiased: bool = False,
@@ -96,16 +108,14 @@ class MonoSoupEditor(pl.LightningModule):
         weights: str | None = None,
     ) -> None:
         super().__init__()
-        self.settings = EditSettings(rule, R, min_rel_update)
+        patterns = include, exclude, keep_pretrained, keep_finetuned
+        self.settings = EditSettings(rule, R, min_rel_update, *patterns)
+        self.edits = named_edits(edits or {}, lines, wise_ft)
         parse_pooling(pooling)  # an error rather now than in the first batch
         if max_cka_batches is not None and max_cka_batches < 0:
             raise ValueError(f"Expected `max_cka_batches` to be at least 0, or None, but got {max_cka_batches}.")
         self.model = host_model(finetuned, model)
         self.layer_names = select_layers(self.model, layers)
-        self.wise_ft = tuple(wise_ft)
-        if len({f"{alpha:g}" for alpha in wise_ft}) < len(self.wise_ft):
-            raise ValueError(f"Expected different alphas in `wise_ft`, to six digits, but got {list(wise_ft)}.")
-        self.lines = lines
         self.pooling = pooling
         self.debiased = debiased
         self.max_cka_batches = max_cka_batches
@@ -151,8 +161,8 @@ class MonoSoupEditor(pl.LightningModule):
 
     @property
     def variant_names(self) -> list[str]:
-        """The variants that there are, known before the edit: the five, and the baselines asked for."""
-        return [*VARIANTS, *self._baselines()]
+        """The variants that there are, known before the edit: the five, and the edits asked for."""
+        return [*VARIANTS, *self.edits, *(["uniform_soup"] if self._soup else [])]
 
     def _edit(self) -> EditedModel:
         files: FileBacked | None = None
@@ -169,21 +179,19 @@ class MonoSoupEditor(pl.LightningModule):
             self._w0,
             self._w1,
             self.settings,
+            edits=self.edits,
+            depths=depths_of(list(self._w1), self.layer_names) if self.edits else None,
             parameters=module_weights(self.model, buffers=False),
             device=device if device is not None and device.type == "cuda" else None,
             progress=trainer is None or trainer.is_global_zero,
             place=None if files is None else files.place,
         )
         edited.records += [untouched(name, shape, "no part of the model") for name, shape in self._unused.items()]
-        for name, make in self._baselines().items():
-            made = make()
-            edited.variants[name] = made if files is None else {key: files.place(value) for key, value in made.items()}
+        if self._soup:
+            soup = uniform_soup([self._w1, *self._soup])
+            placed = soup if files is None else {name: files.place(value) for name, value in soup.items()}
+            edited.variants["uniform_soup"] = placed
         return edited
-
-    def _baselines(self) -> dict[str, Baseline]:
-        return baselines(
-            self._w0, self._w1, self.layer_names, lines_scales=self.lines, soup=self._soup, alphas=self.wise_ft
-        )
 
     def export(self, variant: str, path: str | os.PathLike[str]) -> None:
         """Write a variant's weights in the format that the fine-tuned model came in, under the names used there.

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from lit_cka.checkpoints.pickles import Weights, open_weights
 from lit_cka.editing.checks import check_output, check_report
+from lit_cka.editing.depths import depths_by_number
+from lit_cka.editing.edit_report import write_report
+from lit_cka.editing.edits import Edit, Place
 from lit_cka.editing.lock import OutputLock
 from lit_cka.editing.pairs import Pairs
 from lit_cka.editing.parameter import (
     EDITED,
     OTHER_SET,
     QUANTISED,
-    EditSettings,
     ParameterRecord,
     edit_cost,
     edit_parameter,
     in_order,
+    is_changed,
     untouched,
 )
 from lit_cka.editing.partial import PartialOutput
-from lit_cka.files import json_bytes, write_bytes
+from lit_cka.editing.settings import EditSettings
+from lit_cka.editing.shrinking import norms_of_update, shrink_factor
 from lit_cka.parallel.devices import usable_device
 from lit_cka.parallel.ranks import Ranks
 from lit_cka.parallel.sharing import MemoryBudget, one_thread_each, share_out
@@ -47,6 +49,7 @@ def edit_files(
     settings: EditSettings | None = None,
     *,
     variant: str = "monosoup",
+    options: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
     report: str | os.PathLike[str] | None = None,
     allow_differences: bool = False,
@@ -67,7 +70,9 @@ def edit_files(
         finetuned: likewise.
         output: what to write: a folder if `finetuned` is one, with its configuration and tokenizer, else a file.
         settings: how to split; None for the defaults.
-        variant: "monosoup", "highonly" or "lowonly".
+        variant: "monosoup", "highonly", "lowonly", or another edit of `lit_cka.editing.edits.EDITS`, or the import path
+            of one's own.
+        options: of that other edit, such as `{"alpha": 0.5}` of "wise_ft".
         device: where to compute, such as "cuda"; None for the CPU.
         report: a new .json or .csv file to write the records to.
         allow_differences: let tensors that only one of the models has, or that have another shape, be. What the
@@ -88,17 +93,25 @@ def edit_files(
         FileExistsError: if the output or the report exists, or comes into being meanwhile, or another job writes it.
         OSError: if there is no space for the output.
     """
-    if variant not in EDITED:
-        raise ValueError(f"Expected `variant` to be one of {', '.join(map(repr, EDITED))}, but got {variant!r}.")
+    edit = None if variant in EDITED else Edit(variant, options or {})
+    if edit is None and options:
+        raise ValueError(f"Expected no `options` of {variant!r}, which `settings` are for, but got {dict(options)}.")
+    if variant == "uniform_soup":
+        raise ValueError("Expected an edit of two checkpoints, but 'uniform_soup' is of several: use MonoSoupEditor.")
     paths = Path(pretrained), Path(finetuned), Path(output)
     if not paths[2].name:
         raise ValueError(f"Expected `output` to name a file or a folder, but got {str(output)!r}.")
     with Ranks() as ranks, OutputLock(paths[2]) as lock:
-        job = ranks.agree(lambda: _Job(*paths, settings or EditSettings(), variant, device, report, trusted, weights))
+        job = ranks.agree(
+            lambda: _Job(*paths, settings or EditSettings(), variant, edit, device, report, trusted, weights)
+        )
         ranks.agree(lambda: job.check(allow_differences, warn=ranks.rank == 0))
         (records, is_whole), *_ = ranks.gather(lambda: job.prepare(lock) if ranks.rank == 0 else ({}, False))
         names = job.share(set(records), ranks)
         try:
+            if variant == "shrink_global":
+                all_norms = ranks.gather(lambda: job.norms(job.share(set(), ranks)))
+                job.factor = shrink_factor([each for norms in all_norms for each in norms])
             for records_there in ranks.gather(lambda: job.edit(names, ranks.rank, progress and ranks.rank == 0)):
                 records.update(records_there)
         except ValueError:
@@ -115,24 +128,28 @@ class _Job:
 
     def __init__(
         self, pretrained: Path, finetuned: Path, output: Path, settings: EditSettings, variant: str,
-        device: torch.device | str | None, report: str | os.PathLike[str] | None, trusted: bool,
+        edit: Edit | None, device: torch.device | str | None, report: str | os.PathLike[str] | None, trusted: bool,
         weights: str | None,
     ) -> None:  # fmt: skip
-        self.output, self.settings, self.variant = output, settings, variant
+        self.output, self.settings, self.variant, self.edit_function = output, settings, variant, edit
+        self.factor = 1.0  # see `shrink_factor`
         self.report = None if report is None else Path(report)
         self.device = usable_device("cpu" if device is None else device, torch.float64)
         self.W0, self.W1 = (open_weights(path, trusted=trusted, weights=weights) for path in (pretrained, finetuned))
         if weights is not None and not (self.W0.was_named or self.W1.was_named):
             raise ValueError(f"Expected a file with a set of weights called {weights!r}, but neither has one.")
-        described = {"settings": asdict(settings), "variant": variant, "device": self.device.type, "weights": weights}
+        described = {"settings": asdict(settings), "variant": variant, "device": self.device.type, "weights": weights,
+                     "options": {} if edit is None else dict(edit.options)}  # fmt: skip
         files = {name: _stamps(weights) for name, weights in (("pretrained", self.W0), ("finetuned", self.W1))}
         self.partial, self._onto_empty = PartialOutput(output, {**described, **files}), False
         self._pairs = Pairs(self.W0, self.W1)
         self._quantised = self._pairs.quantised()
+        self._depths = depths_by_number(list(self.W1.tensors)) if variant == "lines" else {}
 
     def check(self, allow_differences: bool, warn: bool) -> None:
         """Raise a ValueError if the models or the paths don't fit each other."""
         check_output(self.output, self.W0, self.W1)
+        self.settings.check_patterns(self.W1.tensors)
         if self.report is not None:
             check_report(self.report, self.output, self.W0, self.W1)
         differing = self._pairs.check(allow_differences=allow_differences)
@@ -193,6 +210,18 @@ class _Job:
                 advance(1)
         return records
 
+    def norms(self, names: Sequence[str]) -> list[tuple[float, float]]:
+        """Returns `norms_of_update` of the tensors that are edited."""
+        found = []
+        for name in names:
+            before, dtypes = self._pairs.before(name), [self.W1.tensors[name].dtype]
+            if before is None or name in self._quantised or self.settings.fate(name) is not None:
+                continue
+            if None not in [*dtypes, self.W0.tensors[before].dtype]:
+                W0, W1 = self.W0.read(before).to(self.device), self.W1.read(name).to(self.device)
+                found.append(norms_of_update(W0, W1, self.settings))
+        return found
+
     def _edit(self, name: str) -> ParameterRecord:
         info, name_before = self.W1.tensors[name], self._pairs.before(name)
         before = None if name_before is None else self.W0.tensors[name_before]
@@ -209,36 +238,30 @@ class _Job:
             return record
         W0 = None if name_before is None else self.W0.read(name_before).to(self.device)
         W1 = self.W1.read(name).to(self.device)
-        values, record = edit_parameter(name, W0, W1, self.settings, [self.variant], overwrite=True)
-        edited: Tensor | None = values[self.variant].cpu() if record["reason"] is None else None
-        self.W1.write(self.partial.staged, name, edited)
+        if self.edit_function is None:
+            values, record = edit_parameter(name, W0, W1, self.settings, [self.variant], overwrite=True)
+            value = values[self.variant]
+        else:
+            place = Place(name, self._depths.get(name), factor=self.factor)
+            value, record = self.edit_function.of_parameter(W0, W1, place, self.settings)
+        self.W1.write(self.partial.staged, name, value.cpu() if is_changed(record) else None)
         return record
 
     def finish(self, records: list[ParameterRecord], is_whole: bool) -> None:
         """Put the output in its place once it is whole, and the report; remove what it was made in."""
         partial, report = self.partial, self.report
         if not is_whole:
-            self.W1.finish(partial.staged, {record["name"] for record in records if record["reason"] is None})
+            self.W1.finish(partial.staged, {record["name"] for record in records if is_changed(record)})
             if report is not None and os.path.realpath(report.parent) == os.path.realpath(self.output):
-                self._write_report(partial.staged / report.name, records)
+                self._report(partial.staged / report.name, records)
             partial.note_whole(records)
         partial.place(onto_empty=self._onto_empty)
         if report is not None:
-            self._write_report(report, records)
+            self._report(report, records)
         partial.discard()
 
-    def _write_report(self, path: Path, records: list[ParameterRecord]) -> None:
-        content = _report(path, records, self.settings, self.variant)
-        if path.is_file() and path.read_bytes() == content:
-            return  # written before the job was killed
-        try:
-            write_bytes(path, content, durable=True, new=True)
-        except FileExistsError as error:
-            raise FileExistsError(
-                f"Expected `report` to be new, but {str(path)!r} has come into being meanwhile, and was left as it is. "
-                f"The edited weights are in {str(self.output)!r}. Name another report, and run the same edit again, "
-                "which writes it."
-            ) from error
+    def _report(self, path: Path, records: list[ParameterRecord]) -> None:
+        write_report(path, records, {"variant": self.variant, **asdict(self.settings)}, self.output)
 
     def _names(self) -> list[str]:
         return list(dict.fromkeys(self.W1.tied.values()))
@@ -259,13 +282,3 @@ class _Job:
 def _stamps(weights: Weights) -> list[list[str | int]]:
     """Returns what tells the files from others, or from what they were before a change."""
     return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in weights.files]
-
-
-def _report(path: Path, records: list[ParameterRecord], settings: EditSettings, variant: str) -> bytes:
-    if path.suffix != ".csv":  # JSON has no infinity, the relative change of weights that were 0: null there
-        return json_bytes({"variant": variant, **asdict(settings), "parameters": records})
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(ParameterRecord.__annotations__))
-    writer.writeheader()
-    writer.writerows({**record, "shape": "x".join(map(str, record["shape"]))} for record in records)
-    return text.getvalue().encode()

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
 
-from lit_cka.functional.rank_rules import RankRule, check_rule
+from lit_cka.editing.settings import EditSettings
 from lit_cka.functional.spectral import spectral_split
 
 VARIANTS = ("pretrained", "finetuned", "monosoup", "highonly", "lowonly")
 EDITED = VARIANTS[2:]
 QUANTISED = "part of quantised weights"  # a reason to leave a parameter alone: scales, zeros and the numbers they scale
 OTHER_SET = "of another set of weights"  # in the same file
+AS_PRETRAINED, AS_FINETUNED = "kept as pretrained", "kept as fine-tuned"  # as the settings say
 _CHUNK = 2**22  # elements that are looked at at a time
 
 
@@ -32,32 +33,10 @@ class ParameterRecord(TypedDict):
     lambda_high: float | None
     lambda_low: float | None
     relative_change: float | None  # ||W1 - W0||_F / ||W0||_F
+    kept: float | None  # ||W - W0||_F / ||W1 - W0||_F of the edited weight W; of several variants, of the first
 
 
-Edit: TypeAlias = "tuple[dict[str, Tensor], ParameterRecord]"
-
-
-@dataclass(frozen=True)
-class EditSettings:
-    """How weights are split.
-
-    Args:
-        rule: "effective_rank" (alias "freevariance", "vetterli") or "energy" (alias "variance").
-        R: share of the energy that the high part reaches, in (0, 1]; for "energy" alone.
-        min_rel_update: weights with a smaller relative change keep their fine-tuned value.
-
-    Raises:
-        ValueError: if a setting is out of its range.
-    """
-
-    rule: RankRule = "effective_rank"
-    R: float = 0.8
-    min_rel_update: float = 1e-6
-
-    def __post_init__(self) -> None:
-        check_rule(self.rule, self.R)
-        if not self.min_rel_update >= 0:
-            raise ValueError(f"Expected `min_rel_update` to be at least 0, but got {self.min_rel_update}.")
+Edited: TypeAlias = "tuple[dict[str, Tensor], ParameterRecord]"
 
 
 def edit_parameter(
@@ -86,14 +65,17 @@ def edit_parameter(
     Raises:
         ValueError: if the weights hold NaN or infinity; the message names the parameter.
     """
+    kept = kept_as_it_is(name, W0, W1, settings)
+    if kept is not None:
+        return dict.fromkeys(variants, kept[0]), kept[1]
     record = untouched(name, W1.shape)
-    record["reason"] = reason = _why_left_alone(W0, W1)
+    record["reason"] = reason = why_left_alone(W0, W1)
     if reason is None:
         assert W0 is not None
         try:
             split = spectral_split(W0, W1, rule=settings.rule, R=settings.R, min_rel_update=settings.min_rel_update)
         except ValueError:
-            _check_finite(name, W0, W1)  # which says where it is not
+            check_finite(name, W0, W1)  # which says where it is not
             raise
         if isinstance(split, float):
             record["relative_change"] = split
@@ -112,18 +94,41 @@ def edit_parameter(
                 }
             )
             weights = {"monosoup": (high, low), "highonly": (1.0, 0.0), "lowonly": (0.0, 1.0)}
+            first = weights[variants[0]]
+            record["kept"] = math.sqrt(first[0] ** 2 * energy + first[1] ** 2 * (1 - energy))
             edited = split.edited_weights(W0, W1, [weights[variant] for variant in variants], overwrite=overwrite)
             return dict(zip(variants, edited, strict=True)), record
     else:
-        _check_finite(name, W0, W1)
+        check_finite(name, W0, W1)
     return dict.fromkeys(variants, W1), record
+
+
+def kept_as_it_is(
+    name: str, W0: Tensor | None, W1: Tensor, settings: EditSettings
+) -> tuple[Tensor, ParameterRecord] | None:
+    """Returns the pretrained or the fine-tuned value of a parameter that is not to be edited, and its record; None of
+    others. What the pretrained model lacks, or has in another shape, is fine-tuned.
+    """
+    fate = settings.fate(name)
+    if fate is None:
+        return None
+    can_be = W0 is not None and W0.shape == W1.shape and W0.is_floating_point() == W1.is_floating_point()
+    if fate == "pretrained" and can_be:
+        assert W0 is not None
+        return W0.to(W1.dtype), untouched(name, W1.shape, AS_PRETRAINED)
+    return W1, untouched(name, W1.shape, AS_FINETUNED)
+
+
+def is_changed(record: ParameterRecord) -> bool:
+    """Returns whether a parameter is another one than the fine-tuned."""
+    return record["reason"] in (None, AS_PRETRAINED)
 
 
 def untouched(name: str, shape: Sequence[int], reason: str | None = None) -> ParameterRecord:
     """Returns a record without numbers."""
     return ParameterRecord(
         name=name, shape=list(shape), reason=reason, k=None, rank=None, energy=None, rho=None, lambda_high=None,
-        lambda_low=None, relative_change=None,
+        lambda_low=None, relative_change=None, kept=None,
     )  # fmt: skip
 
 
@@ -135,7 +140,8 @@ def in_order(tied: Mapping[str, str], records: Mapping[str, ParameterRecord]) ->
     ]
 
 
-def _check_finite(name: str, W0: Tensor | None, W1: Tensor) -> None:
+def check_finite(name: str, W0: Tensor | None, W1: Tensor) -> None:
+    """Raise a ValueError that names the parameter if its weights hold NaN or infinity."""
     for W, model in ((W0, "pretrained"), (W1, "fine-tuned")):
         if W is not None and W.is_floating_point() and not _is_finite(W):
             raise ValueError(f"Expected finite weights, but {name!r} of the {model} model holds NaN or infinity.")
@@ -147,12 +153,13 @@ def _is_finite(W: Tensor) -> bool:
     return all(bool(torch.isfinite(part).all()) for part in parts)
 
 
-def _why_left_alone(W0: Tensor | None, W1: Tensor) -> str | None:
+def why_left_alone(W0: Tensor | None, W1: Tensor, *, of_matrices: bool = True) -> str | None:
+    """Returns why a parameter can't be edited, by an edit of matrices alone or of any weight; None if it can."""
     if not W1.is_floating_point() or (W0 is not None and not W0.is_floating_point()):
         return "not floating point"
     if W1.dtype.itemsize == 1 or (W0 is not None and W0.dtype.itemsize == 1):
         return "stored as 8-bit floats"  # whose scales are elsewhere, or that have too few digits for an edit
-    if W1.ndim < 2:
+    if of_matrices and W1.ndim < 2:
         return "fewer than two dimensions"
     if W1.numel() == 0:
         return "empty"

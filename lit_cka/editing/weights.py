@@ -11,17 +11,19 @@ from torch import Tensor
 
 from lit_cka.checkpoints.quantised import quantised_tensors
 from lit_cka.checkpoints.state_dicts import first_names, tensor_identity
+from lit_cka.editing.edits import Edit, edit_weights
 from lit_cka.editing.parameter import (
     EDITED,
     QUANTISED,
-    Edit,
-    EditSettings,
+    Edited,
     ParameterRecord,
     edit_cost,
     edit_parameter,
     in_order,
+    is_changed,
     untouched,
 )
+from lit_cka.editing.settings import EditSettings
 from lit_cka.parallel.ranks import is_distributed, run_on_all_ranks
 from lit_cka.parallel.sharing import one_thread_each, share_out
 from lit_cka.progress import progress_bar
@@ -40,6 +42,9 @@ def edit_state_dicts(
     W1: Mapping[str, Tensor],
     settings: EditSettings | None = None,
     *,
+    edits: Mapping[str, Edit] | None = None,
+    depths: Mapping[str, float] | None = None,
+    others: Sequence[Mapping[str, Tensor]] = (),
     parameters: Iterable[str] | None = None,
     device: torch.device | str | None = None,
     place: Callable[[Tensor], Tensor] | None = None,
@@ -54,25 +59,29 @@ def edit_state_dicts(
         W0: pretrained weights by name.
         W1: fine-tuned weights by name. Entries that are the same tensor (tied) are edited once.
         settings: how to split; None for the defaults.
+        edits: more variants, by the names they are to have: each edit is applied to all weights.
+        depths: of the weights in blocks, for "lines"; see `lit_cka.editing.depths`.
+        others: weights of other fine-tuned models, for "uniform_soup".
         parameters: names that may be edited; None for all. Others (buffers) keep their fine-tuned value.
         device: where to compute; None for where the weights are. The result is where the weights are.
         place: given every edited tensor, returns the one to keep; see `FileBacked`.
         progress: show a progress bar.
 
     Returns:
-        The variants "pretrained", "finetuned", "monosoup", "highonly", "lowonly", with the names of `W1`; what the
-        pretrained model lacks or has in another shape is fine-tuned in "pretrained", too.
+        The variants "pretrained", "finetuned", "monosoup", "highonly", "lowonly" and those of `edits`, with the names
+        of `W1`; what the pretrained model lacks or has in another shape is fine-tuned in "pretrained", too.
 
     Raises:
         ValueError: if weights hold NaN or infinity.
     """
     settings = settings or EditSettings()
+    settings.check_patterns(W1)
     editable = set(W1) if parameters is None else set(parameters)
     tied = first_names({name: tensor_identity(value) for name, value in W1.items()})
     names = sorted(dict.fromkeys(tied.values()), key=lambda name: -edit_cost(W1[name].shape))
     quantised = quantised_tensors(W0) | quantised_tensors(W1)
 
-    def edit(name: str) -> Edit:
+    def edit(name: str) -> Edited:
         if name in quantised or name not in editable:
             reason = QUANTISED if name in quantised else "not a parameter"
             return dict.fromkeys(EDITED, W1[name]), untouched(name, W1[name].shape, reason)
@@ -82,7 +91,7 @@ def edit_state_dicts(
         else:
             there = edit_parameter(name, None if start is None else start.to(device), end.to(device), settings)
             values, record = {variant: value.to(end.device) for variant, value in there[0].items()}, there[1]
-        if record["reason"] is not None:
+        if not is_changed(record):
             values = dict.fromkeys(EDITED, end)
         elif place is not None:
             values = {variant: place(value) for variant, value in values.items()}
@@ -94,23 +103,30 @@ def edit_state_dicts(
         "finetuned": dict(W1),
         **{variant: {name: edited[tied[name]][0][variant] for name in W1} for variant in EDITED},
     }
+    for label, each in (edits or {}).items():
+        made = edit_weights(W0, W1, each, depths=depths, others=others, settings=settings)
+        variants[label] = (
+            made
+            if place is None
+            else {name: value if value is W1[name] else place(value) for name, value in made.items()}
+        )
     return EditedModel(variants, in_order(tied, {name: record for name, (_, record) in edited.items()}))
 
 
 def _on_all_ranks(
-    edit: Callable[[str], Edit],
+    edit: Callable[[str], Edited],
     names: Sequence[str],
     W1: Mapping[str, Tensor],
     place: Callable[[Tensor], Tensor] | None,
     device: torch.device | str | None,
     progress: bool,
-) -> list[Edit]:
+) -> list[Edited]:
     """Returns `edit` of each name, done once among the ranks and known to all."""
     rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
     owners = share_out([edit_cost(W1[name].shape) for name in names], num_ranks)
     names_here = [name for name, owner in zip(names, owners, strict=True) if owner == rank]
     on_cpu = device is None and all(value.device.type == "cpu" for value in W1.values())
-    done: dict[str, Edit] = {}
+    done: dict[str, Edited] = {}
 
     def edit_here() -> dict[str, ParameterRecord]:
         with progress_bar("Editing", len(names_here), enabled=progress) as advance:
@@ -124,7 +140,7 @@ def _on_all_ranks(
         return [done[name] for name in names]
     for name, owner in zip(names, owners, strict=True):
         record = records[owner][name]
-        if record["reason"] is not None:
+        if not is_changed(record):
             done[name] = dict.fromkeys(EDITED, W1[name]), record
             continue
         if owner == rank:

@@ -70,7 +70,7 @@ def _match(pattern: str | re.Pattern[str], modules: dict[str, nn.Module]) -> set
         return {pattern}
     if isinstance(pattern, str) and not set(pattern) & set("*?["):
         raise ValueError(f"Unknown layer {pattern!r}. {_nearest(pattern, list(modules))}")
-    regex = pattern if isinstance(pattern, re.Pattern) else _glob(pattern)
+    regex = pattern if isinstance(pattern, re.Pattern) else glob_regex(pattern)
     found = {name for name in modules if regex.fullmatch(name)}
     if not found:
         shown = pattern if isinstance(pattern, str) else pattern.pattern
@@ -79,7 +79,7 @@ def _match(pattern: str | re.Pattern[str], modules: dict[str, nn.Module]) -> set
     return found
 
 
-def _glob(pattern: str) -> re.Pattern[str]:
+def glob_regex(pattern: str) -> re.Pattern[str]:
     """Returns the pattern as a regular expression: `*` and `?` stay within a dotted segment, `**` crosses (`**.` may
     stand for nothing), `[...]` as in fnmatch.
     """
@@ -99,7 +99,7 @@ def _nearest(pattern: str, names: list[str], *, is_glob: bool = False) -> str:
     For a pattern it suggests patterns: the same one further inside, or those of names that differ in numbers alone.
     """
     if is_glob:
-        inside = re.compile(f"((?:.+\\.)?){_glob(pattern.removeprefix('**.')).pattern}")
+        inside = re.compile(f"((?:.+\\.)?){glob_regex(pattern.removeprefix('**.')).pattern}")
         prefixes = [match[1] for match in map(inside.fullmatch, names) if match]
         near = [f"{prefix}{pattern}" for prefix in dict.fromkeys(prefixes)]
         names = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))

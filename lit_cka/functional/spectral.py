@@ -47,6 +47,11 @@ class Coefficients(NamedTuple):
     lambda_high: float
     lambda_low: float
 
+    @property
+    def kept(self) -> float:
+        """How much of the update's norm MonoSoup leaves, a share."""
+        return math.sqrt(self.lambda_high**2 * self.energy + self.lambda_low**2 * (1 - self.energy))
+
 
 def coefficients(singular_values: Tensor, k: int) -> Coefficients:
     """Returns the weights of the high part (the first `k` singular values) and of the low part of an update."""

@@ -105,8 +105,10 @@ def change(path: Path, **entries: Any) -> None:
 def with_code(folder: Path) -> None:
     (folder / "evil.py").write_text(
         "from pathlib import Path\nPath('ran').touch()\n"
-        "from transformers import DistilBertConfig as EvilConfig, DistilBertModel as EvilModel\n"
-        "from transformers import PreTrainedTokenizerFast as EvilTokenizer\n"
+        "from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast\n"
+        "class EvilConfig(DistilBertConfig): pass\n"  # of its own: transformers marks the classes that it finds here
+        "class EvilModel(DistilBertModel): pass\n"
+        "class EvilTokenizer(PreTrainedTokenizerFast): pass\n"
     )
 
 

@@ -58,7 +58,7 @@ def test_the_full_help_has_all(command: str, capsys: pytest.CaptureFixture[str])
             "fit",
             ["--pretrain ", "--save_weights ", "--model ", "--data ", "--trainer.max_epochs ", "--trainer.callbacks "],
         ),
-        ("edit", ["--pretrained ", "--variant monosoup|highonly|lowonly", "--min_rel_update "]),
+        ("edit", ["--pretrained ", "--variant ", "--options ", "--keep_pretrained ", "--min_rel_update "]),
         ("diff", ["--output ", "--spectra ", "--trusted ", "--weights "]),
         ("compare", ["--models ", "--data ", "--settings.distance cosine|correlation|euclidean"]),
         ("monosoup", ["--data ", "--editor.pretrained ", "--trainer.precision "]),

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lit_cka.editing.parameter import EDITED, EditSettings
+from lit_cka.editing.parameter import EDITED
 from lit_cka.editing.placement import FileBacked
+from lit_cka.editing.settings import EditSettings
 from lit_cka.editing.weights import edit_state_dicts
 
 SECONDS = 40

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from lit_cka.editing.difference import diff_files
 from lit_cka.editing.files import edit_files
-from lit_cka.editing.parameter import EditSettings
+from lit_cka.editing.settings import EditSettings
 
 SECONDS = 600
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lit_cka import MonoSoupEditor
 from lit_cka.data import ImageFolderTestsDataModule, TestSet, TestSetsDataModule
-from lit_cka.editing.parameter import EditSettings
+from lit_cka.editing.settings import EditSettings
 from lit_cka.editing.weights import edit_state_dicts
 from lit_cka.models import ImageClassifier
 from tests.editing.evaluation_worker import NUM_CLASSES, Sets, models, samples, weights
@@ -104,7 +104,8 @@ class TestSources:
         editor = MonoSoupEditor(*models(), wise_ft=(0.0, 0.3, 1.0), lines=(0.2, 0.8), soup=[other, models()[1]])
         before, after = map(weights, models())
         variants = editor.edited.variants
-        assert list(variants) == [*VARIANTS, "lines", "uniform_soup", "wise_ft_0", "wise_ft_0.3", "wise_ft_1"]
+        assert list(variants) == [*VARIANTS, "lines", "wise_ft_0", "wise_ft_0.3", "wise_ft_1", "uniform_soup"]
+        assert list(variants) == editor.variant_names
         name = "net.head.weight"
         torch.testing.assert_close(variants["wise_ft_0.3"][name], 0.7 * before[name] + 0.3 * after[name])
         torch.testing.assert_close(variants["uniform_soup"][name], after[name] * 2 / 3)

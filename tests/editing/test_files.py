@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from lit_cka.editing.artifacts import describe_edit
 from lit_cka.editing.files import edit_files
-from lit_cka.editing.parameter import EDITED, EditSettings, edit_parameter
+from lit_cka.editing.parameter import EDITED, edit_parameter
+from lit_cka.editing.settings import EditSettings
 from lit_cka.files import partial_name
 from tests.sync_worker import run_to_end
 
@@ -415,7 +416,7 @@ def damaged(tmp_path: Path, what: str) -> tuple[Path, Path, dict[str, Any]]:
         ("garbage", ValueError, r"b.pt' is damaged or no checkpoint"),
         ("state dict of none", ValueError, r"to hold a state dict of tensors, but it holds keys \['epoch'\]"),
         ("device", ValueError, r"Expected `device` to be one that computes in float64 here, but got 'mps'"),
-        ("variant", ValueError, r"Expected `variant` to be one of 'monosoup'"),
+        ("variant", ValueError, r"Expected an edit \(monosoup, .*but got 'mono'\. Did you mean 'monosoup'\?"),
     ],
 )
 def test_bad_inputs_are_one_error_and_no_output(

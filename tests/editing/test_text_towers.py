@@ -12,7 +12,8 @@ from torch import Tensor
 from lit_cka import MonoSoupEditor
 from lit_cka.__main__ import run
 from lit_cka.editing.artifacts import describe_edit
-from lit_cka.editing.parameter import EditSettings, edit_parameter
+from lit_cka.editing.parameter import edit_parameter
+from lit_cka.editing.settings import EditSettings
 from lit_cka.models import CLIPImageClassifier
 from tests import small_models
 

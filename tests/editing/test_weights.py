@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lit_cka.editing.parameter import EDITED, VARIANTS, EditSettings, ParameterRecord, edit_cost, edit_parameter
+from lit_cka.editing.parameter import EDITED, VARIANTS, ParameterRecord, edit_cost, edit_parameter
 from lit_cka.editing.placement import FileBacked
+from lit_cka.editing.settings import EditSettings
 from lit_cka.editing.weights import EditedModel, edit_state_dicts
 from lit_cka.functional.rank_rules import RankRule
 from lit_cka.parallel.sharing import one_thread_each, share_out
@@ -236,11 +237,13 @@ def test_the_variants_that_are_asked_for() -> None:
     one, same_record = edit_parameter("W", W0, W1, settings, ["lowonly"])
     assert list(one) == ["lowonly"]
     assert torch.equal(one["lowonly"], every["lowonly"])
-    assert record == same_record
+    assert {**record, "kept": None} == {**same_record, "kept": None}
+    assert same_record["kept"] == pytest.approx(math.sqrt(0.1))
     torch.testing.assert_close(every["lowonly"], torch.diag(torch.tensor([0.0, 1.0])))
     torch.testing.assert_close(every["highonly"], torch.diag(torch.tensor([3.0, 0.0])))
     low = 1 / 9 + 8 / 9 * math.sqrt(0.1)
     torch.testing.assert_close(every["monosoup"], torch.diag(torch.tensor([3 * (1 - low), low])))
+    assert record["kept"] == pytest.approx(math.hypot(3 * (1 - low), low) / math.sqrt(10))
     assert (record["name"], record["shape"], record["relative_change"]) == ("W", [2, 2], math.inf)
 
 

@@ -462,7 +462,7 @@ def test_a_journal_with_strange_lines_counts_what_can_be_read(tmp_path: Path, mo
     journal = tmp_path / "out.safetensors.partial" / "journal-0.jsonl"
     lines = journal.read_text().splitlines()
     journal.write_bytes("\n".join([lines[0], "3", "{}", '"x"', "[1]", lines[1]]).encode() + b"\n\xff\xfe\n")
-    assert len(json.loads(lines[2])) == 10
+    assert len(json.loads(lines[2])) == 11
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         edit(before, after, out)

@@ -46,6 +46,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "kernel_pca": (functional.kernel_pca, (K,)),
     "component_label_correlation": (lambda X: component_label_correlation(X, [0, 1] * 6), (X,)),
     "spectral_split": (functional.spectral_split, (X, X + 1)),
+    "effective_rank": (functional.effective_rank, (np.array([3.0, 2.0]),)),
+    "stable_rank": (functional.stable_rank, (np.array([3.0, 2.0]),)),
+    "update_singular_values": (functional.update_singular_values, (X, X + Y[:, :1])),
+    "update_products": (functional.update_products, (X, [X + 1, X * 2])),
     "low_rank_split": (lambda B, A: functional.low_rank_split(B, A, W0_norm=1.0), (X[:, :2], X[:2])),
     "rsa": (rsa, (X, Y)),
     "compare_rdms": (compare_rdms, (abs(K), abs(L))),
@@ -78,8 +82,9 @@ def test_arrays_give_what_tensors_give(name: str) -> None:
 def test_every_public_function_of_features_is_tried() -> None:
     others = {name for name in functional.__all__ if name not in FUNCTIONS}
     assert others == {
-        "CKATerms", "PairedMoments", "Rows", "cheaper_in_sample_space", "cka_from_moments", "cka_from_terms",
-        "empty_moments", "has_fast_float64", "merge_moments", "recentre_moments", "sample_space_terms",
+        "CKATerms", "PairedMoments", "Rows", "UpdateProducts", "cheaper_in_sample_space", "cka_from_moments",
+        "cka_from_terms", "empty_moments", "has_fast_float64", "merge_moments", "recentre_moments",
+        "sample_space_terms",
     }  # fmt: skip
 
 

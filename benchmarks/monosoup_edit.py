@@ -19,6 +19,7 @@ from lit_cka.functional.rank_rules import split_rank
 from lit_cka.functional.spectral import coefficients
 
 EDITED = ("monosoup", "highonly", "lowonly")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def weights(model_name: str) -> dict[str, Tensor]:
@@ -48,25 +49,33 @@ def svd_loop(W0: dict[str, Tensor], W1: dict[str, Tensor]) -> dict[str, dict[str
     variants: dict[str, dict[str, Tensor]] = {name: {} for name in EDITED}
     for name, end in W1.items():
         start = W0[name]
-        if end.ndim < 2 or (end - start).norm() / start.norm().clamp_min(1e-12) < 1e-6:
+        dtype, start = end.dtype, start.float()
+        update = end.float() - start
+        if end.ndim < 2 or update.norm() / start.norm().clamp_min(1e-12) < 1e-6:
             for made in variants.values():
                 made[name] = end.clone()
             continue
-        delta = (end - start).flatten(1)
+        delta = update.flatten(1)
         U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
         k = split_rank(S)
         _, _, high, low = coefficients(S, k)
         delta_high = (U[:, :k] * S[:k]) @ Vh[:k]
         delta_low = (U[:, k:] * S[k:]) @ Vh[k:]
         for variant, (a, b) in zip(EDITED, ((high, low), (1, 0), (0, 1)), strict=True):
-            variants[variant][name] = start + (a * delta_high + b * delta_low).view(end.shape)
+            edited = start + (a * delta_high + b * delta_low).view(end.shape)
+            variants[variant][name] = edited.to(dtype)
     return variants
 
 
-def measure(model_name: str, device: str, repetitions: int) -> Result:
+def difference(first: Tensor, second: Tensor) -> float:
+    return ((first.float() - second.float()).norm() / first.float().norm()).item()
+
+
+def measure(model_name: str, device: str, repetitions: int, dtype: torch.dtype = torch.float32) -> Result:
     """Edit by a loop and by `edit_state_dicts`, in turns."""
-    W0 = {name: value.to(device) for name, value in weights(model_name).items()}
-    W1 = {name: update(value.cpu()).to(device) for name, value in W0.items()}
+    values = weights(model_name)
+    W0 = {name: value.to(device, dtype) for name, value in values.items()}
+    W1 = {name: update(value).to(device, dtype) for name, value in values.items()}
     times: dict[str, list[float]] = {"full SVD of each parameter": [], "edit_state_dicts": []}
     worst = 0.0
     for _ in range(repetitions):
@@ -82,17 +91,13 @@ def measure(model_name: str, device: str, repetitions: int) -> Result:
         for variant in EDITED:
             worst = max(
                 worst,
-                *(
-                    ((made[0][variant][name] - made[1][variant][name]).norm() / made[0][variant][name].norm()).item()
-                    for name in W1
-                    if W1[name].ndim > 1
-                ),
+                *(difference(made[0][variant][name], made[1][variant][name]) for name in W1 if W1[name].ndim > 1),
             )
     loop = times["full SVD of each parameter"]
     rows = [[name, spread(values), ratios(loop, values)] for name, values in times.items()]
     num_parameters = sum(value.numel() for value in W1.values()) / 1e6
     return Result(
-        f"MonoSoup of {model_name} with a head, {num_parameters:.0f} M parameters, {device}",
+        f"MonoSoup of {model_name} with a head, {num_parameters:.0f} M parameters in {str(dtype)[6:]}, {device}",
         ["three variants by", "seconds", "times as fast as the loop"],
         rows,
         f"Median (min - max; repetitions). Largest relative difference of a weight between the two: {worst:.1e}.",
@@ -103,9 +108,11 @@ def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--repetitions", type=int, default=5)
     args = parse(parser, {"model": "RN50", "repetitions": 1})
-    report("monosoup_edit", args, [measure(args.model, args.device, args.repetitions)])
+    tables = [measure(args.model, args.device, args.repetitions, DTYPES[name]) for name in args.dtypes]
+    report("monosoup_edit", args, tables)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def main() -> None:
         rows.append([VARIANTS["peer"], unavailable, None, None])
     weights = sum(parameter.nbytes for parameter in new_network(args.model).parameters()) / MIB
     title = f"{args.model}, {args.samples} samples in batches of {args.batch_size}: resident memory at its highest"
-    caption = f"Median (min - max; repetitions). The weights, which the reference has once more, are {weights:.3g} MiB."
+    caption = f"Median (min - max; repetitions). The weights are {weights:.3g} MiB; no copy of them is held."
     columns = ["validation", "peak, MiB", "over bare, MiB", "peak / bare"]
     report("peak_memory", args, [Result(title, columns, rows, caption)])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lit_cka import plots
+from lit_cka.editing.evaluation import SHARES
 from lit_cka.editing.parameter import AS_PRETRAINED, EDITED, ParameterRecord
 from lit_cka.files import file_name, versions, write_json
 from lit_cka.tracking.history import mean_score
@@ -103,11 +105,24 @@ def accuracy_figure(results: EvaluationResults) -> Any | None:
     figure, _ = plots.accuracy_plane(
         points,
         curve,
+        errors={name: half_widths(results, name, metric) for name in points} if metric in SHARES else None,
         xlabel=f"{metric} on {names[0]}",
         ylabel=f"mean {metric} on {', '.join(names[1:]) if len(names) < 5 else 'the shifts'}",
-        title="What each variant is worth",
+        title="What each variant is worth" + (" (bars: 95 %)" if metric in SHARES else ""),
     )
     return figure
+
+
+def half_widths(results: EvaluationResults, variant: str, metric: str) -> tuple[float, float]:
+    """Returns half of the 95 % intervals of a share of right answers: on the first test set, and of the mean of all
+    others; by the normal approximation, each sample drawn by itself.
+    """
+    variances = []
+    for name in results.test_names:
+        share = results.metrics[variant][name][metric]
+        variances.append(max(share * (1 - share), 0.0) / results.num_samples[name])
+    shifted = sum(variances[1:]) / (len(variances) - 1) ** 2
+    return 1.96 * math.sqrt(variances[0]), 1.96 * math.sqrt(shifted)
 
 
 def print_results(results: EvaluationResults, records: Sequence[ParameterRecord], console: Console) -> None:

@@ -183,7 +183,7 @@ def named_edits(
     others = {f"wise_ft_{alpha:g}": Edit("wise_ft", {"alpha": alpha}) for alpha in alphas}
     if lines is not None:
         others = {"lines": Edit("lines", {"alpha": lines[0], "beta": lines[1]}), **others}
-    taken = [label for label in found if label in (*VARIANTS, "uniform_soup", *others)]
+    taken = [each for each in found if each in (*VARIANTS, "uniform_soup", *others) or each.startswith("wise_ft_")]
     if taken:
         raise ValueError(f"Expected names of further variants in `edits`, but {taken[0]!r} is another one already.")
     return {**found, **others}

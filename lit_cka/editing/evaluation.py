@@ -17,6 +17,7 @@ from lit_cka.parallel.ranks import is_distributed
 NUM_BINS = 15
 # The metric that a variant is judged by, the first that there is; all but perplexity are shares of right answers.
 MAIN_METRICS = ("top1", "choice_accuracy", "exact_match", "perplexity")
+SHARES = MAIN_METRICS[:3]
 
 
 def sample_values(model: nn.Module, batch: Any, to_classes: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:

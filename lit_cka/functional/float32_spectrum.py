@@ -19,7 +19,10 @@ SMALLEST = 128  # rows: below, float64 takes no longer
 _BLOCK = 24  # directions that are looked for
 _STEPS = 3
 _WINDOW = 64  # directions on either side of a cut that are told apart in float64
-_CONVERGED = 1e-8  # of a direction's residual, relative to the first eigenvalue that stays as it is
+_NO_NEED = (
+    0.2  # of the tolerance: then neighbours that are nearly one cannot matter, which differ by more than expected
+)
+_CONVERGED = 3e-8  # of a direction's residual, relative to the first eigenvalue that stays as it is
 
 
 class Spectrum(NamedTuple):
@@ -62,11 +65,12 @@ def float32_spectrum(gram: Tensor) -> Spectrum | None:
     squares = torch.cat([values, rest])
     largest, next_one = float(squares[0]), float(rest[0])
     # Of LAPACK, and of the sums in the Gram matrix. All factors are by trials, on spectra of many kinds, with a margin.
-    noise, mixing = EPS * (3 * next_one + 0.1 * largest), (EPS * 0.4 * next_one, EPS * 0.01 * largest)
+    noise, mixing = EPS * (3 * next_one + 0.05 * largest), (EPS * 0.4 * next_one, EPS * 0.004 * largest)
     s = squares.sqrt()
     errors = errors_by(noise, s)
     # Those of most values cancel out, but for a fifth at most; those of values below the noise don't.
     errors = torch.where(squares > 10 * noise, errors / 5, errors)
+    errors = torch.maximum(errors, s * (EPS / 2))  # of the sums, in the large ones
     return Spectrum(s, Q, symmetric, number, errors, mixing)
 
 
@@ -113,14 +117,19 @@ def sharpened(spectrum: Spectrum, k: int, tolerance: float) -> Tensor | None:
         return vectors
     first, last = max(k - _WINDOW, spectrum.num_lowered), min(k + _WINDOW, size)
     of_lapack, of_sums = spectrum.mixing
-    entries = torch.full((k, size - k), of_lapack + of_sums, dtype=torch.float64, device=squares.device)
+    gaps = (squares[:k, None] - squares[None, k:]).clamp_min(1e-300)
+    energies = squares[:k, None] + squares[None, k:]
+    allowed = tolerance**2 * squares.sum()
+
+    def error(entries: Tensor | float) -> Tensor:
+        return ((entries / gaps).square().clamp_max(1.0) * energies).sum()
+
+    if k <= spectrum.num_lowered or error(of_lapack + of_sums) <= _NO_NEED**2 * allowed:
+        return vectors if error(of_sums) <= allowed else None
+    entries = torch.full_like(gaps, of_lapack + of_sums)
     entries[first:, : last - k] = of_sums
-    angles = entries / (squares[:k, None] - squares[None, k:]).clamp_min(1e-300)
-    error = (angles.square().clamp_max(1.0) * (squares[:k, None] + squares[None, k:])).sum()
-    if not error <= tolerance**2 * squares.sum():
+    if not error(entries) <= allowed:
         return None
-    if k <= spectrum.num_lowered:
-        return vectors  # those were found in float64
     columns = slice(size - last, size - first)
     basis = torch.linalg.qr(vectors[:, columns].to(torch.float64)).Q
     turn = torch.linalg.eigh(basis.T @ (spectrum.gram @ basis)).eigenvectors

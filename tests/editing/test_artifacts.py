@@ -17,6 +17,7 @@ from lit_cka.editing.artifacts import (
     accuracy_figure,
     cka_heatmap,
     describe_edit,
+    half_widths,
     print_results,
     save_results,
     write_json,
@@ -124,10 +125,20 @@ def test_pictures_show_the_numbers(editor: MonoSoupEditor) -> None:
     for variant in ("pretrained", "finetuned", "monosoup", "highonly", "lowonly", "lines"):
         x, y = editor.results.metrics[variant]["clean"]["top1"], editor.results.shifted_average[variant]["top1"]
         assert places[variant] == pytest.approx((x, y))
-    (curve,) = axes.lines
+    (curve,) = [line for line in axes.lines if line.get_label() == "WiSE-FT"]
     order = ["pretrained", "wise_ft_0.2", "wise_ft_0.5", "finetuned"]
     assert curve.get_xdata() == pytest.approx([editor.results.metrics[name]["clean"]["top1"] for name in order])
     assert curve.get_ydata() == pytest.approx([editor.results.shifted_average[name]["top1"] for name in order])
+
+
+def test_intervals_of_accuracies() -> None:
+    """95 % by the normal approximation: 0.2 of 100 samples, and the mean of two sets with 0.5 and 0.9 of 50 each."""
+    shares = {"a": 0.2, "b": 0.5, "c": 0.9}
+    metrics = {"monosoup": {name: {"top1": share} for name, share in shares.items()}}
+    found = EvaluationResults(metrics, {"monosoup": {"top1": 0.7}}, {}, {"a": 100, "b": 50, "c": 50}, {})
+    x, y = half_widths(found, "monosoup", "top1")
+    assert x == pytest.approx(1.96 * 0.04, rel=1e-3)
+    assert y == pytest.approx(1.96 * math.sqrt((0.25 + 0.09) / 50) / 2, rel=1e-3)
 
 
 def test_written_again_it_is_replaced(tmp_path: Path) -> None:

@@ -372,3 +372,21 @@ def test_updates_by_layer() -> None:
     assert [label.get_text() for label in axes[1].get_xticklabels()] == ["$\\frac", "b"]
     with pytest.raises(ValueError, match=r"each of 1 matrices, one at least, but got \(2,\)"):
         plots.updates_by_layer(["a"], [1, 2], [1])
+
+
+def test_the_plane_zooms_in_on_what_is_like_the_fine_tuned_model() -> None:
+    points = {"pretrained": (0.0, 0.01), "finetuned": (0.88, 0.66), "monosoup": (0.86, 0.7), "lowonly": (0.01, 0.0)}
+    _, ax = plots.accuracy_plane(points, errors={"finetuned": (0.02, 0.03), "monosoup": (0.01, 0.02)})
+    (x_low, x_high), (y_low, y_high) = ax.get_xlim(), ax.get_ylim()
+    assert 0.7 < x_low < 0.85 < 0.9 < x_high  # with the bars
+    assert 0.5 < y_low < 0.63 < 0.72 < y_high
+    (inset,) = ax.child_axes
+    assert inset.get_xlim()[0] < 0 < 0.88 < inset.get_xlim()[1]
+    # Near each other, all are in one picture; without a fine-tuned model, too.
+    for others in (
+        {"pretrained": (0.8, 0.6), "finetuned": (0.88, 0.66), "monosoup": (0.83, 0.7)},
+        {"pretrained": (0, 0)},
+    ):
+        _, ax = plots.accuracy_plane(others)
+        assert ax.child_axes == []
+        assert ax.get_xlim()[0] < min(x for x, _ in others.values())

@@ -185,6 +185,7 @@ def draw(
     axes[1, 0].set_ylabel("MiB")
     for row in axes[:, 0]:
         row.legend(fontsize=8)
+    axes[1, -1].axis("off") if "ranks" in sweeps else None  # memory was taken on one rank
     figure.savefig(path, dpi=110)
     print(f"Drawn to {path}")
 

@@ -306,6 +306,7 @@ def test_several_sets_of_weights_and_other_mistakes(tmp_path: Path) -> None:
     assert by_name(diff(a, tmp_path / "pickle.pt", trusted=True))["w"]["kind"] == "added"
 
 
+@pytest.mark.slow
 def test_memory(tmp_path: Path) -> None:
     """Three times the largest tensor of four, whatever the files' size; tall ones, which are split fast."""
     size = 2**24

@@ -22,7 +22,6 @@ SHAPES = {
     "ViT-B-32 conv1": (768, 3, 32, 32),
     "ViT-B-32 in_proj": (2304, 768),
     "ViT-B-32 out_proj": (768, 768),
-    "ViT-B-32 c_fc": (3072, 768),
     "ViT-B-32 c_proj": (768, 3072),
     "ViT-B-32 proj": (768, 512),
     "ViT-B-32 positional": (50, 768),
@@ -33,7 +32,6 @@ SHAPES = {
     "convnext downsample": (192, 96, 2, 2),
     "convnext depthwise, last": (768, 1, 7, 7),
     "convnext fc1, third": (1536, 384),
-    "GPT-2 c_attn": (768, 2304),
     "GPT-2 positions": (1024, 768),
     "Llama q_proj": (256, 256),
     "Llama k_proj": (64, 256),
@@ -41,6 +39,8 @@ SHAPES = {
     "Llama down_proj": (256, 704),
 }
 LARGE = {
+    "ViT-B-32 c_fc": (3072, 768),
+    "GPT-2 c_attn": (768, 2304),
     "Llama q_proj": (2048, 2048),
     "Llama k_proj": (512, 2048),
     "Llama gate_proj": (5632, 2048),

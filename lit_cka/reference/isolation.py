@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_cka.features.nested import tensors_in
 from lit_cka.features.shared_mode import SharedMode
-from lit_cka.reference.places import mark_of
+from lit_cka.reference.places import Mark
 from lit_cka.samples.hashing import content_hash
 
 
@@ -104,14 +104,14 @@ class WeightsThatFeed:
     def _tensors(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in tensors_of(self._live).items() if name in self._names}
 
-    def _marked(self) -> dict[str, tuple[int, int]]:
-        return {name: mark_of(tensor) for name, tensor in self._tensors().items()}
+    def _marked(self) -> dict[str, Mark]:
+        return {name: Mark(tensor) for name, tensor in self._tensors().items()}
 
     def moved(self) -> str | None:
         """Name of one that has changed since; None if all are what they were."""
         parameters = dict(self._live.named_parameters())
         for name, tensor in self._tensors().items():
-            mark = mark_of(tensor)
+            mark = Mark(tensor)
             # Batch normalisation does not say that it writes to its running statistics.
             if mark != self._marks.get(name) or name not in parameters:
                 if self._contents.get(name) is None or content_hash(tensor.detach()) != self._contents[name]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,18 +101,43 @@ def state_of(module: nn.Module, root: nn.Module | None = None) -> dict[str, Plac
     return places
 
 
-def marks_of(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return the marks of a module's tensors by name; see `mark_of`."""
-    return {name: mark_of(place.tensor) for name, place in places_of(module).items()}
+def marks_of(module: nn.Module) -> dict[str, Mark]:
+    """Return the marks of a module's tensors by name."""
+    return {name: Mark(place.tensor) for name, place in places_of(module).items()}
 
 
-def mark_of(tensor: Tensor) -> tuple[int, int]:
-    """Return where a tensor's values are, and how often they were written to.
+class Mark:
+    """Which memory a tensor's values are in, and how often they were written to.
 
     As long as that is the same, nobody has changed them. It costs nothing; but where it differs, they may be equal.
+    An address alone would not tell: `module.half().float()` may get the same one again.
     """
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+    def __init__(self, tensor: Tensor | None) -> None:
+        if tensor is None:
+            self._storage: Callable[[], Any] = lambda: None
+            self._where = (0, 0)
+            return
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        try:
+            self._storage = weakref.ref(local.untyped_storage())
+        except RuntimeError:  # a wrapper around others, without a storage
+            self._storage = weakref.ref(local)
+        self._where = local.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mark):
+            return NotImplemented
+        storage = self._storage()
+        return storage is not None and storage is other._storage() and self._where == other._where
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: Any) -> Mark:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:  # in another process nothing is the same
+        return Mark, (None,)
 
 
 def layout_of(places: Mapping[str, Place]) -> str:

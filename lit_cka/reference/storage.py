@@ -18,7 +18,7 @@ from lit_cka.checkpoints.tensor_files import find_tensors, write_tensors
 from lit_cka.features.flat_parameters import why_parts_are_closed
 from lit_cka.features.sharded_modules import is_sharded, plain_name
 from lit_cka.reference.exchange import WeightExchange, Weights, kept_weights, own_shards
-from lit_cka.reference.places import layout_of, marks_of, places_of
+from lit_cka.reference.places import Mark, layout_of, marks_of, places_of
 from lit_cka.reference.recording import Recording
 from lit_cka.samples.counting import data_ranks
 
@@ -60,7 +60,7 @@ class TrainingStart:
         self.are_live = False
         self.are_lost = False
         self.in_checkpoint: StoredStart | None = None
-        self._marks: dict[str, tuple[int, int]] = {}  # of the live weights when they were copied
+        self._marks: dict[str, Mark] = {}  # of the live weights when they were copied
         self._id = ""
         self._written: StoredStart | None = None
 

@@ -71,7 +71,7 @@ def in_process(*args: str) -> subprocess.CompletedProcess[str]:
 def test_the_config_end_to_end(checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(checkpoints, "--export={monosoup: new/monosoup.ckpt, wise_ft_0.5: new/half.ckpt}")
     printed = capsys.readouterr().out
-    variants = ["pretrained", "finetuned", "monosoup", "highonly", "lowonly"]
+    variants = ["pretrained", "finetuned", "monosoup", "highonly", "lowonly", "shrink", "shrink_global", "dg_hard"]
     variants += [f"wise_ft_{alpha}" for alpha in (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)]
     names = ["digits", "rotated", "noisy", "blurred"]
     pictures = [*(f"cka_{number}_{name}" for number, name in enumerate(names)), "lambdas", "accuracy_plane"]

@@ -25,6 +25,7 @@ pytestmark = [
 ]
 CONFIGS = Path(__file__).parents[2] / "configs"
 VARIANTS = ["pretrained", "finetuned", "monosoup", "highonly", "lowonly"]
+CONTROLS = ["shrink", "shrink_global", "dg_hard"]
 SETS = ["ImageNet", "ImageNetV2", "ImageNetSketch", "ImageNetR", "ObjectNet", "ImageNetA"]
 
 
@@ -89,7 +90,7 @@ def test_clip(tmp_path: Path) -> None:
         f"--export={json.dumps({'monosoup': str(tmp_path / 'soup.pt')})}",
     )
     assert (tmp_path / "out" / "accuracy_plane.png").is_file()
-    assert list(found["metrics"]) == [*VARIANTS, *(f"wise_ft_{alpha}" for alpha in (0.2, 0.4, 0.6, 0.8))]
+    assert list(found["metrics"]) == [*VARIANTS, *CONTROLS, *(f"wise_ft_{alpha}" for alpha in (0.2, 0.4, 0.6, 0.8))]
     assert list(found["metrics"]["monosoup"])[: len(SETS)] == SETS
     assert found["metrics"]["finetuned"]["ImageNetV2"]["top1"] == pytest.approx(top1_of_v2(model, tmp_path / "data"))
     assert 0 < found["metrics"]["finetuned"]["ImageNetV2"]["top1"] < 1

@@ -42,7 +42,7 @@ def refused(capsys: pytest.CaptureFixture[str], line: str, *more: str) -> str:
         ("fit --config digits --nothing 3", "Expected an option of lit-cka fit, but got `--nothing`"),
         ("compare --settings.measur=cka --output=o", "got `--settings.measur`; did you mean `--settings.measure`"),
         ("compare --output=o --output_folder=o", "got `--output_folder`"),
-        ("edit --pretrain a --finetuned b --output c", "got `--pretrain`; did you mean `--pretrained`?"),
+        ("edit --pretrain a --finetuned b --output c", "got `--pretrain`; did you mean `--pretrained`"),
         ("monosoup --config monosoup_digits --editor.rulez x", "got `--editor.rulez`; did you mean `--editor.rule`"),
         ("fit digits", "Expected options, `--name value`, but got 'digits'. Did you mean `--config digits`?"),
         ("edit base tuned", "Expected options, `--name value`, but got 'base'."),
@@ -128,8 +128,8 @@ def test_required_options(line: str, said: str, capsys: pytest.CaptureFixture[st
         ("fit --config digits --trainer.max_epochs x", "Expected `trainer.max_epochs` to be an int, but got 'x'."),
         ("edit --pretrained a --finetuned b --output c --R x", "Expected `R` to be a float, but got 'x'."),
         (
-            "edit --pretrained a --finetuned b --output c --variant x",
-            "`--variant` to be one of 'monosoup', 'highonly', ",
+            "edit --pretrained a --finetuned b --output c --rule x",
+            "`--rule` to be one of 'effective_rank', 'freevariance', ",
         ),
         (
             "compare --output=o --settings.measure=cca",

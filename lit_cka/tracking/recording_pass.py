@@ -134,10 +134,10 @@ class RecordingPass:
         name, score = lowest_score(features, again)
         if name is not None:
             rank_zero_warn(
-                "The reference's model does not give the same features for the same batch twice, in evaluation: it draws "
-                "random numbers, runs in train mode, or depends on something besides its inputs. An unchanged model would "
-                f"get a CKA of {score:.4f} in layer {name!r} on the first batch, not 1 (but where hooks or the step "
-                "set the seed for every pass): read all scores against that."
+                "The reference's model does not give the same features for the same batch twice, in evaluation: it "
+                "draws random numbers, runs in train mode, or depends on something besides its inputs. An unchanged "
+                f"model would get a CKA of {score:.4f} in layer {name!r} on the first batch, not 1 (but where hooks or "
+                "the step set the seed for every pass): read all scores against that."
             )
 
 

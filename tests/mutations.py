@@ -48,6 +48,9 @@ def zoo(*kinds: str) -> tuple[str, ...]:
 
 LOOPS, RECORDED = "tracking/evaluation_loops.py", "reference/recorded_dataloader.py"
 PRESERVED, TRACKER = "tracking/preserved_state.py", "tracking/tracker.py"
+F32, EDITS = "functional/float32_spectrum.py", "functional/edits.py"
+SPLITS = ("tests/functional/test_float32_spectrum.py",)
+FUNCTIONS, BY_NAME = ("tests/functional/test_edits.py",), ("tests/editing/test_edits.py",)
 
 MUTANTS = [
     # What a recording leaves behind.
@@ -564,6 +567,101 @@ MUTANTS = [
             ),
         ),
         ("tests/editing/test_difference.py",),
+    ),
+    # Edits of weights.
+    Mutant(
+        "an edit: the large eigenvalues are not lowered",
+        ((F32, "if number:\n        symmetric", "if not number:\n        symmetric"),),
+        SPLITS,
+    ),
+    Mutant(
+        "an edit: directions found in float64 are not put in",
+        ((F32, "Q[:, -number:] = vectors.flip(1)", "Q[:, -number:] = Q[:, -number:].flip(1)"),),
+        SPLITS,
+    ),
+    Mutant(
+        "an edit: what float32 could do to the rank is not asked",
+        (
+            (
+                "functional/spectral.py",
+                'if RULES[rule] == "energy":\n        is_doubtful = is_energy',
+                "if True:\n        is_doubtful = False and is_energy",
+            ),
+        ),
+        SPLITS,
+    ),
+    Mutant(
+        "an edit: neighbours are not told apart",
+        ((F32, "vectors[:, columns] = (basis @ turn)", "vectors[:, columns] = basis"),),
+        SPLITS,
+    ),
+    Mutant(
+        "an edit: weights that float32 has no room for",
+        (("functional/spectral.py", "_TINY < total < 1 / _TINY", "True"),),
+        SPLITS,
+    ),
+    Mutant(
+        "an edit: a threshold of the mean, not the median",
+        ((EDITS, "s.quantile(0.5)", "s.mean()"),),
+        FUNCTIONS,
+    ),
+    Mutant(
+        "an edit: what is dropped is not rescaled",
+        ((EDITS, "alpha=1 / (1 - drop)", "alpha=1.0"),),
+        FUNCTIONS,
+    ),
+    Mutant(
+        "an edit: shrinking by the energy, not its root",
+        (("functional/spectral.py", "return math.sqrt(self.lambda_high", "return (self.lambda_high"),),
+        FUNCTIONS,
+    ),
+    Mutant(
+        "an edit: the smallest elements are kept",
+        ((EDITS, "torch.topk(delta.abs(), kept, sorted=False)", "torch.topk(-delta.abs(), kept, sorted=False)"),),
+        FUNCTIONS,
+    ),
+    Mutant(
+        "an edit: seeds are the same for all weights",
+        (("editing/edits.py", "+ zlib.crc32(place.name.encode())", ""),),
+        BY_NAME,
+    ),
+    Mutant(
+        "an edit: an excluded parameter is edited",
+        (
+            (
+                "editing/settings.py",
+                'self._matches("keep_finetuned", name) or self._matches("exclude", name)',
+                'self._matches("keep_finetuned", name)',
+            ),
+        ),
+        BY_NAME,
+    ),
+    Mutant(
+        "an edit: a parameter kept as pretrained is fine-tuned",
+        (
+            (
+                "editing/parameter.py",
+                'return record["reason"] in (None, AS_PRETRAINED)',
+                'return record["reason"] is None',
+            ),
+        ),
+        BY_NAME,
+    ),
+    Mutant(
+        "an edit: one factor for all is that of the sum, not of squares",
+        (("editing/shrinking.py", "return math.sqrt(kept / all_of_it)", "return kept / all_of_it"),),
+        BY_NAME,
+    ),
+    Mutant(
+        "an edit: an address is taken for the memory",
+        (
+            (
+                "reference/places.py",
+                "storage is not None and storage is other._storage() and self._where",
+                "self._where",
+            ),
+        ),
+        ("tests/reference/test_marks.py",),
     ),
 ]
 

@@ -850,7 +850,7 @@ def assert_equal(one: Any, other: Any, folders: tuple[str, str], where: str = ""
         assert one == other, where
 
 
-@pytest.mark.filterwarnings("ignore:The model does not give the same features")  # as it does
+@pytest.mark.filterwarnings("ignore:The reference's model does not give the same features")  # as it does
 @pytest.mark.parametrize("options", [{}, {"debiased": True}, {"estimator": "minibatch", "max_batches": 1}], ids=str)
 def test_the_training_is_the_same_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
     callback = CKACallback(**options)

@@ -130,6 +130,35 @@ def test_neighbours_that_float32_mixes_up_are_told_apart() -> None:
     assert turned(vectors) < 5e-5 < before / 5
 
 
+def next_to_a_whole_rank(seed: int, above: float) -> tuple[Tensor, Tensor]:
+    """Weights whose update has an effective rank a little above a whole number, as NumPy has it in float64."""
+    shape = (130, 150)
+    strong, weak = low_rank(shape, 40, seed=10 * seed), noise(shape, seed=10 * seed + 5)
+
+    def at(share: float) -> tuple[Tensor, Tensor, float]:
+        W0, W1 = weights(shape, 0.1 * (strong + share * weak))
+        s = oracles.update_svd(W0, W1)[1]
+        p = s / s.sum()
+        return W0, W1, float(np.exp(-(p * np.log(p)).sum()))
+
+    low, high = 0.2, 0.6
+    target = math.floor(at(high)[2]) + above
+    assert at(low)[2] < target < at(high)[2]
+    for _ in range(45):
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(middle)[2] < target else (low, middle)
+    return at(high)[:2]
+
+
+@pytest.mark.parametrize("above", [3e-7, -3e-7])
+def test_a_rank_that_float32_can_not_tell_is_that_of_float64(above: float) -> None:
+    for seed in range(6):
+        W0, W1 = next_to_a_whole_rank(seed, above)
+        split = spectral_split(W0, W1)
+        assert isinstance(split, SpectralSplit)
+        assert split.rank == oracles.monosoup_rank(oracles.update_svd(W0, W1)[1], "effective_rank", 1.0), seed
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e18])
 def test_weights_of_any_size(scale: float) -> None:
     W0, W1 = weights((130, 160), 0.1 * low_rank((130, 160), 20))

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from lit_cka.checkpoints.quantised import quantised_tensors
+from lit_cka.editing.depths import depths_by_number
 from lit_cka.editing.parameter import (
     EDITED,
     VARIANTS,
@@ -106,8 +108,12 @@ class Edit:
         has, needed = _options(self.kind.function)
         return has - set(_GIVEN), needed - {*_GIVEN, "seed"}
 
+    def wants(self, name: str) -> bool:
+        """Returns whether the edit is to be given this by the model: "depth", "others" or "factor"."""
+        return name in _options(self.kind.function)[0]
+
     def with_defaults(self, settings: EditSettings) -> Edit:
-        """Returns the edit with MonoSoup's `rule` and `R`, where it has them and they aren't given."""
+        """Returns the edit with MonoSoup's settings, where it has options of these names and they aren't given."""
         has = self._arguments()[0]
         common: dict[str, Any] = {name: value for name, value in settings.of_monosoup().items() if name in has}
         return Edit(self.name, {**common, **self.options})
@@ -150,9 +156,9 @@ class Edit:
             return W1, record
         assert W0 is not None
         edited = self.with_defaults(settings)(W0, W1, place)
-        start = W0.to(W1.dtype)
-        change, kept = ((W - start).double().norm().item() for W in (W1, edited))
-        size = start.double().norm().item()
+        start = W0.to(torch.promote_types(W1.dtype, torch.float32))
+        change, kept = (torch.linalg.vector_norm(W - start, dtype=torch.float64).item() for W in (W1, edited))
+        size = torch.linalg.vector_norm(start, dtype=torch.float64).item()
         record["relative_change"] = change / size if size else float("inf") if change else 0.0
         record["kept"] = kept / change if change else None
         if not change:
@@ -205,13 +211,21 @@ def edit_weights(
         W1: fine-tuned weights by name. What `W0` lacks, has in another shape, or holds as whole numbers, and quantised
             weights with their scales, stay as they are.
         edit: what to do.
-        depths: of the weights in blocks, see `lit_cka.editing.depths`.
+        depths: of the weights in blocks, see `lit_cka.editing.depths`; None to read them from the names.
         others: weights of other fine-tuned models, of the same names.
         settings: which parameters take part, and MonoSoup's for `shrink`; None for the defaults.
+
+    Raises:
+        ValueError: if the edit is of several models, and there are no others; if it goes by depth, and no name tells
+            it; or as `Edit.of_parameter` does.
     """
     settings = settings or EditSettings()
+    if edit.wants("others") and not others:
+        raise ValueError(f"Expected other fine-tuned models for the edit {edit.name!r}, but there are none.")
+    if edit.wants("depth") and depths is None:
+        depths = depths_by_number(list(W1))
     factor = 1.0
-    if edit.name == "shrink_global":
+    if edit.wants("factor"):
         pairs = ((W0.get(name), W1[name]) for name in W1 if settings.fate(name) is None)
         factor = shrink_factor([norms_of_update(*pair, settings) for pair in pairs])
     quantised = quantised_tensors(W0) | quantised_tensors(W1)

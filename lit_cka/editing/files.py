@@ -96,8 +96,8 @@ def edit_files(
     edit = None if variant in EDITED else Edit(variant, options or {})
     if edit is None and options:
         raise ValueError(f"Expected no `options` of {variant!r}, which `settings` are for, but got {dict(options)}.")
-    if variant == "uniform_soup":
-        raise ValueError("Expected an edit of two checkpoints, but 'uniform_soup' is of several: use MonoSoupEditor.")
+    if edit is not None and edit.wants("others"):
+        raise ValueError(f"Expected an edit of two checkpoints, but {variant!r} is of several: use MonoSoupEditor.")
     paths = Path(pretrained), Path(finetuned), Path(output)
     if not paths[2].name:
         raise ValueError(f"Expected `output` to name a file or a folder, but got {str(output)!r}.")
@@ -109,7 +109,7 @@ def edit_files(
         (records, is_whole), *_ = ranks.gather(lambda: job.prepare(lock) if ranks.rank == 0 else ({}, False))
         names = job.share(set(records), ranks)
         try:
-            if variant == "shrink_global":
+            if edit is not None and edit.wants("factor"):
                 all_norms = ranks.gather(lambda: job.norms(job.share(set(), ranks)))
                 job.factor = shrink_factor([each for norms in all_norms for each in norms])
             for records_there in ranks.gather(lambda: job.edit(names, ranks.rank, progress and ranks.rank == 0)):
@@ -144,7 +144,8 @@ class _Job:
         self.partial, self._onto_empty = PartialOutput(output, {**described, **files}), False
         self._pairs = Pairs(self.W0, self.W1)
         self._quantised = self._pairs.quantised()
-        self._depths = depths_by_number(list(self.W1.tensors)) if variant == "lines" else {}
+        by_depth = edit is not None and edit.wants("depth")
+        self._depths = depths_by_number(list(self.W1.tensors)) if by_depth else {}
 
     def check(self, allow_differences: bool, warn: bool) -> None:
         """Raise a ValueError if the models or the paths don't fit each other."""

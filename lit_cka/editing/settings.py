@@ -49,7 +49,7 @@ class EditSettings:
 
     def of_monosoup(self) -> dict[str, str | float]:
         """Returns what other edits may share with MonoSoup."""
-        return {"rule": self.rule, "R": self.R}
+        return {"rule": self.rule, "R": self.R, "min_rel_update": self.min_rel_update}
 
     def fate(self, name: str) -> Literal["pretrained", "finetuned"] | None:
         """Returns as what a parameter is kept; None where it is to be edited."""

@@ -152,7 +152,9 @@ def hard_threshold(m: int, n: int) -> float:
 
 
 @takes_arrays
-def shrink(W0: Tensor, W1: Tensor, *, rule: RankRule = "effective_rank", R: float = 0.8) -> Tensor:
+def shrink(
+    W0: Tensor, W1: Tensor, *, rule: RankRule = "effective_rank", R: float = 0.8, min_rel_update: float = 0.0
+) -> Tensor:
     """Returns `W0 + c Delta`, with the `c` that leaves the update the norm that MonoSoup leaves it: the control that
     tells what MonoSoup gains by the directions it chooses.
 
@@ -163,8 +165,9 @@ def shrink(W0: Tensor, W1: Tensor, *, rule: RankRule = "effective_rank", R: floa
         W1: fine-tuned.
         rule: of MonoSoup, see `spectral_split`.
         R: likewise.
+        min_rel_update: likewise; what MonoSoup leaves alone, with a smaller relative change, is left alone here.
     """
-    split = spectral_split(W0, W1, rule=rule, R=R)
+    split = spectral_split(W0, W1, rule=rule, R=R, min_rel_update=min_rel_update)
     return W1.clone() if isinstance(split, float) else wise_ft(W0, W1, alpha=split.coefficients.kept)
 
 

@@ -231,6 +231,21 @@ def test_functions_that_give_something_else(function: str, got: str) -> None:
         edit_weights(*pair(), edit)
 
 
+def test_what_an_edit_needs_of_the_model_is_there_or_an_error() -> None:
+    """Silently, a soup of one model would be that model, and every block the first."""
+    W0, W1 = pair()
+    with pytest.raises(ValueError, match="Expected other fine-tuned models for the edit 'uniform_soup'"):
+        edit_weights(W0, W1, Edit("uniform_soup"))
+    with pytest.raises(ValueError, match="Expected other fine-tuned models"):
+        MonoSoupEditor(*models(), edits={"soup": {"edit": "uniform_soup"}}).edited  # noqa: B018
+    edit = Edit("lines", {"alpha": 0.2, "beta": 0.6})
+    by_names = edit_weights(W0, W1, edit)
+    given = edit_weights(W0, W1, edit, depths=depths_by_number(list(W1)))
+    assert all(torch.equal(by_names[name], given[name]) for name in W1)
+    with pytest.raises(ValueError, match="Expected names of parameters with the number of their block"):
+        edit_weights({"w": W0["stem.weight"]}, {"w": W1["stem.weight"]}, edit)
+
+
 def test_names_of_variants() -> None:
     for label in ("monosoup", "lines", "wise_ft_0.5", "uniform_soup"):
         with pytest.raises(

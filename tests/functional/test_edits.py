@@ -175,6 +175,9 @@ def test_shrink_leaves_the_norm_that_monosoup_leaves(
 def test_shrink_of_nothing() -> None:
     W0 = torch.ones(3, 4)
     assert torch.equal(edits.shrink(W0, W0.clone()), W0)
+    W1 = W0 + torch.tensor([[1e-3, 0, 0, 0], [0, 1e-4, 0, 0], [0, 0, 0, 0]])
+    assert torch.equal(edits.shrink(W0, W1, min_rel_update=1e-2), W1)
+    assert not torch.equal(edits.shrink(W0, W1, rule="energy", R=0.5), W1)
 
 
 def test_uniform_soup() -> None:

@@ -32,7 +32,8 @@ def markdown(script: str) -> str:
     versions = ", ".join(
         f"{name} {machine[name]}" for name in ("torch", "lightning", "torchmetrics") if name in machine
     )
-    parts.append(f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; {versions}.")
+    gpu = f"{machine['gpu']}; " if machine.get("gpu") else ""
+    parts.append(f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; {versions}.")
     return "\n\n".join(parts)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +57,11 @@ def parser() -> Parser:
     parser.add_argument(
         "--trainer.limit_test_batches", type=int | float | None, default=None, help="A number, or a share from 0 to 1."
     )
-    parser.set_defaults({"trainer.logger": False})  # all results go to `output`
+    # All results go to `output`; and cuDNN and the like give the same bits each time, with a warning where they can't.
+    parser.set_defaults({"trainer.logger": False, "trainer.deterministic": "warn"})
     parser.add_argument("--output", type=str, required=True, help="Folder for JSON, tables and pictures.")
     parser.add_argument("--export", type=dict[str, str], default={}, help="Variants to write: {monosoup: path}.")
+    parser.add_argument("--plots", type=bool, default=True, help="Draw pictures; false for JSON and tables alone.")
     parser.add_argument("--seed", type=int, default=0, help="Of all random numbers.")
     parser.add_argument("--num_threads", type=PositiveInt | None, default=None, help="CPU threads for torch.")
     parser.add_argument(
@@ -74,9 +78,21 @@ def main(args: list[str]) -> MonoSoupEditor:
     options = parser()
     config = options.parse_args(args)
     plain = plain_options(options, config)
-    with failing_in_a_line(plain):
+    with failing_in_a_line(plain), _deterministic_meanwhile():
         editor = _monosoup(options, config, plain)
     return editor
+
+
+@contextmanager
+def _deterministic_meanwhile() -> Iterator[None]:
+    """Put back afterwards what the trainer sets for the whole process."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def _monosoup(options: Parser, config: Namespace, plain: dict[str, Any]) -> MonoSoupEditor:
@@ -141,7 +157,9 @@ def _report(editor: MonoSoupEditor, objects: Namespace, config: dict[str, Any]) 
     assert editor.results is not None
     console = Console(soft_wrap=True, highlight=False)
     records = editor.edited.records
-    written = save_results(objects.output, editor.results, records, config)
+    written = save_results(
+        objects.output, editor.results, records, config, seconds=editor.seconds, pictures=objects.plots
+    )
     print_results(editor.results, records, console)
     for variant, path in objects.export.items():
         editor.export(variant, path)
@@ -156,7 +174,10 @@ def _report_unfinished(editor: MonoSoupEditor, objects: Namespace, config: dict[
     results = editor.results_so_far()
     if results is None:
         return
-    save_results(objects.output, results, editor.edited.records, config, is_finished=False)
+    save_results(
+        objects.output, results, editor.edited.records, config,
+        is_finished=False, seconds=editor.seconds, pictures=objects.plots,
+    )  # fmt: skip
     print_results(results, editor.edited.records, Console(soft_wrap=True, highlight=False))
     samples = ", ".join(f"{number} of {name}" for name, number in results.num_samples.items())
     note(f"the evaluation was stopped; the results of {samples} are in {objects.output}.")

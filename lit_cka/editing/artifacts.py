@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ def save_results(
     config: Mapping[str, Any],
     *,
     is_finished: bool = True,
+    seconds: Mapping[str, float] | None = None,
+    pictures: bool = True,
 ) -> list[Path]:
     """Write `monosoup.json`, `summary.json` and the pictures; returns the paths.
 
@@ -41,10 +44,18 @@ def save_results(
         records: of the edit.
         config: what was run: goes into both JSON files, with the versions of packages.
         is_finished: False if the evaluation was interrupted, which both JSON files then say.
+        seconds: what each part took, by name.
+        pictures: draw them.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    frame = {"config": dict(config), "versions": versions(), **({} if is_finished else {"finished": False})}
+    frame = {
+        "config": dict(config),
+        "versions": versions(),
+        "written_at": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "seconds": dict(seconds or {}),
+        **({} if is_finished else {"finished": False}),
+    }
     full = {
         **frame,
         "metrics": results.metrics,
@@ -56,7 +67,7 @@ def save_results(
     }
     written = [write_json(folder / "monosoup.json", full)]
     written.append(write_json(folder / "summary.json", {**frame, **_summary(results, records)}))
-    return written + _save_pictures(folder, results, records)
+    return written + (_save_pictures(folder, results, records) if pictures else [])
 
 
 def _save_pictures(folder: Path, results: EvaluationResults, records: Sequence[ParameterRecord]) -> list[Path]:
@@ -97,7 +108,7 @@ def accuracy_figure(results: EvaluationResults) -> Any | None:
     }
     points = {variant: place for variant, place in places.items() if not variant.startswith("wise_ft_")}
     alphas = sorted(
-        [(0.0, "pretrained"), (1.0, "finetuned")]
+        [(alpha, name) for alpha, name in ((0.0, "pretrained"), (1.0, "finetuned")) if name in places]
         + [(float(name.removeprefix("wise_ft_")), name) for name in places if name not in points]
     )
     curve = [(alpha, *places[name]) for alpha, name in alphas] if len(alphas) > 2 else []
@@ -127,28 +138,53 @@ def half_widths(results: EvaluationResults, variant: str, metric: str) -> tuple[
 
 def print_results(results: EvaluationResults, records: Sequence[ParameterRecord], console: Console) -> None:
     """Print a table of variants by test set, and what was edited."""
-    metrics = {name: results.main_metric(name) for name in results.test_names}
-    table = Table(title="Variants by test set")
+    table = Table(title="Variants by test set" if results.metrics else "Mean CKA with the pretrained model")
     table.add_column("variant")
-    for name, metric in metrics.items():
-        table.add_column(f"{escape(name)}\n{metric or ''}", justify="right")
-    common = {metric for metric in metrics.values()}
-    shown = common.pop() if len(common) == 1 and len(metrics) > 1 else None
-    if shown is not None:
-        table.add_column("shifted\naverage", justify="right", style="bold")
-    with_cka = any(results.cka.values())
-    if with_cka:
-        table.add_column(f"mean CKA\n{escape(results.test_names[0])}", justify="right")
-    for variant, by_set in results.metrics.items():
-        row = [variant] + [_number(by_set[name].get(metric or "")) for name, metric in metrics.items()]
-        if shown is not None:
-            row.append(_number(results.shifted_average[variant].get(shown)))
-        if with_cka:
-            scores = results.cka[results.test_names[0]].get(variant)
-            row.append("1.0000" if variant == "pretrained" else _number(mean_score(scores) if scores else None))
-        table.add_row(*row)
+    for heading in _headings(results):
+        table.add_column(escape(heading), justify="right", style="bold" if heading == _AVERAGE else "")
+    for variant, cells in _rows(results).items():
+        table.add_row(escape(variant), *cells)
     console.print(table)
     console.print(escape(describe_edit(records)))
+
+
+_AVERAGE = "shifted\naverage"
+
+
+def _headings(results: EvaluationResults) -> list[str]:
+    if not results.metrics:
+        return list(results.cka)
+    headings = [f"{name}\n{results.main_metric(name) or ''}" for name in results.test_names]
+    headings += [_AVERAGE] if _common_metric(results) is not None else []
+    return headings + [f"mean CKA\n{name}" for name in _first_with_cka(results)]
+
+
+def _rows(results: EvaluationResults) -> dict[str, list[str]]:
+    """Returns a variant's cells below the headings."""
+    if not results.metrics:
+        variants = list(next(iter(results.cka.values())))
+        return {name: [_number(mean_score(scores[name])) for scores in results.cka.values()] for name in variants}
+    common, rows = _common_metric(results), {}
+    for variant, by_set in results.metrics.items():
+        rows[variant] = [_number(by_set[name].get(results.main_metric(name) or "")) for name in results.test_names]
+        if common is not None:
+            rows[variant].append(_number(results.shifted_average[variant].get(common)))
+        for name in _first_with_cka(results):
+            scores = results.cka[name].get(variant)
+            rows[variant].append(
+                "1.0000" if variant == "pretrained" else _number(mean_score(scores) if scores else None)
+            )
+    return rows
+
+
+def _common_metric(results: EvaluationResults) -> str | None:
+    """Returns the metric that variants are judged by on all of several test sets; None if there is none."""
+    metrics = {results.main_metric(name) for name in results.test_names}
+    return metrics.pop() if len(metrics) == 1 and len(results.test_names) > 1 else None
+
+
+def _first_with_cka(results: EvaluationResults) -> list[str]:
+    return [name for name, scores in results.cka.items() if scores][:1]
 
 
 def describe_edit(records: Sequence[ParameterRecord], variant: str = "monosoup") -> str:
@@ -194,6 +230,10 @@ def _summary(results: EvaluationResults, records: Sequence[ParameterRecord]) -> 
                 },
             }
             for variant, metrics in results.metrics.items()
+        }
+        or {
+            variant: {"cka_mean": {name: mean_score(scores[variant]) for name, scores in results.cka.items()}}
+            for variant in next(iter(results.cka.values()))
         },
         "edit": describe_edit(records),
     }

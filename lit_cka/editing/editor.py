@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,25 +21,21 @@ from typing_extensions import override
 from lit_cka.checkpoints.state_dicts import load_into
 from lit_cka.editing.artifacts import print_results
 from lit_cka.editing.baselines import uniform_soup
-from lit_cka.editing.comparison import SetResults, VariantComparison
 from lit_cka.editing.depths import depths_of
 from lit_cka.editing.edits import named_edits
-from lit_cka.editing.evaluation import sample_values
+from lit_cka.editing.evaluation_plan import EvaluationPlan
 from lit_cka.editing.exporting import write_weights
-from lit_cka.editing.loaded_sets import loaded_sets
 from lit_cka.editing.parameter import VARIANTS, untouched
-from lit_cka.editing.placement import FileBacked, Placement
+from lit_cka.editing.placement import FileBacked
 from lit_cka.editing.results import EvaluationResults
 from lit_cka.editing.settings import EditSettings
 from lit_cka.editing.sources import Source, copied, host_model, module_weights, weights_for
+from lit_cka.editing.variant_test import VariantTest
 from lit_cka.editing.weights import EditedModel, edit_state_dicts
-from lit_cka.features.extractor import FeatureExtractor
 from lit_cka.features.layers import Layers, select_layers
 from lit_cka.features.lightning_private import attached_trainer
 from lit_cka.features.pooling import Pooling, parse_pooling
 from lit_cka.functional.rank_rules import RankRule
-from lit_cka.reference.arguments import batch_copy
-from lit_cka.tracking.dataloaders import num_first_samples
 
 
 class MonoSoupEditor(pl.LightningModule):
@@ -73,6 +69,9 @@ class MonoSoupEditor(pl.LightningModule):
         layers: blocks for CKA and LiNeS, counted from the model; None for its repeated blocks.
         pooling: of the features for CKA, as in `CKACallback`.
         debiased: use the unbiased HSIC in CKA.
+        variants: evaluate these alone, of the five and of those asked for above; None for all.
+        evaluate: False for CKA alone, of those of its batches alone.
+        cka_sets: take CKA on the test sets of these names; None for all, empty for none.
         max_cka_batches: take CKA over so many batches of each test set at most, on several ranks over the same samples;
             0 for none, None for all.
         sequential: keep the variants in files rather than in memory, and one at a time in the model: slower.
@@ -102,7 +101,10 @@ class MonoSoupEditor(pl.LightningModule):
         keep_finetuned: Sequence[str] = (),
         layers: Layers | None = None,
         pooling: Pooling = "mean",
-        debiased: bool = False,
+        debiased: bool = True,
+        variants: Sequence[str] | None = None,
+        evaluate: bool = True,
+        cka_sets: Sequence[str] | None = None,
         max_cka_batches: int | None = None,
         sequential: bool = False,
         weights: str | None = None,
@@ -112,18 +114,15 @@ class MonoSoupEditor(pl.LightningModule):
         self.settings = EditSettings(rule, R, min_rel_update, *patterns)
         self.edits = named_edits(edits or {}, lines, wise_ft)
         parse_pooling(pooling)  # an error rather now than in the first batch
-        if max_cka_batches is not None and max_cka_batches < 0:
-            raise ValueError(f"Expected `max_cka_batches` to be at least 0, or None, but got {max_cka_batches}.")
+        self.plan = EvaluationPlan(variants, evaluate, cka_sets, max_cka_batches)
         self.model = host_model(finetuned, model)
         self.layer_names = select_layers(self.model, layers)
         self.pooling = pooling
         self.debiased = debiased
-        self.max_cka_batches = max_cka_batches
         self.sequential = sequential
         self._which = weights
         self.results: EvaluationResults | None = None
-        self._comparisons: list[VariantComparison] = []
-        self._done: list[SetResults] = []
+        self.seconds: dict[str, float] = {}  # that the edit and the test took
         # A module in an attribute would be a part of the editor: moved, converted and put into DDP with it.
         self._file = None if isinstance(finetuned, nn.Module) else finetuned
         shared = (shared,) if isinstance(shared, str) else tuple(shared)
@@ -136,11 +135,11 @@ class MonoSoupEditor(pl.LightningModule):
         self._w0 = {**self._w1, **copied(w0.weights)}
         soups = [weights_for(self.model, source, "soup's", which=weights) for source in soup]
         self._soup = [each.weights for each in soups]
+        self.plan.evaluated(self.variant_names)
         if weights is not None and not any(each.was_named for each in (w0, w1, *soups)):
             raise ValueError(f"Expected a file with a set of weights called {weights!r}, but there is none.")
         self._edited: EditedModel | None = None
-        self._extractor: FeatureExtractor | None = None
-        self._placement: Placement | None = None
+        self._test: VariantTest | None = None
 
     def __getattr__(self, name: str) -> Any:
         """What the data ask for, such as `eval_transform` and `tokenizer_name`, is the model's."""
@@ -156,7 +155,9 @@ class MonoSoupEditor(pl.LightningModule):
     def edited(self) -> EditedModel:
         """The variants' weights, and a record per parameter; computed when first asked for, by all ranks together."""
         if self._edited is None:
+            started = time.perf_counter()
             self._edited = self._edit()
+            self.seconds["edit"] = time.perf_counter() - started
         return self._edited
 
     @property
@@ -219,65 +220,34 @@ class MonoSoupEditor(pl.LightningModule):
     def on_test_start(self) -> None:
         loop: Any = self.trainer.test_loop
         self._prints, loop.verbose = loop.verbose, False  # one compact table in place of Lightning's of all numbers
-        self._sets = loaded_sets(self.trainer)
-        variants = list(self.edited.variants)
-        compared = [name for name in variants[1:] if not name.startswith("wise_ft")]
-        self._comparisons = [
-            VariantComparison(variants, compared, self.layer_names, debiased=self.debiased) for _ in self._sets
-        ]
-        self._done = []
-        self._root_device, self._is_within_batch = self.device, False
-        self._placement = Placement(self.model, self.edited.variants, copy=self.sequential)
-        self._extractor = FeatureExtractor(self.model, self.layer_names, self.pooling)
+        self._started = time.perf_counter()
+        self._test = VariantTest(
+            self.trainer,
+            self.model,
+            self.edited.variants,
+            self.plan,
+            self.layer_names,
+            self.pooling,
+            debiased=self.debiased,
+            copy=self.sequential,
+        )
 
     @override
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        assert self._extractor is not None
-        assert self._placement is not None
-        self._finish_before(dataloader_idx)
-        self._is_within_batch = True
-        first_of = partial(num_first_samples, self.trainer, "test", dataloader_idx, batch_idx)
-        num_first, num_rows = first_of(), first_of(max_batches=self.max_cka_batches)
-        if num_rows is not None and isinstance(batch, Mapping) and "sample" in batch:
-            num_rows = int((batch["sample"] < num_rows).sum())
-        with_cka = num_rows != 0
-        comparison = self._comparisons[dataloader_idx]
-        # Hooks for each batch anew: Lightning tells a module nothing about errors and interrupts in between.
-        with self._extractor, self._placement.all_in_turn() as variants:
-            for variant in variants:
-                self._extractor.enabled = with_cka and not variant.startswith("wise_ft")
-                values = sample_values(self.model, batch_copy(batch), self._sets[dataloader_idx].to_classes)
-                features = self._extractor.collect() if self._extractor.enabled else {}
-                comparison.add(variant, batch_idx, values, features, num_first, num_rows)
-        self._is_within_batch = False
+        assert self._test is not None
+        self._test.step(batch, batch_idx, dataloader_idx)
 
     def results_so_far(self) -> EvaluationResults | None:
         """Returns what a test that was interrupted has evaluated, None if nothing: the test sets that it was through
         with, and in a single process the samples of the one that it was at, unless it was within a batch.
         """
-        if not self._comparisons:
-            return None
-        done = [*self._done]
-        if len(done) < len(self._comparisons) and not self._is_within_batch and self.trainer.world_size == 1:
-            done.append(self._comparisons[len(done)].finish(self._root_device))
-        by_name = {test_set.name: each for test_set, each in zip(self._sets, done, strict=False) if each.metrics}
-        return EvaluationResults.of(by_name) if by_name else None
-
-    def _finish_before(self, dataloader_idx: int) -> None:
-        """Compute the results of the test sets before this one, whose statistics then need no memory any more."""
-        while len(self._done) < dataloader_idx:
-            number = len(self._done)
-            self._done.append(self._comparisons[number].finish(self.device))
-            self._comparisons[number] = None  # type: ignore[call-overload]
+        return None if self._test is None else self._test.results_so_far()
 
     @override
     def on_test_epoch_end(self) -> None:
-        self._finish_before(len(self._comparisons))
-        by_name = dict(zip((test_set.name for test_set in self._sets), self._done, strict=True))
-        empty = [name for name, results in by_name.items() if not results.metrics]
-        if empty:
-            raise ValueError(f"Expected all test sets to have samples, but {', '.join(map(repr, empty))} had none.")
-        self.results = EvaluationResults.of(by_name)
+        assert self._test is not None
+        self.results = self._test.results()
+        self.seconds["test"] = time.perf_counter() - self._started
         values = self.results.flat().items()
         # All ranks have the same values already; without `sync_dist`, Lightning warns of each.
         self.log_dict(
@@ -287,7 +257,7 @@ class MonoSoupEditor(pl.LightningModule):
 
     @override
     def on_test_end(self) -> None:
-        self._extractor = self._placement = None
+        self._test = None
         if self._prints and self.trainer.is_global_zero and self.results is not None:
             print_results(self.results, self.edited.records, Console(soft_wrap=True, highlight=False))
 

@@ -16,10 +16,10 @@ class EvaluationResults:
     """Metrics and CKA of every variant.
 
     Attributes:
-        metrics: by variant, test set and metric.
+        metrics: by variant, test set and metric; empty if CKA alone was taken.
         shifted_average: by variant and metric, the mean over all test sets but the first; empty if there is one.
         cka: by test set, variant and layer, with the pretrained model; empty where none was taken.
-        num_samples: by test set.
+        num_samples: by test set, behind the metrics.
         num_cka_samples: by test set.
     """
 
@@ -32,7 +32,7 @@ class EvaluationResults:
     @classmethod
     def of(cls, test_sets: Mapping[str, SetResults]) -> EvaluationResults:
         """Arrange the results of the test sets, the one in-distribution first."""
-        variants = list(next(iter(test_sets.values())).metrics)
+        variants = list(next(iter(test_sets.values())).metrics)  # none, if CKA alone was taken
         metrics = {
             variant: {
                 name: {key: value for key, value in results.metrics[variant].items() if key != "n"}
@@ -49,7 +49,7 @@ class EvaluationResults:
             metrics,
             shifted,
             {name: results.cka for name, results in test_sets.items()},
-            {name: round(results.metrics[variants[0]]["n"]) for name, results in test_sets.items()},
+            {name: results.num_samples for name, results in test_sets.items()},
             {name: results.num_cka_samples for name, results in test_sets.items()},
         )
 
@@ -60,8 +60,8 @@ class EvaluationResults:
 
     def main_metric(self, test_set: str) -> str | None:
         """Returns the metric that variants are judged by on a test set: the first of `MAIN_METRICS` that it has."""
-        first = next(iter(self.metrics.values()))
-        return next((name for name in MAIN_METRICS if name in first[test_set]), None)
+        first = next(iter(self.metrics.values()), {})
+        return next((name for name in MAIN_METRICS if name in first.get(test_set, {})), None)
 
     def flat(self) -> dict[str, float]:
         """Returns all numbers by a key for loggers, `<test set>/<variant>/<metric>`; `cka_mean` is the mean CKA."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ from lit_cka.editing.parameter import (
 )
 from lit_cka.editing.settings import EditSettings
 from lit_cka.parallel.ranks import is_distributed, run_on_all_ranks
-from lit_cka.parallel.sharing import one_thread_each, share_out
+from lit_cka.parallel.sharing import one_stream_each, one_thread_each, share_out
 from lit_cka.progress import progress_bar
 
 
@@ -125,12 +125,13 @@ def _on_all_ranks(
     rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
     owners = share_out([edit_cost(W1[name].shape) for name in names], num_ranks)
     names_here = [name for name, owner in zip(names, owners, strict=True) if owner == rank]
-    on_cpu = device is None and all(value.device.type == "cpu" for value in W1.values())
+    places = {value.device for value in W1.values()} if device is None else {torch.device(device)}
+    (where,) = places if len(places) == 1 else (torch.device("meta"),)
     done: dict[str, Edited] = {}
 
     def edit_here() -> dict[str, ParameterRecord]:
         with progress_bar("Editing", len(names_here), enabled=progress) as advance:
-            for name, result in zip(names_here, one_thread_each(edit, names_here, enabled=on_cpu), strict=True):
+            for name, result in zip(names_here, _several_at_once(edit, names_here, where), strict=True):
                 done[name] = result
                 advance(1)
         return {name: record for name, (_, record) in done.items()}
@@ -155,6 +156,12 @@ def _on_all_ranks(
             values = {variant: value.to(W1[name].device) for variant, value in there.items()}
             done[name] = values if place is None else {key: place(value) for key, value in values.items()}, record
     return [done[name] for name in names]
+
+
+def _several_at_once(edit: Callable[[str], Edited], names: Sequence[str], where: torch.device) -> Iterator[Edited]:
+    if where.type == "cuda":
+        return one_stream_each(edit, names, where)
+    return one_thread_each(edit, names, enabled=where.type == "cpu")
 
 
 def _start(W0: Tensor | None, W1: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ one has to follow. Lightning itself is not imported here, so that features can b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -53,6 +54,14 @@ def logging_step(trainer: pl.Trainer) -> int:
 def evaluation_loop(trainer: pl.Trainer) -> Any:
     """Returns the loop of the evaluation that runs, or runs next: of validation, within `fit` or not, or of testing."""
     return trainer._evaluation_loop
+
+
+def limit_batches(trainer: pl.Trainer, numbers: Sequence[int | None]) -> None:
+    """Have the evaluation that has begun read at most so many batches of each of its dataloaders; None leaves it."""
+    limits = trainer._evaluation_loop._max_batches
+    for index, number in enumerate(numbers):
+        if number is not None:
+            limits[index] = min(limits[index], number)
 
 
 def combined_loader(loop: Any) -> Any:

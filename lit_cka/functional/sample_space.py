@@ -18,7 +18,7 @@ from lit_cka.functional.rows import Rows
 from lit_cka.functional.terms import CKATerms
 from lit_cka.functional.units import unit_exponent
 
-_ELEMENTS = 2**19  # of a tile's features, at a time
+_CPU_ELEMENTS, _GPU_ELEMENTS = 2**19, 2**22  # of a tile's features, at a time
 
 
 class PairedRows(NamedTuple):
@@ -124,7 +124,8 @@ def _gram_tile(
     device: torch.device,
 ) -> Tensor:
     """Returns products of samples with samples, float64, from some features at a time."""
-    step = max(_ELEMENTS // (rows[1] - rows[0]), 512)
+    elements = _CPU_ELEMENTS if left.device.type == "cpu" else _GPU_ELEMENTS
+    step = max(elements // (rows[1] - rows[0]), 512)
     dtype = torch.float64 if products == "float64" else torch.float32
     tile = None
     for first in range(0, left.width, step):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Condition
+from threading import Condition, local
 from typing import TypeVar
 
 import torch
@@ -28,6 +28,44 @@ def one_thread_each(function: Callable[[str], Result], names: Sequence[str], *, 
                 raise
     finally:
         torch.set_num_threads(num_threads)  # parts of it are global
+
+
+_STREAMS = 8  # of a GPU, which has room for so many factorisations of a few thousand rows at a time
+
+
+def one_stream_each(function: Callable[[str], Result], names: Sequence[str], device: torch.device) -> Iterator[Result]:
+    """Yields `map(function, names)`, of work for a GPU that leaves most of it idle, several calls at a time.
+
+    Each call runs in a stream of its own, after all that is queued on the device's current one, and has ended there
+    when it is yielded.
+    """
+    before = torch.cuda.Event()
+    before.record(torch.cuda.current_stream(device))
+
+    def run(name: str) -> Result:
+        stream = _stream_of_thread(device)
+        stream.wait_event(before)
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            result = function(name)
+            stream.synchronize()
+        return result
+
+    with ThreadPoolExecutor(_STREAMS) as pool:
+        try:
+            yield from pool.map(run, names)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _stream_of_thread(device: torch.device) -> torch.cuda.Stream:
+    streams: dict[torch.device, torch.cuda.Stream] = vars(_LOCAL).setdefault("streams", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+    return streams[device]
+
+
+_LOCAL = local()
 
 
 def share_out(costs: Sequence[float], num_ranks: int) -> list[int]:

@@ -27,7 +27,7 @@ def warn_bias(layers: Mapping[str, LayerScore]) -> bool:
         if layer.n < 5 * layer.d and layer.cka == layer.cka:
             rank_zero_warn(
                 f"CKA is biased upward where there are fewer than about 5 samples per feature: {name!r} has "
-                f"{layer.d} features and was measured on {layer.n} samples. Use CKACallback(debiased=True)."
+                f"{layer.d} features and was measured on {layer.n} samples. Use the default, debiased=True."
             )
             return True
     return False

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +115,43 @@ def test_it_is_repeatable_and_options_count(checkpoints: Path) -> None:
     found = []
     for _ in range(2):
         editor = run(checkpoints, *quick, "--seed=7")
-        found.append((Path("out/monosoup.json").read_text(), editor.results))
+        found.append((read("monosoup.json"), editor.results))
+        seconds, written_at = (found[-1][0].pop(key) for key in ("seconds", "written_at"))
+        assert set(seconds) == {"edit", "test"}
+        assert all(0 < value < 600 for value in seconds.values())
+        assert abs(datetime.now().astimezone() - datetime.fromisoformat(written_at)).total_seconds() < 600
     assert found[0] == found[1]
-    full = read("monosoup.json")
+    full = found[0][0]
     assert full["config"]["seed"] == 7
     assert full["num_samples"] == dict.fromkeys(("digits", "rotated", "noisy", "blurred"), 50)
     assert set(full["cka"]["digits"]) == set()
     edited = [record for record in full["parameters"] if record["reason"] is None]
     assert edited
     assert all(record["energy"] >= 0.5 for record in edited)
+
+
+def test_cka_alone_without_pictures(checkpoints: Path) -> None:
+    options = ["--editor.evaluate=false", "--editor.cka_sets=[noisy]", "--editor.max_cka_batches=1", "--plots=false"]
+    results = run(checkpoints, *options, "--editor.variants=[finetuned, monosoup]").results
+    assert results.metrics == {}
+    assert {name: list(scores) for name, scores in results.cka.items()} == {"noisy": ["finetuned", "monosoup"]}
+    assert sorted(path.suffix for path in Path("out").iterdir()) == [".json", ".json"]
+    summary = read("summary.json")["variants"]
+    assert all(0 < summary[name]["cka_mean"]["noisy"] < 1 for name in ("finetuned", "monosoup"))
+
+
+def test_it_is_deterministic_while_it_runs(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    during, start = [], MonoSoupEditor.on_test_start
+
+    def seeing(editor: MonoSoupEditor) -> None:
+        during.append(torch.are_deterministic_algorithms_enabled())
+        start(editor)
+
+    monkeypatch.setattr(MonoSoupEditor, "on_test_start", seeing)
+    before = torch.are_deterministic_algorithms_enabled()
+    run(checkpoints, "--editor.cka_sets=[]", "--trainer.limit_test_batches=1", "--plots=false")
+    assert during == [True]
+    assert torch.are_deterministic_algorithms_enabled() is before is False
 
 
 @pytest.mark.parametrize("limit", ["1", "1.0", "0.5", "null"])

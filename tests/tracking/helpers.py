@@ -162,7 +162,7 @@ def hand_cka(
     layer_names: Sequence[str],
     batches: Iterable[Any],
     estimator: str = "exact",
-    debiased: bool = False,
+    debiased: bool = True,
     **how: Any,
 ) -> dict[str, float]:
     """CKA of each layer by the textbook, of features taken by hand."""

@@ -75,7 +75,7 @@ def by_hand(module: Text, before: Encoder, *, masked: bool) -> float:
             hidden = x + encoder.layers[0](x).tanh()
             output = encoder.layers[1](hidden).double()
         pooled.append((output * weights).sum(1) / weights.sum(1))
-    return linear_cka(*pooled).item()
+    return linear_cka(*pooled, debiased=True).item()
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -119,7 +119,7 @@ def test_a_reference_beside_the_model_takes_the_same_tokens(tmp_path: Path) -> N
         with torch.no_grad():
             output = encoder.layers[1](x + encoder.layers[0](x).tanh()).double()
         pooled.append((output * weights).sum(1) / weights.sum(1))
-    assert callback.scores["encoder.layers.1"] == pytest.approx(linear_cka(*pooled).item(), abs=1e-9)
+    assert callback.scores["encoder.layers.1"] == pytest.approx(linear_cka(*pooled, debiased=True).item(), abs=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -167,7 +167,7 @@ def test_a_recording_that_was_pooled_otherwise_is_not_taken(tmp_path: Path, opti
         with torch.no_grad():
             output = encoder.layers[1](x + encoder.layers[0](x).tanh()).double() * (weights != 0).double()[..., None]
         pooled.append(output.sum(1) / (weights != 0).sum(1, keepdim=True))
-    assert callback.scores["encoder.layers.1"] == pytest.approx(linear_cka(*pooled).item(), abs=1e-9)
+    assert callback.scores["encoder.layers.1"] == pytest.approx(linear_cka(*pooled, debiased=True).item(), abs=1e-9)
 
 
 class WithPositions(Text):

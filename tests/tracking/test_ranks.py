@@ -58,7 +58,7 @@ def test_a_validation_has_the_scores_of_one_process_twice(folder: Path, case: Ca
         batches = [dataset(n, 1)[: case.batch_size * world_size]]
     else:
         batches = [dataset(n, 1)[:]]
-    expected = by_hand(batches, **OPTIONS.get(case.kind, {}))
+    expected = by_hand(batches, **OPTIONS[case.kind])
     ranks = [seen[CASES.index(case)] for seen in seen_by_ranks(folder, "validated", world_size)]
     for seen in ranks:
         for record in seen["history"]:
@@ -74,7 +74,7 @@ def test_a_validation_has_the_scores_of_one_process_twice(folder: Path, case: Ca
 @WORLD_SIZES
 def test_too_few_samples_are_an_error_on_every_rank(folder: Path, world_size: int) -> None:
     for seen in seen_by_ranks(folder, "too_few", world_size):
-        assert seen.startswith("CKA takes at least 2 samples, but the dataset of validate dataloader 0 has 1")
+        assert seen.startswith("CKA takes at least 4 samples, but the dataset of validate dataloader 0 has 1")
 
 
 @WORLD_SIZES

@@ -53,8 +53,8 @@ class CKACallback(pl.Callback):
             nonzero for tokens that count, (samples, tokens).
         estimator: "exact", over all samples at once, or "minibatch", from each batch's unbiased HSIC (Nguyen et al.
             2021), for features too wide for exact statistics.
-        debiased: of the exact estimator: use the unbiased HSIC. The plain one is too high for fewer than about 5 samples
-            per feature, as papers of few samples have it.
+        debiased: of the exact estimator: use the unbiased HSIC. The plain one is too high for fewer than about 5
+            samples per feature.
         stages: any of "validate" and "test". The validations within `fit` count as "validate".
         dataloaders: indices of the dataloaders to track; None for all.
         every_n_validations: track the first, and then each n-th validation of a `fit`.

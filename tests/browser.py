@@ -52,14 +52,20 @@ class Page:
 
     def open(self, path: Path, *, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
         """Open a file in a window of this size; what was reported about an earlier one is forgotten."""
+        self.visit(path.resolve().as_uri(), width=width, height=height, scheme=scheme)
+
+    def visit(self, address: str, *, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
+        """The same for an address."""
         self.resize(width, height)
         self._send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.errors.clear()
         self.requests.clear()
-        self._loaded = False
-        self._send("Page.navigate", url=path.resolve().as_uri())
-        while not self._loaded:
-            self._receive()
+        # Another fragment alone would not load the page anew.
+        for target in ["about:blank", address] if "#" in address else [address]:
+            self._loaded = False
+            self._send("Page.navigate", url=target)
+            while not self._loaded:
+                self._receive()
         self.settle()
 
     def resize(self, width: int, height: int) -> None:
@@ -77,6 +83,14 @@ class Page:
     def settle(self) -> None:
         """Wait until what the last event led to is drawn."""
         self.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+    def wait_for(self, expression: str, seconds: float = 30.0) -> None:
+        """Wait until a JavaScript expression is true."""
+        deadline = time.monotonic() + seconds
+        while not self.evaluate(f"Boolean({expression})"):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"After {seconds:g} s, {expression} was not true.")
+            time.sleep(0.05)
 
     def text(self, selector: str) -> str:
         """What a reader sees of an element."""

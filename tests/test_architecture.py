@@ -15,7 +15,7 @@ ROWS = [
     {"reference"},
     {"tracking"},
     {"editing", "analysis"},
-    {"commands"},
+    {"commands", "tensorboard"},
     {"__init__", "__main__"},
 ]
 HEAVY = {"transformers", "open_clip", "timm", "matplotlib", "plotly", "sklearn", "datasets", "pyarrow", "torchvision"}

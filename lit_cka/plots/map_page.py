@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from lit_cka.files import write_bytes
 from lit_cka.plots.html_page import html_page
 
-_SCRIPTS = ("dom.js", "scatter.js", "heatmap.js", "map.js", "controls.js")
+_SCRIPTS = ("dom.js", "canvas.js", "scatter.js", "heatmap.js", "map.js", "controls.js")
 
 Matrix = tuple[NDArray[np.float64], list[str], list[str]]
 

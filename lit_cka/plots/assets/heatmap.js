@@ -1,20 +1,6 @@
 "use strict";
 // A matrix of values in [0, 1] on a canvas: hovered, or walked through with the arrow keys; and as a table.
 
-const FONT = "12px system-ui, 'DejaVu Sans', sans-serif";
-
-/** The text, cut in the middle to at most `width`. */
-function fitText(context, text, width) {
-  if (context.measureText(text).width <= width) return text;
-  const letters = [...text];
-  let keep = letters.length - 1;
-  const cut = () => letters.slice(0, Math.ceil(keep / 2)).join("") + "…" + letters.slice(letters.length - Math.floor(keep / 2)).join("");
-  // From a length that fits about, so that names of thousands of letters take no time.
-  keep = Math.min(keep, Math.ceil((letters.length * width * 2) / context.measureText(text).width));
-  while (keep > 1 && context.measureText(cut()).width > width) keep -= 1;
-  return cut();
-}
-
 class Heatmap {
   constructor(panel, matrix, colormap) {
     this.matrix = matrix;

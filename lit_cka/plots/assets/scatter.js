@@ -23,20 +23,6 @@ function categoryColor(index, theme) {
   return PALETTES[theme][index] ?? `hsl(${Math.round(index * 137.5) % 360} 65% ${lightness}%)`;
 }
 
-function themeColor(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
-}
-
-function sizeCanvas(canvas, width, height) {
-  const ratio = window.devicePixelRatio || 1;
-  canvas.width = Math.round(width * ratio);
-  canvas.height = Math.round(height * ratio);
-  const context = canvas.getContext("2d");
-  context.setTransform(ratio, 0, 0, ratio, 0, 0);
-  context.clearRect(0, 0, width, height);
-  return context;
-}
-
 class Scatter {
   static INITIAL = { yaw: -0.6, pitch: 0.4, zoom: 1, panX: 0, panY: 0 };
   static CAMERA = 5; // distance of the eye, in radii of the scene

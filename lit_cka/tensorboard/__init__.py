@@ -1,0 +1,4 @@
+"""The tab "CKA" of TensorBoard, which a plain `tensorboard --logdir` finds: `CKAPlugin`.
+
+What is logged comes from `lit_cka.tracking`; all that is known here are scalars. Torch is not imported, nor matplotlib.
+"""

@@ -1,0 +1,216 @@
+"use strict";
+// Lines over steps or over layers, with bands for intervals: hovered, or with a mark at one place.
+
+class Chart {
+  /** `title` is what a screen reader says; `onPick(x)` is called with the place on the x axis that is clicked. */
+  constructor(title, { height = 260, onPick = null } = {}) {
+    this.height = height;
+    this.onPick = onPick;
+    this.canvas = element("canvas", { role: "img", ariaLabel: title });
+    this.tooltip = element("div", { className: "tooltip", hidden: true });
+    this.body = element("div", { className: "chart" }, this.canvas, this.tooltip);
+    this.base = document.createElement("canvas");
+    this.canvas.addEventListener("pointermove", (event) => this.hover(event));
+    this.canvas.addEventListener("pointerleave", () => this.leave());
+    this.canvas.addEventListener("click", (event) => this.onPick?.(this.xAt(event)));
+  }
+
+  /** lines: [{name, color, xs, ys, low, high, dashed}]; axes: {x: [first, last], y: [low, high], xLabel, yLabel, xNames}. */
+  show(lines, axes) {
+    const key = [document.documentElement.dataset.theme, axes.x, axes.y, axes.yLabel, lines.map((line) => [line.name, line.color])].join();
+    const same = this.lines?.length === lines.length && lines.every((line, index) => line.ys === this.lines[index].ys && line.xs === this.lines[index].xs);
+    if (same && key === this.key) return;
+    this.key = key;
+    this.lines = lines;
+    this.axes = axes;
+    this.draw();
+  }
+
+  mark(x) {
+    this.marked = x;
+    this.overlay();
+  }
+
+  scaled() {
+    const [left, right, top, bottom] = [52, 12, 10, this.axes.xNames ? 66 : 40];
+    const [width, height] = [this.width - left - right, this.height - top - bottom];
+    const { x: [x0, x1], y: [y0, y1] } = this.axes;
+    this.toX = (x) => left + (x1 > x0 ? ((x - x0) / (x1 - x0)) * width : width / 2);
+    this.toY = (y) => top + (1 - (y - y0) / (y1 - y0 || 1)) * height;
+    this.fromX = (pixel) => x0 + ((pixel - left) / width) * (x1 - x0);
+    return { left, top, width, height };
+  }
+
+  draw() {
+    this.width = this.body.clientWidth;
+    if (!this.width || !this.lines) return;
+    const context = sizeCanvas(this.base, this.width, this.height);
+    const box = this.scaled();
+    this.frame(context, box);
+    context.save();
+    context.beginPath();
+    context.rect(box.left - 3, box.top - 3, box.width + 6, box.height + 6);
+    context.clip();
+    for (const line of this.lines) if (line.low) this.band(context, line);
+    for (const line of this.lines) this.line(context, line, 1.6);
+    context.restore();
+    this.overlay();
+  }
+
+  frame(context, { left, top, width, height }) {
+    context.font = FONT;
+    context.textBaseline = "middle";
+    context.textAlign = "right";
+    const { y: [y0, y1], x: [x0, x1], xLabel, yLabel, xNames } = this.axes;
+    for (const tick of ticks(y0, y1, Math.max(2, height / 45))) {
+      context.fillStyle = themeColor("line");
+      context.fillRect(left, Math.round(this.toY(tick)), width, 1);
+      context.fillStyle = themeColor("ink");
+      context.fillText(tickLabel(tick), left - 6, this.toY(tick));
+    }
+    context.fillStyle = themeColor("ink");
+    if (xNames) {
+      const every = Math.ceil((xNames.length * 15) / width);
+      xNames.forEach((name, index) => {
+        if (index % every) return;
+        context.save();
+        context.translate(this.toX(index), top + height + 7);
+        context.rotate(-Math.PI / 5);
+        context.fillText(fitText(context, name, 66), 0, 4);
+        context.restore();
+      });
+    } else {
+      context.textAlign = "center";
+      for (const tick of ticks(x0, x1, Math.max(2, width / 80))) context.fillText(tickLabel(tick), this.toX(tick), top + height + 11);
+      context.fillStyle = themeColor("soft");
+      context.fillText(xLabel, left + width / 2, top + height + 29);
+    }
+    context.save();
+    context.fillStyle = themeColor("soft");
+    context.textAlign = "center";
+    context.translate(10, top + height / 2);
+    context.rotate(-Math.PI / 2);
+    context.fillText(fitText(context, yLabel, height), 0, 0);
+    context.restore();
+  }
+
+  /** Of many points in one pixel the first, the lowest and the highest: what a line through all of them would cover. */
+  thinned({ xs, ys }) {
+    if (xs.length < 2 * this.width) return xs.map((_, index) => index);
+    const kept = [];
+    const size = xs.length / this.width;
+    for (let start = 0; start < xs.length; start += size) {
+      const [first, last] = [Math.floor(start), Math.min(xs.length, Math.floor(start + size))];
+      let [low, high] = [first, first];
+      for (let index = first; index < last; index += 1) {
+        if (ys[index] < ys[low] || ys[low] === null) low = index;
+        if (ys[index] > ys[high] || ys[high] === null) high = index;
+      }
+      kept.push(...[...new Set([first, low, high])].sort((one, other) => one - other));
+    }
+    return kept;
+  }
+
+  line(context, line, width) {
+    const { xs, ys } = line;
+    context.strokeStyle = line.color;
+    context.fillStyle = line.color;
+    context.lineWidth = width;
+    context.setLineDash(line.dashed ? [6, 4] : []);
+    context.beginPath();
+    let open = false;
+    const alone = [];
+    for (const index of this.thinned(line)) {
+      if (ys[index] === null) {
+        open = false;
+        continue;
+      }
+      const [x, y] = [this.toX(xs[index]), this.toY(ys[index])];
+      open ? context.lineTo(x, y) : context.moveTo(x, y);
+      if (!open && (ys[index + 1] ?? null) === null) alone.push([x, y]);
+      open = true;
+    }
+    context.stroke();
+    context.setLineDash([]);
+    for (const [x, y] of alone) context.fillRect(x - 2.5, y - 2.5, 5, 5);
+  }
+
+  band(context, { xs, low, high, color }) {
+    const there = xs.map((_, index) => index).filter((index) => low[index] !== null && high[index] !== null);
+    if (!there.length) return;
+    context.globalAlpha = 0.18;
+    context.fillStyle = color;
+    context.beginPath();
+    there.forEach((index, at) => context[at ? "lineTo" : "moveTo"](this.toX(xs[index]), this.toY(high[index])));
+    there.reverse().forEach((index) => context.lineTo(this.toX(xs[index]), this.toY(low[index])));
+    context.fill();
+    context.globalAlpha = 1;
+  }
+
+  xAt(event) {
+    return this.fromX(event.clientX - this.canvas.getBoundingClientRect().left);
+  }
+
+  hover(event) {
+    if (!this.lines?.length) return;
+    const box = this.canvas.getBoundingClientRect();
+    const [x, y] = [this.fromX(event.clientX - box.left), event.clientY - box.top];
+    let nearest = null;
+    for (const line of this.lines) {
+      const index = nearestIndex(line.xs, x);
+      if (index < 0 || line.ys[index] === null) continue;
+      const distance = Math.abs(this.toY(line.ys[index]) - y);
+      if (!nearest || distance < nearest.distance) nearest = { line, index, distance };
+    }
+    this.hovered = nearest;
+    this.overlay();
+    this.tooltip.hidden = !nearest;
+    if (!nearest) return;
+    const { line, index } = nearest;
+    const place = this.axes.xNames ? this.axes.xNames[line.xs[index]] : `${this.axes.xLabel} ${line.xs[index]}`;
+    const interval = line.low && line.low[index] !== null ? [["95 %", `${formatValue(line.low[index])} to ${formatValue(line.high[index])}`]] : [];
+    this.tooltip.replaceChildren(definitions([[line.name, this.axes.format(line.ys[index])], ...interval, ["at", place]]));
+    placeTooltip(this.tooltip, this.toX(line.xs[index]), this.toY(line.ys[index]), 6, this.width, this.height);
+  }
+
+  leave() {
+    this.hovered = null;
+    this.tooltip.hidden = true;
+    this.overlay();
+  }
+
+  /** What changes with the pointer, over a picture of the rest. */
+  overlay() {
+    if (!this.width) return;
+    const context = sizeCanvas(this.canvas, this.width, this.height);
+    this.canvas.style.height = `${this.height}px`;
+    context.save();
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    if (this.hovered) context.globalAlpha = 0.45;
+    context.drawImage(this.base, 0, 0);
+    context.restore();
+    if (this.marked !== undefined && this.marked !== null && !this.axes.xNames) {
+      context.fillStyle = themeColor("accent");
+      context.fillRect(Math.round(this.toX(this.marked)) - 1, 10, 2, this.height - 50);
+    }
+    if (!this.hovered) return;
+    const { line, index } = this.hovered;
+    if (line.low) this.band(context, line);
+    this.line(context, line, 3);
+    context.fillStyle = themeColor("ink");
+    context.beginPath();
+    context.arc(this.toX(line.xs[index]), this.toY(line.ys[index]), 4, 0, 7);
+    context.fill();
+  }
+}
+
+/** Where in ascending numbers the one nearest to `value` is. */
+function nearestIndex(values, value) {
+  if (!values.length) return -1;
+  let [first, last] = [0, values.length - 1];
+  while (last - first > 1) {
+    const middle = (first + last) >> 1;
+    values[middle] <= value ? (first = middle) : (last = middle);
+  }
+  return Math.abs(values[first] - value) <= Math.abs(values[last] - value) ? first : last;
+}

@@ -1,0 +1,322 @@
+"""The tab in a real TensorBoard: what it answers, and what a reader sees of it in Chromium."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard import SummaryWriter
+
+from lit_cka import CKACallback
+from tests.browser import CHROMIUM, Page, browser_page
+from tests.tracking.helpers import Classifier, loader, train_loader, trainer
+
+in_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+LAYERS = [f"model.blocks.{number}" for number in range(12)]
+MARKUP = "<b>bold</b> $\\frac$ [/INST]"
+
+
+def write(folder: Path, values: Mapping[str, Mapping[int, float]]) -> None:
+    with SummaryWriter(str(folder)) as writer:
+        for tag, by_step in values.items():
+            for step, value in by_step.items():
+                writer.add_scalar(tag, value, step)
+
+
+def run_of(layers: list[str], rate: float, prefix: str = "cka", *, bands: bool = False, n: int = 200) -> dict[str, Any]:
+    """Scalars as the callback logs them: deeper layers change more, and stop at step 30."""
+    steps = range(0, 60, 10)
+
+    def cka(index: int, step: int) -> float:
+        return 1 - rate * (index + 1) / len(layers) * min(step, 30) / 30
+
+    values = {f"{prefix}/{name}": {s: cka(i, s) for s in steps} for i, name in enumerate(layers)}
+    if bands:
+        for name in layers:
+            cells = values[f"{prefix}/{name}"]
+            values[f"{prefix}_low/{name}"] = {step: value - 0.03 for step, value in cells.items()}
+            values[f"{prefix}_high/{name}"] = {step: value + 0.02 for step, value in cells.items()}
+    of_layers = [values[f"{prefix}/{name}"] for name in layers]
+    values[f"{prefix}/mean"] = {s: math.fsum(each[s] for each in of_layers) / len(layers) for s in steps}
+    values[f"{prefix}/num_samples"] = dict.fromkeys(steps, float(n))
+    return values
+
+
+class Server:
+    """A TensorBoard in a process of its own, as people start it."""
+
+    def __init__(self, folder: Path, log: Path) -> None:
+        command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", "0",
+                   "--reload_interval", "1", "--load_fast", "false"]  # fmt: skip
+        self._log = log.open("w+")
+        self.process = subprocess.Popen(command, stderr=self._log, stdout=self._log)
+        for _ in range(600):
+            found = [word for word in log.read_text().split() if word.startswith("http://localhost:")]
+            if found:
+                self.address = found[0].rstrip("/")
+                return
+            try:
+                self.process.wait(0.1)
+            except subprocess.TimeoutExpired:
+                continue
+            break
+        raise RuntimeError(log.read_text())
+
+    def ask(self, path: str, **parameters: str) -> Any:
+        address = f"{self.address}/data/plugin/cka/{path}?{urllib.parse.urlencode(parameters)}"
+        with urllib.request.urlopen(address) as answer:
+            return json.load(answer)
+
+    def tab(self, **state: Any) -> str:
+        """The tab alone, without TensorBoard around it."""
+        chosen = urllib.parse.quote(json.dumps(state))
+        return f"{self.address}/data/plugin_entry.html?name=cka&{len(chosen)}#p.cka.state={chosen}"
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._log.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("logs")
+    write(folder / "fast", {**run_of(LAYERS, 0.6, bands=True), "val_acc": {0: 0.5, 50: 0.9}})
+    write(folder / "slow", run_of(LAYERS, 0.2))
+    write(folder / "two", {**run_of(["a", "b"], 0.5), **run_of(["c"], 0.1, "pretrained", n=50)})
+    broken = run_of(["ok", "dead"], 0.5)
+    broken["cka/dead"] = dict.fromkeys(broken["cka/dead"], math.nan)
+    write(folder / "broken", broken)
+    write(folder / "once", {tag: {0: cells[0]} for tag, cells in run_of(["a", MARKUP], 0.5).items()})
+    write(folder / "deep", run_of([f"layer.{number}" for number in range(500)], 0.5))
+    write(folder / "other", {"loss": {0: 1.0}, "loss/mean": {0: 1.0}})
+    server = Server(folder, tmp_path_factory.mktemp("server") / "log")
+    server.folder = folder  # type: ignore[attr-defined]
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    with browser_page(tmp_path_factory.mktemp("profile")) as page:
+        yield page
+
+
+def test_any_tensorboard_finds_the_tab(server: Server) -> None:
+    with urllib.request.urlopen(f"{server.address}/data/plugins_listing") as answer:
+        tab = json.load(answer)["cka"]
+    assert (tab["enabled"], tab["tab_name"]) == (True, "CKA")
+    with urllib.request.urlopen(server.address + tab["loading_mechanism"]["module_path"]) as answer:
+        assert answer.headers["Content-Type"].startswith("application/javascript")
+        assert b"export async function render" in answer.read()
+
+
+def test_runs_and_their_series(server: Server) -> None:
+    runs = {run["name"]: run for run in server.ask("runs")["runs"]}
+    assert {name: run["series"] for name, run in runs.items()} == {
+        "fast": ["cka"], "slow": ["cka"], "two": ["cka", "pretrained"], "broken": ["cka"], "once": ["cka"],
+        "deep": ["cka"], "other": [],
+    }  # fmt: skip
+    assert runs["fast"]["scalars"] == ["cka/mean", "val_acc"]
+    assert runs["fast"]["last"] == 50
+
+
+def test_values_are_those_that_were_logged(server: Server) -> None:
+    table = server.ask("scores", run="fast", series="cka")
+    expected = run_of(LAYERS, 0.6, bands=True)
+    assert (table["layers"], table["steps"]) == (LAYERS, list(range(0, 60, 10)))
+    for key, prefix in (("values", "cka"), ("low", "cka_low"), ("high", "cka_high")):
+        for name, row in zip(LAYERS, table[key], strict=True):
+            assert row == pytest.approx(list(expected[f"{prefix}/{name}"].values()), abs=1e-6)
+    assert table["num_samples"] == [200] * 6
+    assert server.ask("scores", run="slow", series="cka")["low"] is None
+    assert server.ask("scores", run="two", series="pretrained")["layers"] == ["c"]
+    broken = server.ask("scores", run="broken", series="cka")
+    assert broken["values"][broken["layers"].index("dead")] == [None] * 6
+    assert server.ask("scalar", run="fast", tag="val_acc") == {
+        "run": "fast", "tag": "val_acc", "steps": [0, 50], "values": pytest.approx([0.5, 0.9], abs=1e-6),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", [{"run": "gone", "series": "cka"}, {"run": "fast", "series": "no"}, {}])
+def test_what_is_not_there_is_said(server: Server, asked: dict[str, str]) -> None:
+    with pytest.raises(urllib.error.HTTPError) as error:
+        server.ask("scores", **asked)
+    assert error.value.code == 404
+    assert "There is no series" in json.load(error.value)["error"]
+
+
+def test_a_run_of_the_callback_with_layers_in_the_models_order(tmp_path: Path) -> None:
+    """Also where that is not the order of names."""
+    callback = CKACallback(layers=["net.head", "net.blocks.*"], prefix="mine")
+    logger = TensorBoardLogger(tmp_path / "logs", name="run", version="")
+    trainer(tmp_path, callback, logger=logger, max_epochs=2).fit(Classifier(), train_loader(), loader())
+    server = Server(tmp_path / "logs", tmp_path / "log")
+    try:
+        table = server.ask("scores", run="run", series="mine")
+    finally:
+        server.close()
+    history = callback.history
+    assert table["layers"] == list(history[0]["scores"])
+    for row, name in zip(table["values"], table["layers"], strict=True):
+        assert row == pytest.approx([record["scores"][name] for record in history], abs=1e-6)
+    assert table["num_samples"] == [record["n"] for record in history]
+
+
+def opened(page: Page, server: Server, **state: Any) -> Page:
+    page.visit(server.tab(**state), width=1400, height=1400)
+    page.wait_for("document.documentElement?.dataset.ready === 'true'")
+    page.settle()
+    return page
+
+
+def middle(page: Page, selector: str, x: float, y: float) -> tuple[float, float]:
+    """A place within an element, as shares of it."""
+    page.evaluate(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
+    box = page.evaluate(
+        f"(b => [b.x, b.y, b.width, b.height])(document.querySelector({json.dumps(selector)}).getBoundingClientRect())"
+    )
+    return box[0] + x * box[2], box[1] + y * box[3]
+
+
+def no_errors(page: Page) -> bool:
+    return [error for error in page.errors if "favicon" not in error] == []
+
+
+@in_browser
+def test_hovering_and_walking_show_exact_values(page: Page, server: Server) -> None:
+    opened(page, server, run="fast")
+    page.move(*middle(page, ".pictures canvas", 0.85, 0.05))
+    assert page.text(".tooltip").split("\n")[:2] == ["layer", "model.blocks.0"]
+    assert "0.950" in page.text(".tooltip")  # of 1 - 0.6 / 12
+    assert "0.920 to 0.970" in page.text(".tooltip")
+    assert "200" in page.text(".tooltip")
+    page.evaluate("document.querySelector('.pictures canvas').focus()")
+    page.key("ArrowDown", times=12)
+    page.key("ArrowRight", times=6)
+    assert "layer model.blocks.11, step 50, CKA 0.400" in page.text(".readout")
+    page.key("Enter")
+    page.key("Escape")
+    assert no_errors(page)
+
+
+@in_browser
+def test_the_slider_moves_through_time(page: Page, server: Server) -> None:
+    opened(page, server, run="fast")
+    assert "step 50: model.blocks.11 has changed most, CKA 0.400" in page.text(".summary")
+    assert "It was below 0.99 first at step 10" in page.text(".summary")
+    page.evaluate("document.querySelector('input[type=range]').focus()")
+    page.key("Home")
+    page.key("ArrowRight")
+    page.wait_for("document.querySelector('.time output').textContent === 'step 10'")
+    page.settle()
+    assert "step 10: model.blocks.11 has changed most, CKA 0.800" in page.text(".summary")
+    assert "step 10" in page.text("thead")
+    page.click_on(".time button")
+    page.wait_for("document.querySelector('.time output').textContent === 'step 50'")
+    assert page.text(".time button") == "Play"  # again, at the end
+    assert no_errors(page)
+
+
+@in_browser
+def test_two_runs_and_their_difference(page: Page, server: Server) -> None:
+    opened(page, server, run="fast", compare="slow", scalar="val_acc")
+    assert (
+        "slow has changed less in 12 of 12 layers; they differ most in model.blocks.11: 0.400 against 0.800"
+        in page.text(".summary")
+    )
+    titles = page.evaluate("[...document.querySelectorAll('.pictures h2')].map(each => each.innerText)")
+    assert titles[:3] == [
+        "fast: layers over steps",
+        "slow: layers over steps",
+        "fast less slow: red where the first has changed more",
+    ]
+    assert titles[-1] == "val_acc"
+    row = page.evaluate("[...document.querySelectorAll('tbody tr')].at(-1).innerText").split("\t")
+    assert row == [
+        "blocks.11",
+        "1.000",
+        "0.400",
+        "0.400",
+        "0.370 to 0.420",
+        "10",
+        "rewritten",
+        "0.800",
+        "\N{MINUS SIGN}0.400",
+    ]
+    # On a fixed scale, red where the first has changed more: the last layer at the last step.
+    color = page.evaluate("""(() => {
+      const canvas = document.querySelectorAll('.pictures canvas')[2], context = canvas.getContext('2d');
+      const [left, top] = [Math.round(canvas.width * .8), Math.round(6 + 12 * 26 - 8)];
+      return [...context.getImageData(left, top, 1, 1).data];
+    })()""")
+    assert color[0] > color[2] + 60
+    assert no_errors(page)
+
+
+@in_browser
+def test_thresholds_move_the_verdicts(page: Page, server: Server) -> None:
+    opened(page, server, run="slow")
+    verdicts = "[...document.querySelectorAll('td.verdict')].map(each => each.textContent)"
+    assert page.evaluate(verdicts) == ["refined"] * 6 + ["rewritten"] * 6
+    page.evaluate(
+        "(each => { each.value = '0.8'; each.dispatchEvent(new Event('change')); })(document.querySelectorAll('input[type=number]')[1])"
+    )
+    page.wait_for(f"{verdicts}.every((word, index) => word === 'refined')")
+    assert "refined%22%3A0.8" in page.evaluate("location.hash")  # the link has it
+    assert no_errors(page)
+
+
+@in_browser
+@pytest.mark.parametrize("state", [
+    {"run": "two (pretrained)", "compare": "fast"}, {"run": "broken"}, {"run": "once"}, {"run": "deep", "more": ["fast"]},
+    {"run": "no such run", "compare": "neither", "untouched": "x", "more": 7}, {"run": "fast", "compare": "deep"},
+], ids=str)  # fmt: skip
+def test_runs_of_all_kinds(page: Page, server: Server, state: dict[str, Any]) -> None:
+    opened(page, server, **state)
+    assert no_errors(page)
+    assert page.evaluate("document.querySelectorAll('tbody tr').length") > 0
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    if state["run"] == "once":
+        assert MARKUP in page.text("table")
+    if state["run"] == "broken":
+        assert "undefined" in page.text("table")
+    if state.get("compare") in ("fast", "deep"):
+        assert "no layer in common" in page.text(".warning")
+
+
+@in_browser
+def test_narrow_dark_and_in_the_frame_of_tensorboard(page: Page, server: Server) -> None:
+    page.visit(f"{server.address}/?darkMode=true#cka", width=600, height=1000)
+    frame = "[...document.querySelectorAll('iframe')].find(each => each.src.includes('plugin_entry'))?.contentDocument"
+    page.wait_for(f"{frame}?.documentElement?.dataset.ready === 'true'", 60)
+    assert page.evaluate(f"{frame}.documentElement.dataset.theme") == "dark"
+    assert page.evaluate(f"{frame}.documentElement.scrollWidth <= {frame}.defaultView.innerWidth")
+    assert page.evaluate(f"{frame}.querySelector('main').hidden") is False
+
+
+@in_browser
+def test_live_runs_come_and_go(page: Page, tmp_path: Path) -> None:
+    server = Server(tmp_path / "logs", tmp_path / "log")
+    try:
+        opened(page, server)
+        assert "No CKA in these logs yet" in page.text("body")
+        assert "CKACallback()" in page.text("body")
+        write(tmp_path / "logs" / "run", run_of(["a", "b"], 0.5))
+        page.wait_for("document.querySelectorAll('tbody tr').length === 2", 30)
+        shutil.rmtree(tmp_path / "logs" / "run")
+        page.wait_for("!document.querySelector('.empty').hidden", 60)
+    finally:
+        server.close()
+    assert no_errors(page)

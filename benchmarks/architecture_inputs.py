@@ -64,7 +64,8 @@ def transformers_makers(model: nn.Module) -> Iterator[Maker]:
         yield packed_images(names, config)
     if "grid_thw" in names:
         first = next(iter(names))
-        yield lambda index: packed_tower(config, first, index)
+        merged = {"merge_sizes": torch.tensor([2])} if "merge_sizes" in names else {}
+        yield lambda index: {**packed_tower(config, first, index), **merged}
     if "past_time_features" in names:
         yield lambda index: time_series(config, index)
         return
@@ -99,7 +100,8 @@ def image_shapes(config: Any) -> list[tuple[int, ...]]:
     channels = getattr(config, "num_channels", None) or getattr(config, "in_channels", None) or 3
     channels = channels if isinstance(channels, int) else 3
     sizes = image_size(config)
-    frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None)
+    of_frames = getattr(config, "vision_config", config)
+    frames = getattr(of_frames, "num_frames", None) or getattr(of_frames, "frames_per_clip", None)
     videos = [(frames, channels, sizes[0], sizes[0])] if isinstance(frames, int) else []
     patch = getattr(config, "patch_size", 8)
     patch = patch if isinstance(patch, int) else 8

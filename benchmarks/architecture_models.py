@@ -77,6 +77,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # of the small sizes, those that do not
     "KimiLinearConfig": {"num_experts_per_token": 2},
     "Kosmos2Config": {"latent_query_num": 4},
     "Mamba2Config": {"num_heads": 8},
+    "XmodConfig": {"default_language": "en_XX"},
 }
 MOST_PARAMETERS = 1.5e8
 

@@ -125,7 +125,10 @@ def mistakes(features: dict[str, Tensor], run: Run) -> tuple[list[str], int]:
         if n > 1 and spread < 1e-4 * scale:
             untold += 1  # all samples look alike
         elif not off <= max(0.02 * spread, 2e-5 * scale):
-            if any(depends_on_others(raw, run.together[name], X.shape[1]) for raw in raws if raw is not None):
+            together = run.together[name]
+            # Of other positions than the sample's own, such as all texts of the batch for each video (X-CLIP).
+            has_more = together.numel() > n * max(raw.numel() for raw in raws if raw is not None)
+            if has_more or any(depends_on_others(raw, together, X.shape[1]) for raw in raws if raw is not None):
                 untold += 1
             else:
                 wrong.append(f"{name}: off by {off:.2g}, where samples differ by {spread:.2g}")

@@ -197,7 +197,7 @@ MUTANTS = [
         (
             (
                 "reference/exchange.py",
-                "            self._copy(self._before)\n            self._before = {}",
+                "            self._copy(self._before, are_whole=False)\n            self._before = {}",
                 "            self._before = {}",
             ),
         ),
@@ -267,7 +267,7 @@ MUTANTS = [
         (
             (
                 RECORDED,
-                "        positions = self.indices[name].find(keys[:, :2])\n",
+                "        positions = index.find(keys[:, :2])\n",
                 "        positions = torch.arange(len(keys))\n",
             ),
         ),
@@ -453,8 +453,8 @@ MUTANTS = [
         (
             (
                 "reference/feature_store.py",
-                "        return self._offsets(positions).to(device, torch.float64) + self._pivot.to(device)",
-                "        return self._offsets(positions).to(device, torch.float64)",
+                "        return self.offsets(positions).to(device, torch.float64) + self._pivot.to(device)",
+                "        return self.offsets(positions).to(device, torch.float64)",
             ),
         ),
         ("tests/reference/test_feature_store.py",),
@@ -555,7 +555,7 @@ MUTANTS = [
             ),
             ("editing/difference.py", "            weights.clear()\n", "            pass\n"),
         ),
-        ("tests/editing/test_difference.py", "-k", "memory"),
+        ("tests/editing/test_difference.py", "-k", "memory", "-m", "slow"),
     ),
     Mutant(
         "weights that are tied in the file alone count as tied",
@@ -662,6 +662,34 @@ MUTANTS = [
             ),
         ),
         ("tests/reference/test_marks.py",),
+    ),
+    # Packed sequences.
+    Mutant(
+        "packed images are those of the samples in reverse",
+        (
+            (
+                "features/packed.py",
+                "lengths = [sum(next(parts) for _ in range(count)) for count in packed.num_parts]",
+                "lengths = [sum(next(parts) for _ in range(count)) for count in packed.num_parts[::-1]]",
+            ),
+        ),
+        ("tests/tracking/test_packed.py",),
+    ),
+    Mutant(
+        "modules are not told of what they are called with as one sequence",
+        (
+            (
+                "features/extractor.py",
+                "            self._pooling.packed.note(name, target, arguments, outermost=outermost)\n",
+                "",
+            ),
+        ),
+        ("tests/tracking/test_packed.py",),
+    ),
+    Mutant(
+        "a sample without rows has the mean over none",
+        (("features/packed.py", "            if 0 in lengths:\n", "            if -1 in lengths:\n"),),
+        ("tests/features/test_packed.py",),
     ),
 ]
 

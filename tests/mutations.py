@@ -201,12 +201,12 @@ MUTANTS = [
                 "            self._before = {}",
             ),
         ),
-        ("tests/reference/test_reference.py", "-k", "kinds_of_reference"),
+        ("tests/tracking/test_training.py", "-k", "leaves_the_weights or itself_again"),
     ),
     Mutant(
         "weights are put back at the end of the run alone",
         (("tracking/recorder.py", "                self._pass.finish()\n", ""),),
-        ("tests/tracking/test_training.py", "-k", "leaves_the_weights"),
+        ("tests/tracking/test_training.py", "-k", "leaves_the_weights or itself_again"),
     ),
     Mutant(
         "buffers are not exchanged",

@@ -350,15 +350,25 @@ class Failing(Classifier):
             raise ArithmeticError("The step has failed.")
 
 
-def test_a_recording_that_fails_leaves_the_weights_to_whoever_hears_of_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reference", [lambda other: other, lambda other: other.state_dict()], ids=["beside", "within"])
+def test_a_recording_that_fails_leaves_the_weights_to_whoever_hears_of_it(tmp_path: Path, reference: Any) -> None:
     """Who might write them to a checkpoint."""
     module, watching, other = Failing(), Watching(), Classifier()
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    run = trainer(tmp_path, watching, CKACallback(reference=other), num_sanity_val_steps=0)
+    run = trainer(tmp_path, watching, CKACallback(reference=reference(other)), num_sanity_val_steps=0)
     with pytest.raises(ArithmeticError):
         run.fit(module, train_loader(), loader())
     assert before.keys() == watching.seen.keys()
     assert all(torch.equal(value, watching.seen[name]) for name, value in before.items())
+
+
+def test_the_model_that_has_played_the_reference_is_itself_again(tmp_path: Path) -> None:
+    live, other = Classifier(lr=0.0), Classifier()
+    before = {name: weight.clone() for name, weight in live.named_parameters()}
+    callback = CKACallback(reference=other.state_dict())
+    trainer(tmp_path, callback, max_epochs=1).fit(live, train_loader(), loader())
+    assert max(callback.scores.values()) < 0.99
+    assert all(torch.equal(weight, before[name]) for name, weight in live.named_parameters())
 
 
 # Modules of others.

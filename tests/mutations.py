@@ -179,7 +179,7 @@ MUTANTS = [
     Mutant(
         "the user is asked for dataloaders twice",
         ((LOOPS, "        is_set_up = True\n\n    loop.setup_data", "\n    loop.setup_data"),),
-        zoo("DataModuleWithHooks", "DataLoadedAnew"),
+        ("tests/tracking/test_loops.py", "-k", "asks_for_data_once"),
     ),
     Mutant(
         "the loop's progress is not put back",

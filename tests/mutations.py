@@ -330,7 +330,7 @@ MUTANTS = [
     Mutant(
         "ranks without a file know of no recording",
         (("reference/storage.py", "        empty.expect(trainer.strategy.broadcast(list(empty.dataloaders)))\n", ""),),
-        ("tests/tracking/test_resume.py", "-k", "another_number_of_ranks"),
+        ("tests/tracking/test_resume.py", "-k", "another_number_of_ranks", "-m", "slow or not slow"),
     ),
     Mutant(
         "the sampler's indices are taken for all batches of its own size",
@@ -462,7 +462,7 @@ MUTANTS = [
     Mutant(
         "features are stored in half precision, whatever it costs",
         (("reference/rounding.py", "MAX_ROUNDING_COST = 1e-4", "MAX_ROUNDING_COST = 1.0"),),
-        ("tests/reference", "tests/tracking/test_training.py", "-k", "bfloat16 or bits or rounding or cache_dtype"),
+        ("tests/reference", "tests/tracking/test_training.py", "-k", "bits or rounding or not_rounded"),
     ),
     Mutant(
         "recentring leaves out a term",

@@ -873,3 +873,23 @@ def test_the_training_is_the_same_bit_for_bit(tmp_path: Path, options: dict[str,
     del with_it["checkpoint"]["callbacks"][own[0]]
     assert {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks"} <= set(without["checkpoint"])
     assert_equal(without, with_it, (str(tmp_path / "without"), str(tmp_path / "with")))
+
+
+def test_features_are_not_rounded_where_that_costs_too_much(tmp_path: Path) -> None:
+    """The pivot is the mean of the first rows; far from it bfloat16 tells few values apart."""
+    values = 300 + torch.randn(NUM_VAL, WIDTH, generator=torch.Generator().manual_seed(0))
+    values[:16] -= 300
+    data = DataLoader(TensorDataset(values, torch.zeros(NUM_VAL, dtype=torch.long)), 16)
+    scores = []
+    for dtype in ("auto", "bfloat16"):
+        torch.manual_seed(0)
+        callback = CKACallback(layers="net", cache_dtype=dtype, log_figures=False)
+        module = Classifier(nn.Linear(WIDTH, 3))
+        run = trainer(tmp_path, callback, max_epochs=1)
+        if dtype == "bfloat16":
+            with pytest.warns(UserWarning, match=r"in bfloat16 can change CKA by .* they are kept in float32"):
+                run.fit(module, train_loader(), data)
+        else:
+            run.fit(module, train_loader(), data)
+        scores.append(callback.scores["net"])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-9)

@@ -64,7 +64,8 @@ def transformers_makers(model: nn.Module) -> Iterator[Maker]:
         yield packed_images(names, config)
     if "grid_thw" in names:
         first = next(iter(names))
-        yield lambda index: packed_tower(config, first, index)
+        merged = {"merge_sizes": torch.tensor([2])} if "merge_sizes" in names else {}
+        yield lambda index: {**packed_tower(config, first, index), **merged}
     if "past_time_features" in names:
         yield lambda index: time_series(config, index)
         return
@@ -81,7 +82,8 @@ def options(names: Any, config: Any) -> Iterator[dict[str, tuple[int, ...]]]:
     """Shapes, of one sample, that inputs of these names may have: all that the model takes, then fewer."""
     possible = {name: shapes(config) for name, shapes in SHAPES.items() if name in names}
     required = {name for name, value in names.items() if value.default is value.empty}
-    chosen = [name for name in possible if name in required or "input_ids" not in names or name in PAIRED]
+    is_needed = "input_ids" not in names and not required & {*possible}
+    chosen = [name for name in possible if name in required or is_needed or name in PAIRED]
     chosen = chosen[:1] if len(chosen) > 1 and not required & {*chosen} and "input_ids" not in names else chosen
     for shapes in itertools.islice(itertools.product(*(possible[name] for name in chosen)), 16):
         yield dict(zip(chosen, shapes, strict=True))
@@ -98,11 +100,19 @@ def image_shapes(config: Any) -> list[tuple[int, ...]]:
     channels = getattr(config, "num_channels", None) or getattr(config, "in_channels", None) or 3
     channels = channels if isinstance(channels, int) else 3
     sizes = image_size(config)
-    frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None)
+    of_frames = getattr(config, "vision_config", config)
+    frames = getattr(of_frames, "num_frames", None) or getattr(of_frames, "frames_per_clip", None)
     videos = [(frames, channels, sizes[0], sizes[0])] if isinstance(frames, int) else []
     patch = getattr(config, "patch_size", 8)
     patch = patch if isinstance(patch, int) else 8
-    return [*videos, *((channels, size, size) for size in sizes), (1, channels, sizes[0], sizes[0]), (16, 3 * patch**2)]
+    oblong = [(channels, *size)] if isinstance(size := getattr(config, "image_size", 0), (list, tuple)) else []
+    return [
+        *oblong,
+        *videos,
+        *((channels, size, size) for size in sizes),
+        (1, channels, sizes[0], sizes[0]),
+        (16, 3 * patch**2),
+    ]
 
 
 def mel(config: Any) -> int:
@@ -163,6 +173,19 @@ def plain(names: Any, config: Any, shapes: dict[str, tuple[int, ...]], index: in
     if "pixel_position_ids" in names and "pixel_values" in shapes:
         side = torch.arange(4)
         sample["pixel_position_ids"] = torch.cartesian_prod(side, side)[None]
+    if {"spatial_shapes", "pixel_attention_mask"} <= {*names} and len(shapes.get("pixel_values", ())) == 2:
+        sample |= {"spatial_shapes": torch.tensor([[4, 4]]), "pixel_attention_mask": torch.ones(1, 16).long()}
+    if "image_attention_mask" in names:
+        sample["image_attention_mask"] = torch.ones(1, TOKENS, 1).long()
+    if "image_embeds_position_mask" in names and "pixel_values" in shapes:
+        sample["image_embeds_position_mask"] = (torch.arange(TOKENS) < config.latent_query_num)[None]
+    if "past_values_padding" in names:
+        sample |= {"past_values_padding": torch.zeros(1, 32).long(), "freq": torch.zeros(1, 1).long()}
+    if "task_inputs" in names:
+        sample["task_inputs"] = ids(50 + index, 77)
+    if "prompt_pixel_values" in names:
+        shape = sample["pixel_values"].shape
+        sample |= {"prompt_pixel_values": noise(50 + index, *shape), "prompt_masks": noise(60 + index, *shape)}
     if "text_input_ids" in names:
         sample["text_input_ids"] = ids(index)
     if {"states", "actions", "returns_to_go"} <= {*names}:

@@ -41,6 +41,7 @@ DEPTHS = dict.fromkeys(
 WIDTHS = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size", "width"), 32),
     **dict.fromkeys(("out_hidden_size", "projection_dim", "projector_hidden_size", "decoder_hidden_size"), 32),
+    **dict.fromkeys(("encoder_hidden_size", "cross_attention_hidden_size", "projection_size"), 32),
     **dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "n_inner", "ffn_dim"), 48),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "mlp_dim"), 48),
     **dict.fromkeys(("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads", "n_head"), 4),
@@ -69,6 +70,14 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         }
         for name in ("TimeSeriesTransformer", "Informer", "Autoformer")
     },
+}
+SETTINGS: dict[str, dict[str, Any]] = {  # of the small sizes, those that do not go together with the others
+    "Dots1Config": {"n_shared_experts": 1},
+    "EsmConfig": {"mask_token_id": 3, "pad_token_id": 0},
+    "KimiLinearConfig": {"num_experts_per_token": 2},
+    "Kosmos2Config": {"latent_query_num": 4},
+    "Mamba2Config": {"num_heads": 8},
+    "XmodConfig": {"default_language": "en_XX"},
 }
 MOST_PARAMETERS = 1.5e8
 
@@ -103,6 +112,8 @@ def _is_rope_of_images(config: Any, name: str, value: dict[str, Any]) -> bool:
 def model_of(kind: Any, model_type: Any, sizes: dict[str, Any]) -> nn.Module:
     config = kind(**ARGUMENTS.get(kind.__name__, {}))
     shrink(config, sizes)
+    for name, value in SETTINGS.get(kind.__name__, {}).items() if "hidden_size" in sizes else ():
+        setattr(config, name, value)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in model_type(config).parameters())
     if size > MOST_PARAMETERS:

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from lit_cka.features import FeatureExtractor
 
-SECONDS = 40
 MOST_ALONE = 3  # samples of a batch
 VERDICTS = ["right", "refused", "wrong", "not run", "not built"]
 
@@ -126,7 +125,10 @@ def mistakes(features: dict[str, Tensor], run: Run) -> tuple[list[str], int]:
         if n > 1 and spread < 1e-4 * scale:
             untold += 1  # all samples look alike
         elif not off <= max(0.02 * spread, 2e-5 * scale):
-            if any(depends_on_others(raw, run.together[name], X.shape[1]) for raw in raws if raw is not None):
+            together = run.together[name]
+            # Of other positions than the sample's own, such as all texts of the batch for each video (X-CLIP).
+            has_more = together.numel() > n * max(raw.numel() for raw in raws if raw is not None)
+            if has_more or any(depends_on_others(raw, together, X.shape[1]) for raw in raws if raw is not None):
                 untold += 1
             else:
                 wrong.append(f"{name}: off by {off:.2g}, where samples differ by {spread:.2g}")
@@ -167,7 +169,7 @@ def all_sizes(model: nn.Module, make: Maker) -> Outcome:
             padded = [with_padding(make)(index) for index in range(3)]
             model(**joined(padded))
             outcomes.append(tried(model, padded))
-        except TypeError:  # it takes no mask
+        except (TypeError, AttributeError):  # it takes no mask, or what its configuration lacks
             pass
         outcomes = [each for each in outcomes if each.verdict != "not run"] or outcomes
     order = ("wrong", "not run", "refused", "right")
@@ -200,7 +202,7 @@ def outcome_of(case: Case) -> Outcome:
     return next((failure for failure in failures if failure.verdict == "not run"), failures[0])
 
 
-def in_process(case: Case) -> Outcome:
+def in_process(case: Case, seconds: int) -> Outcome:
     """The outcome, by a process of its own, which is stopped when its time is over."""
 
     def send(connection: Connection) -> None:
@@ -212,7 +214,7 @@ def in_process(case: Case) -> Outcome:
     process.start()
     theirs.close()
     try:
-        return Outcome(*ours.recv()) if ours.poll(SECONDS) else Outcome("not run", f"more than {SECONDS} s")
+        return Outcome(*ours.recv()) if ours.poll(seconds) else Outcome("not run", f"more than {seconds} s")
     except EOFError:
         return Outcome("not run", "the process died")
     finally:
@@ -253,15 +255,18 @@ def main() -> None:
     parser.add_argument("--libraries", nargs="*", choices=LIBRARIES, default=list(LIBRARIES), help="which, or none")
     parser.add_argument("--only", nargs="+", default=[""], help="names that hold one of these texts; others stay")
     parser.add_argument("--resume", action="store_true", help="try those that no earlier run has tried")
+    parser.add_argument("--again", nargs="*", choices=VERDICTS, default=[], help="of these verdicts, those as well")
+    parser.add_argument("--seconds", type=int, default=40, help="after which an architecture is given up")
     parser.add_argument("--first", type=int, default=None, help="try so many of each library")
     args = parse(parser, {"first": 3})
     os.environ["HF_HUB_OFFLINE"] = "1"
     for library in args.libraries:
         cases = [case for case in LIBRARIES[library]() if any(text.lower() in case.name.lower() for text in args.only)]
         outcomes = {} if args.only == [""] and not args.resume else outcomes_so_far(library)
-        cases = [case for case in cases if not (args.resume and case.name in outcomes)]
+        done = {name for name, outcome in outcomes.items() if args.resume and outcome[0] not in args.again}
+        cases = [case for case in cases if case.name not in done]
         for case in cases[: args.first]:
-            outcome = in_process(case)
+            outcome = in_process(case, args.seconds)
             outcomes[case.name] = list(outcome)
             print(f"{case.name}: {outcome.verdict}. {outcome.detail}", flush=True)
             if not args.quick:

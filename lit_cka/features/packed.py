@@ -69,7 +69,7 @@ class PackedCalls:
             num_samples: of the batch, if known.
 
         Raises:
-            ValueError: if the rows are packed, and nothing tells whose they are.
+            ValueError: if the rows are packed, and nothing tells whose they are, or some samples have none.
         """
         around = [name for name in self._by_name if name == "" or layer.startswith(f"{name}.")]
         packed = next((self._by_name[name] for name in sorted(around, key=len)[::-1] if self._by_name[name]), None)
@@ -83,6 +83,11 @@ class PackedCalls:
             parts = iter(lengths)
             lengths = [sum(next(parts) for _ in range(count)) for count in packed.num_parts]
         if lengths is not None and num_samples in (None, len(lengths)):
+            if 0 in lengths:
+                raise ValueError(
+                    f"Layer {layer!r} returned rows for all but {lengths.count(0)} of {len(lengths)} samples (texts "
+                    "without images, say), of which it has no features. Choose other `layers`."
+                )
             return lengths
         if not packed.is_told or shape[0] == num_samples:
             return None

@@ -172,6 +172,19 @@ def test_images_of_nobody_knows_which_text_are_an_error() -> None:
         features_of(Texts(), "tower.merge", **call)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_texts_without_images_are_an_error(pooling: str) -> None:
+    torch.manual_seed(0)
+    model = qwen2_vl().eval()
+    samples = [{**images(GRIDS[0]), **text_of(GRIDS[0])}, {**images(GRIDS[1])}, text_of([]), text_of(GRIDS[1])]
+    together = {name: torch.cat([each[name] for each in samples if name in each]) for name in samples[0]}
+    with pytest.raises(ValueError, match=r"returned rows for all but 1 of 3 samples \(texts without images, say\)"):
+        features_of(model, "visual.blocks.1", pooling, **together)
+    assert (
+        features_of(model, "language_model.layers.1", pooling, **together)["language_model.layers.1"].isfinite().all()
+    )
+
+
 def test_texts_without_padding() -> None:
     """Joined to one sequence, with the limits of each, as transformers' collators do for flash attention."""
     torch.manual_seed(0)

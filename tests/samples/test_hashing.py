@@ -252,6 +252,19 @@ def test_every_byte_counts_at_its_position() -> None:
     assert len({content_hash(hadamard[list(order)]) for order in orders}) == 2016
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_every_value_of_a_sample_counts_for_it_alone(dtype: torch.dtype) -> None:
+    content = torch.arange(120).reshape(3, 40).to(dtype)
+    hashes = row_hashes(content, 3)
+    assert hashes is not None
+    for position in range(40):
+        changed = content.clone()
+        changed[1, position] += 1
+        others = row_hashes(changed, 3)
+        assert others is not None
+        assert [one == other for one, other in zip(hashes, others, strict=True)] == [True, False, True]
+
+
 def test_the_same_in_other_layouts_of_memory() -> None:
     assert content_hash(IMAGES.to(memory_format=torch.channels_last)) == content_hash(IMAGES)
     assert content_hash(IMAGES[:, :, ::2]) == content_hash(IMAGES[:, :, ::2].clone())

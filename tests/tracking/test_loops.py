@@ -568,6 +568,41 @@ def test_predictions_are_left_alone(tmp_path: Path) -> None:
     assert not torch.equal(first[0], then[0])
 
 
+ASKED: list[str] = []  # where nothing puts back what a module holds
+
+
+class WithTestData(Classifier):
+    """Is tested in training mode, in which running statistics move on."""
+
+    def test_dataloader(self) -> DataLoader:
+        ASKED.append("test")
+        return loader()
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.net.train()
+        super().test_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("fits", [False, True])
+@pytest.mark.parametrize("reference", ["initial", WithTestData], ids=["initial", "beside"])
+def test_a_test_asks_for_data_once_and_leaves_buffers_as_they_would_be(
+    tmp_path: Path, reference: Any, fits: bool
+) -> None:
+    buffers = []
+    reference = reference if isinstance(reference, str) else reference()
+    for callbacks in ([], [CKACallback(debiased=True, reference=reference)]):
+        ASKED.clear()
+        pl.seed_everything(3, verbose=False)
+        module, run = WithTestData(), trainer(tmp_path, *callbacks, max_epochs=1)
+        if fits:
+            run.fit(module, train_loader(), loader())
+        run.test(module, verbose=False)
+        assert ASKED == ["test"]
+        buffers.append({name: buffer.clone() for name, buffer in module.named_buffers()})
+    assert callbacks[0].history[-1]["stage"] == "test"
+    assert all(torch.equal(buffer, buffers[1][name]) for name, buffer in buffers[0].items())
+
+
 def test_stages_in_any_order(tmp_path: Path) -> None:
     module, callback = Classifier(), CKACallback(log_figures=False)
     before = frozen(module)

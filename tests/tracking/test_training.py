@@ -350,15 +350,25 @@ class Failing(Classifier):
             raise ArithmeticError("The step has failed.")
 
 
-def test_a_recording_that_fails_leaves_the_weights_to_whoever_hears_of_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reference", [lambda other: other, lambda other: other.state_dict()], ids=["beside", "within"])
+def test_a_recording_that_fails_leaves_the_weights_to_whoever_hears_of_it(tmp_path: Path, reference: Any) -> None:
     """Who might write them to a checkpoint."""
     module, watching, other = Failing(), Watching(), Classifier()
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    run = trainer(tmp_path, watching, CKACallback(reference=other), num_sanity_val_steps=0)
+    run = trainer(tmp_path, watching, CKACallback(reference=reference(other)), num_sanity_val_steps=0)
     with pytest.raises(ArithmeticError):
         run.fit(module, train_loader(), loader())
     assert before.keys() == watching.seen.keys()
     assert all(torch.equal(value, watching.seen[name]) for name, value in before.items())
+
+
+def test_the_model_that_has_played_the_reference_is_itself_again(tmp_path: Path) -> None:
+    live, other = Classifier(lr=0.0), Classifier()
+    before = {name: weight.clone() for name, weight in live.named_parameters()}
+    callback = CKACallback(reference=other.state_dict())
+    trainer(tmp_path, callback, max_epochs=1).fit(live, train_loader(), loader())
+    assert max(callback.scores.values()) < 0.99
+    assert all(torch.equal(weight, before[name]) for name, weight in live.named_parameters())
 
 
 # Modules of others.
@@ -863,3 +873,23 @@ def test_the_training_is_the_same_bit_for_bit(tmp_path: Path, options: dict[str,
     del with_it["checkpoint"]["callbacks"][own[0]]
     assert {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks"} <= set(without["checkpoint"])
     assert_equal(without, with_it, (str(tmp_path / "without"), str(tmp_path / "with")))
+
+
+def test_features_are_not_rounded_where_that_costs_too_much(tmp_path: Path) -> None:
+    """The pivot is the mean of the first rows; far from it bfloat16 tells few values apart."""
+    values = 300 + torch.randn(NUM_VAL, WIDTH, generator=torch.Generator().manual_seed(0))
+    values[:16] -= 300
+    data = DataLoader(TensorDataset(values, torch.zeros(NUM_VAL, dtype=torch.long)), 16)
+    scores = []
+    for dtype in ("auto", "bfloat16"):
+        torch.manual_seed(0)
+        callback = CKACallback(layers="net", cache_dtype=dtype, log_figures=False)
+        module = Classifier(nn.Linear(WIDTH, 3))
+        run = trainer(tmp_path, callback, max_epochs=1)
+        if dtype == "bfloat16":
+            with pytest.warns(UserWarning, match=r"in bfloat16 can change CKA by .* they are kept in float32"):
+                run.fit(module, train_loader(), data)
+        else:
+            run.fit(module, train_loader(), data)
+        scores.append(callback.scores["net"])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-9)

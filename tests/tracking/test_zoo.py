@@ -31,6 +31,9 @@ MIXES = "depends on the other samples of its batch"
 SILENT = ("Lazy modules", "weight_norm", "CKA is biased", "shuffling enabled", "in eval mode at the start", "Swapping")
 
 
+HOOKS_CALLED: list[Any] = []  # where nothing puts back what a callback holds
+
+
 class Hooks(pl.Callback):
     """Notes which hooks of callbacks are called, and when."""
 
@@ -39,9 +42,15 @@ class Hooks(pl.Callback):
 
 
 def _noting(name: str) -> Any:
+    # Those before a batch may change it: they are called in a run of their own, too, which nothing shows afterwards.
+    is_kept = name not in ("on_validation_batch_start", "on_test_batch_start")
+
     def hook(self: Hooks, trainer: pl.Trainer, module: Any, *args: Any, **kwargs: Any) -> None:
         numbers = [value for value in args if isinstance(value, int)]
-        self.seen.append((name, trainer.global_step, trainer.sanity_checking, *numbers))
+        called = (name, trainer.global_step, trainer.sanity_checking, *numbers)
+        self.seen.append(called)
+        if is_kept:
+            HOOKS_CALLED.append(called)
 
     return hook
 
@@ -68,6 +77,7 @@ class Training:
         self.module.lr = lr  # type: ignore[assignment]
         self.callback = CKACallback(layers=kind.layers, log_figures=False, debiased=True)
         hooks, log, others = Hooks(), Log(), kind.callbacks(lr)
+        HOOKS_CALLED.clear()
         options = {"logger": log, "num_sanity_val_steps": num_sanity_val_steps, **kind.options}
         callbacks = [*others, hooks, *([self.callback] if tracked else [])]
         data = kind.train(), kind.val()
@@ -84,7 +94,7 @@ class Training:
             "attributes": {name: attributes(part) for name, part in self.module.named_modules()},
             "buffers": dict(self.module.named_buffers()),
             "data": data,
-            "hooks": hooks.seen,
+            "hooks": (hooks.seen, list(HOOKS_CALLED)),
             "callbacks": [callback.state_dict() for callback in others],
             "logged": [(step, values) for step, values in map(without_scores, log.seen) if values.keys() - {"epoch"}],
             "metrics": without_scores((0, run.callback_metrics)),

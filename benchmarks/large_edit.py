@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--intermediate", type=int, default=INTERMEDIATE)
-    parser.add_argument("--folder", type=Path, default=None, help="where there is room for three models")
+    parser.add_argument("--folder", default=None, help="where there is room for three models")
     args = parse(parser, {"layers": 1, "vocabulary": 500, "width": 128, "intermediate": 300})
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         size = args.layers, args.vocabulary, args.width, args.intermediate

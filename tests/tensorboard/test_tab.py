@@ -270,19 +270,26 @@ def test_thresholds_move_the_verdicts(page: Page, server: Server) -> None:
     opened(page, server, run="slow")
     verdicts = "[...document.querySelectorAll('td.verdict')].map(each => each.textContent)"
     assert page.evaluate(verdicts) == ["refined"] * 6 + ["rewritten"] * 6
-    page.evaluate(
-        "(each => { each.value = '0.8'; each.dispatchEvent(new Event('change')); })(document.querySelectorAll('input[type=number]')[1])"
-    )
+    refined = "document.querySelectorAll('input[type=number]')[1]"
+    page.evaluate(f"(each => {{ each.value = '0.8'; each.dispatchEvent(new Event('change')); }})({refined})")
     page.wait_for(f"{verdicts}.every((word, index) => word === 'refined')")
     assert "refined%22%3A0.8" in page.evaluate("location.hash")  # the link has it
     assert no_errors(page)
 
 
 @in_browser
-@pytest.mark.parametrize("state", [
-    {"run": "two (pretrained)", "compare": "fast"}, {"run": "broken"}, {"run": "once"}, {"run": "deep", "more": ["fast"]},
-    {"run": "no such run", "compare": "neither", "untouched": "x", "more": 7}, {"run": "fast", "compare": "deep"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"run": "two (pretrained)", "compare": "fast"},
+        {"run": "broken"},
+        {"run": "once"},
+        {"run": "deep", "more": ["fast"]},
+        {"run": "no such run", "compare": "neither", "untouched": "x", "more": 7},
+        {"run": "fast", "compare": "deep"},
+    ],
+    ids=str,
+)
 def test_runs_of_all_kinds(page: Page, server: Server, state: dict[str, Any]) -> None:
     opened(page, server, **state)
     assert no_errors(page)

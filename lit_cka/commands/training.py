@@ -20,7 +20,7 @@ from lit_cka.commands.configs import find_config
 from lit_cka.commands.failures import failing_in_a_line
 from lit_cka.commands.hub import offline_if_unreachable
 from lit_cka.commands.parsing import Parser
-from lit_cka.files import partial_name, require_writable
+from lit_cka.files import file_name, partial_name, require_writable
 from lit_cka.tracking.callback import CKACallback
 
 COMMANDS = {
@@ -164,9 +164,10 @@ class TrainCLI(LightningCLI):
         for name, value in metrics.items():
             console.print(f"{name}: {value:.3f}")
         for tracker in trackers:
-            if tracker.history:
-                tracker.save(folder / tracker.options.prefix)
-                console.print(f"CKA of each layer over time: {folder / tracker.options.prefix / 'cka_heatmap.png'}")
+            if tracker.history and not tracker.options.log_figures:  # else it has done so itself
+                path = folder / file_name(tracker.options.prefix)
+                tracker.save(path)
+                console.print(f"CKA of each layer over time: {path / 'cka_heatmap.png'}")
         for logger in loggers:
             console.print(f"TensorBoard log: {logger.log_dir}")
             runner = "uv run " if os.environ.get("UV") else ""

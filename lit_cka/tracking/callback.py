@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Union
 
 import lightning.pytorch as pl
+from rich.console import Console
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lit_cka.features.given_masks import Mask
 from lit_cka.features.layers import Layers
 from lit_cka.features.pooling import Pooling
+from lit_cka.files import file_name
 from lit_cka.reference.recording import CacheDtype
 from lit_cka.reference.reference import INITIAL
 from lit_cka.tracking.evaluation import TrackedEvaluation, record_of
@@ -22,7 +25,7 @@ from lit_cka.tracking.history import THRESHOLDS, Record, Stage, checked_history,
 from lit_cka.tracking.options import TrackingOptions
 from lit_cka.tracking.probe import Probe
 from lit_cka.tracking.recorder import Recorder
-from lit_cka.tracking.report import LoggedFigures, log_records, print_table, write_report
+from lit_cka.tracking.report import LoggedFigures, leave_report, log_records, print_table, write_report
 from lit_cka.tracking.tracker import Estimator, LayerScore
 
 
@@ -137,7 +140,7 @@ class CKACallback(pl.Callback):
         return latest_scores(self.history)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `cka_history.json`, `cka_history.csv` and `cka_heatmap.png` to `folder`."""
+        """Write `cka_history.json`, `cka_history.csv`, `cka_heatmap.png` and `cka_curves.png` to `folder`."""
         write_report(folder, self.history, self.options.thresholds)
 
     # Set-up: errors come before the first batch.
@@ -340,12 +343,17 @@ class CKACallback(pl.Callback):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         is_surprise = "validate" in self.options.stages and not self._has_warned
+        folder = trainer.log_dir if trainer.loggers else None  # all ranks are asked for it together
         if is_surprise and not self.history and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             warn_nothing_tracked()
         elif self.options.log_figures and trainer.is_global_zero:
             self._figures.finish(trainer, self.history)
             model = self._recorder.model
             print_table(self.history, self.options.thresholds, reference="" if model is None else model.how_compared)
+            if folder is not None and self.history and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                leave_report(
+                    Path(folder) / file_name(self.options.prefix), self.history, self.options.thresholds, Console()
+                )
 
     # State: primitives alone, so that checkpoints load with `weights_only`.
 

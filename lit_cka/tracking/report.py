@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -38,6 +39,15 @@ def heatmap(history: Sequence[Record]) -> Figure:
     values = np.array([[record["scores"].get(name, np.nan) for record in records] for name in layer_names])
     times = [str(record["step"]) for record in records]
     return plots.layer_time_heatmap(values, layer_names, times, title="CKA of each layer", xlabel="optimizer step")[0]
+
+
+def curves(history: Sequence[Record]) -> Figure:
+    """A curve for every layer over the time of `first_series`, coloured by depth."""
+    records = first_series(history)
+    layer_names = list(records[-1]["scores"])
+    values = [[record["scores"].get(name, np.nan) for record in records] for name in layer_names]
+    title = "CKA of each layer, from the first (dark) to the last (light)"
+    return plots.epoch_trend(values, layer_names, [record["step"] for record in records], title=title, limits=None)[0]
 
 
 def log_records(
@@ -181,7 +191,8 @@ def print_table(
 
 
 def write_report(folder: str | os.PathLike[str], history: Sequence[Record], thresholds: tuple[float, float]) -> None:
-    """Write `cka_history.json`, `cka_history.csv` (a row per record and layer) and `cka_heatmap.png`, atomically.
+    """Write `cka_history.json`, `cka_history.csv` (a row per record and layer), `cka_heatmap.png` and `cka_curves.png`,
+    each whole or not at all.
 
     Raises:
         ValueError: if nothing has been tracked.
@@ -205,3 +216,16 @@ def write_report(folder: str | os.PathLike[str], history: Sequence[Record], thre
             writer.writerow([*values, name, cka, verdict(cka, thresholds)])
     write_bytes(folder / "cka_history.csv", rows.getvalue().encode())
     plots.save_figure(heatmap(history), folder / "cka_heatmap.png")
+    plots.save_figure(curves(history), folder / "cka_curves.png")
+
+
+def leave_report(
+    folder: str | os.PathLike[str], history: Sequence[Record], thresholds: tuple[float, float], console: Console
+) -> None:
+    """Write the report to the folder of a run that has ended well, and say where; that it can't is a warning."""
+    try:
+        write_report(folder, history, thresholds)
+    except OSError as error:
+        rank_zero_warn(f"The report on CKA could not be written to {str(folder)!r}: {error}.")
+        return
+    console.print(f"CKA of each layer over time: {Path(folder) / 'cka_heatmap.png'}", soft_wrap=True, markup=False)

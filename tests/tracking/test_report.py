@@ -17,13 +17,14 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_cka import CKACallback
+from lit_cka.files import file_name
 from lit_cka.plots import figure_pixels
-from lit_cka.tracking.report import first_series, heatmap, print_table, verdict, write_report
+from lit_cka.tracking.report import curves, first_series, heatmap, print_table, verdict, write_report
 from tests.tracking.helpers import BLOCKS, Classifier, loader, train_loader, trainer
 
 NAN = math.nan
@@ -195,6 +196,7 @@ def test_the_files(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
     write_report(folder, history, (0.99, 0.9))
     assert sorted(path.name for path in folder.iterdir()) == [
+        "cka_curves.png",
         "cka_heatmap.png",
         "cka_history.csv",
         "cka_history.json",
@@ -300,3 +302,37 @@ def test_the_package_alone_imports_nothing_heavy() -> None:
     code = "import sys, lit_cka; print({'transformers', 'open_clip', 'timm', 'matplotlib', 'torch'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert ran.stdout.strip() == "set()"
+
+
+# What a run leaves.
+
+
+def test_a_run_leaves_its_report_in_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    callbacks = [CKACallback(), CKACallback(prefix="a/b", layers="net.blocks.0")]
+    callbacks.append(CKACallback(prefix="c", log_figures=False))
+    logger = CSVLogger(tmp_path, name="run", version="")
+    trainer(tmp_path, *callbacks, logger=logger).fit(Classifier(), train_loader(), loader())
+    left = sorted(path.relative_to(tmp_path / "run") for path in (tmp_path / "run").glob("*/cka_*"))
+    names = ["cka_curves.png", "cka_heatmap.png", "cka_history.csv", "cka_history.json"]
+    assert left == sorted(Path(folder) / name for folder in (file_name("a/b"), "cka") for name in names)
+    history = json.loads((tmp_path / "run" / "cka" / "cka_history.json").read_text())
+    assert history == callbacks[0].history
+    assert f"CKA of each layer over time: {tmp_path / 'run' / 'cka' / 'cka_heatmap.png'}" in capsys.readouterr().out
+
+
+def test_a_run_that_can_not_write_ends_well(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="run", version="")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "cka").write_text("in the way")
+    run = trainer(tmp_path, CKACallback(), logger=logger)
+    with pytest.warns(UserWarning, match="The report on CKA could not be written to .*run/cka"):
+        run.fit(Classifier(), train_loader(), loader())
+    assert run.state.finished
+    assert (tmp_path / "run" / "cka").read_text() == "in the way"
+
+
+def test_curves_are_drawn_of_every_layer() -> None:
+    history = [record(10, {"a": 0.999, "b": 0.1}), record(20, {"a": 0.95, "b": NAN})]
+    (axes,) = curves(history).axes
+    assert [list(line.get_xdata()) for line in axes.lines] == [[10, 20]] * 2
+    assert [line.get_ydata()[0] for line in axes.lines] == [0.999, 0.1]

@@ -15,6 +15,7 @@ ROWS = [
     {"reference"},
     {"tracking"},
     {"editing", "analysis"},
+    {"study"},
     {"commands"},
     {"__init__", "__main__"},
 ]

@@ -34,12 +34,24 @@ _NOT_BRIEF = {
 }
 
 
+_SHORT = {
+    "more than shrinkage": "more",
+    "less than shrinkage": "less",
+    "trades otherwise": "a trade",
+    "not told from shrinkage": "not told",
+    "is a shrinkage": "shrinkage",
+    "enlarges the update": "larger",
+    "two checkpoints needed": "",
+}
+
+
 def parser() -> Parser:
     """The command's options."""
     parser = Parser(
         prog="lit-cka study",
         description="Edit many fine-tuned checkpoints of one pretrained model in many ways, evaluate them on any "
-        "number of test sets, and tell what each edit gains, and whether it is more than shrinkage. The same command goes on "
+        "number of test sets, and tell what each edit gains, and whether it is more than shrinkage. The same command "
+        "goes on "
         "where it was stopped.",
         example="lit-cka study --config study_digits",
         brief=lambda option: option not in _NOT_BRIEF,
@@ -86,13 +98,13 @@ def _study(options: Parser, config: Namespace, plain: dict[str, Any]) -> StudyRe
 
 
 def _print_rows(rows: list[Row], num_checkpoints: int, console: Console) -> None:
-    table = Table(title="Gains in percentage points, +- half of the 95 % interval", box=box.SIMPLE_HEAD)
-    table.add_column("edit", overflow="fold")
-    for heading in ("in-distribution", "shifted", f"wins of\n{num_checkpoints}", "shifted, above\nshrinkage"):
-        table.add_column(heading, justify="right")
-    table.add_column("verdict")
+    table = Table(title="Gains in percentage points, +- half of the 95 % interval", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("edit", no_wrap=True)
+    for heading in ("in-distribution", "shifted", f"wins of\n{num_checkpoints}", "shifted, over\nits shrinkage"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
     for row in rows:
-        if row.label == "finetuned":
+        if row.label != "pretrained" and row.kept is None:  # what they are compared with
             continue
         beyond = row.beyond_shifted
         table.add_row(
@@ -101,7 +113,7 @@ def _print_rows(rows: list[Row], num_checkpoints: int, console: Console) -> None
             _shown(row.gain_shifted),
             str(row.gain_shifted.wins),
             "" if beyond is None else _shown(beyond),
-            row.verdict,
+            _SHORT.get(row.verdict, row.verdict),
         )
     console.print(table)
 

@@ -14,9 +14,9 @@ from lit_cka.editing.edits import EDITS, Edit, edit_weights, named_edits
 from lit_cka.editing.parameter import EDITED, edit_parameter
 from lit_cka.editing.settings import EditSettings
 from lit_cka.functional.edits import wise_ft
+from lit_cka.parallel.devices import widest_float
 
 BASELINES = ("pretrained", "finetuned")
-_ROUNDING = 8  # units in the last place of the weights: an update that differs by less is the same
 
 
 @dataclass(frozen=True)
@@ -152,14 +152,15 @@ def shrunk_alike(W0: Mapping[str, Tensor], W1: Mapping[str, Tensor], edited: Map
         if W is end or not sizes[1]:
             continue
         null[name] = wise_ft(start, end, alpha=sizes[0] / sizes[1])
-        rounding = _ROUNDING * torch.finfo(end.dtype).eps * (_size(start) + _size(end))
+        # Each of the two was rounded to the weights' dtype.
+        rounding = torch.finfo(end.dtype).eps * (_size(start) + _size(end))
         is_same = is_same and _distance(W, null[name]) <= rounding
     kept, all_of = math.fsum(all_kept), math.fsum(all_of_it)
     return Shrunk(null, math.sqrt(kept / all_of) if all_of else math.nan, is_same)
 
 
 def _size(W: Tensor) -> float:
-    return float(torch.linalg.vector_norm(W, dtype=torch.promote_types(W.dtype, torch.float32)))
+    return float(torch.linalg.vector_norm(W, dtype=widest_float(W.device)))
 
 
 def _distance(W: Tensor, start: Tensor) -> float:

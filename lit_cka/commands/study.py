@@ -89,7 +89,7 @@ def _study(options: Parser, config: Namespace, plain: dict[str, Any]) -> StudyRe
     if is_first_rank():
         rows = save_study(config.output, results, {**plain, "working_directory": os.getcwd()})
         _print_rows(rows, len(results.checkpoints), console)
-        for line in describe_study(results, rows)[:1]:
+        for line in describe_study(results, rows)[:2]:
             console.print(line)
         for name, why in results.failed.items():
             note(f"{name} was left out. {why}")
@@ -99,8 +99,8 @@ def _study(options: Parser, config: Namespace, plain: dict[str, Any]) -> StudyRe
 
 def _print_rows(rows: list[Row], num_checkpoints: int, console: Console) -> None:
     table = Table(title="Gains in percentage points, +- half of the 95 % interval", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("edit", no_wrap=True)
-    for heading in ("in-distribution", "shifted", f"wins of\n{num_checkpoints}", "shifted, over\nits shrinkage"):
+    table.add_column("edit", overflow="fold", min_width=11)
+    for heading in ("in-\ndistribution", "shifted", f"wins\nof {num_checkpoints}", "over its\nshrinkage"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for row in rows:

@@ -123,8 +123,8 @@ def results_rows(results: EvaluationResults) -> list[list[Cell]]:
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    """Returns the 95 % interval of a share of `n` samples (Wilson 1927, "Probable inference"), within [0, 1]; NaN of what
-    is no share.
+    """Returns the 95 % interval of a share of `n` samples (Wilson 1927, "Probable inference"), within [0, 1]; NaN of
+    what is no share.
 
     Example:
         >>> low, high = wilson_interval(1.0, 100)
@@ -173,7 +173,7 @@ def _how_to_read(results: EvaluationResults) -> list[str]:
     lines.append(
         "Intervals are of each variant by itself, for other samples and this one fine-tuned model. Two variants "
         "answer the "
-        "same samples, so that their difference is known better than by two intervals that overlap: `lit-cka study` "
+        "same samples, so that their difference is known better than by two intervals that overlap: lit-cka study "
         "compares them in pairs, over many fine-tuned models."
     )
     return lines

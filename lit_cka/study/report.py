@@ -78,12 +78,12 @@ def describe_study(results: StudyResults, rows: Sequence[Row]) -> list[str]:
         "shifted, "
         "and count alike in their mean."
     ]
-    lines += [_sentence(row) for row in rows if row.verdict]
+    lines += [conclusion(rows), *(_sentence(row) for row in rows if row.verdict)]
     lines.append(
         "An interval of 95 % covers the true mean in about 95 of 100 such studies, here with other fine-tuned models "
         "and "
         "other samples (crossed random effects; Student's t). Where samples are made from one original, originals are "
-        "drawn. The null of an edit is `shrink` for the edit's size: each weight's update scaled to the norm that the "
+        "drawn. The null of an edit is shrink for the edit's size: each weight's update scaled to the norm that the "
         "edit "
         "leaves it. An edit is called more than shrinkage if it beats its null on the shifted sets with a p-value "
         "below "
@@ -100,6 +100,17 @@ def describe_study(results: StudyResults, rows: Sequence[Row]) -> list[str]:
     if len(done) < 2:
         lines.append("Of one fine-tuned model, nothing can be said about others: add checkpoints for intervals.")
     return [visible(line) for line in lines]
+
+
+def conclusion(rows: Sequence[Row]) -> str:
+    """Returns in a sentence which edits are more than shrinkage, and which are less, a trade or not told."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.beyond_shifted is not None:
+            found.setdefault(row.verdict, []).append(row.label)
+    more = ", ".join(found.pop("more than shrinkage", [])) or "none"
+    others = "; ".join(f"{verdict}: {', '.join(labels)}" for verdict, labels in found.items())
+    return f"More than shrinkage: {more}. Of the other edits that are no shrinkage themselves, {others or 'none'}."
 
 
 def _sentence(row: Row) -> str:

@@ -80,9 +80,9 @@ def _study(options: Parser, config: Namespace, plain: dict[str, Any]) -> StudyRe
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     require_writable("output", config.output)
+    offline_if_unreachable(plain)
     objects = options.instantiate_classes(config)  # before the trainings: what is wrong with an edit is said at once
     train_what_is_needed(config.needs)
-    offline_if_unreachable(plain)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     study: Study = objects.study
     results = study.run(objects.data, config.output, options=plain, seed=config.seed, say=console.print)

@@ -156,6 +156,12 @@ def test_bad_checkpoints_are_named_and_the_others_go_on(models: Path, tmp_path: 
         assert f"Left out: {name}. {why}" in said
 
 
+def test_nan_is_named_where_no_edit_looks(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    results = study(broken(models, tmp_path / "models"), include=["head.*"]).run(Sets(), tmp_path / "out")
+    assert "'blocks.1.weight' of the fine-tuned model holds NaN or infinity" in results.failed["tuned_nan"]
+
+
 def test_no_good_checkpoint_is_an_error(models: Path, tmp_path: Path) -> None:
     folder = broken(models, tmp_path)
     given = {"edits": EDITS, "device": "cpu"}

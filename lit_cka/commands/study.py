@@ -58,7 +58,7 @@ def parser() -> Parser:
     )
     parser.add_command_options()
     parser.add_class_arguments(Study, "study")
-    parser.add_subclass_arguments(pl.LightningDataModule, "data")
+    parser.add_subclass_arguments(pl.LightningDataModule, "data", required=True)
     parser.describe({"data": "A LightningDataModule with the test sets, by its class path; the first in-distribution."})
     parser.add_argument("--output", type=str, required=True, help="Folder for JSON, CSV, figures and a page.")
     parser.add_argument("--seed", type=int, default=0, help="Of all random numbers.")

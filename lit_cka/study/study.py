@@ -58,8 +58,8 @@ class Study:
         checkpoints: fine-tuned models: paths, and patterns with `*`, `**`, `?` or `[...]`. The pretrained one is left
             out where a pattern matches it.
         model: a module that takes the weights; not needed for folders.
-        edits: options of each edit by its label, see `study_edits`: {"monosoup": {}, "trim": {"density": 0.2},
-            "energy": {"edit": "monosoup", "rule": "energy", "R": 0.9}}.
+        edits: options of each edit by its label, under "edit" which one it is where the label doesn't say:
+            {"monosoup": {}, "trim": {"density": 0.2}, "all": {"edit": "monosoup", "rule": "energy", "R": 0.9}}.
         wise_ft: also WiSE-FT with these `alpha`.
         rule: of MonoSoup, unless an edit has its own: "effective_rank" or "energy".
         R: share of the energy that the high part reaches, for "energy".

@@ -87,6 +87,14 @@ def test_what_is_wrong_is_said_before_the_work(
     assert not Path("out").exists()
 
 
+def test_data_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        lit_cka_command.run([each for each in arguments() if not each.startswith("--data")])
+    assert ended.value.code == 2
+    assert "data" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
 def test_what_is_needed_is_trained_with_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "probe": ("where fine-tuning changed a model, and whether linear probes gained", "probe"),
     "project": ("all layers of several models on several datasets in one interactive map", "project"),
     "monosoup": ("edit a fine-tuned model in memory, evaluate all variants, draw what came of it", "monosoup"),
+    "study": ("many checkpoints, edits and test sets in one run: what an edit gains, and beyond shrinkage", "study"),
     "edit": ("edit checkpoint files into a checkpoint file, without any model code", "edit"),
     "diff": ("what differs between checkpoint files, tensor by tensor, without any model code", "diff"),
     "configs": ("list the configs that ship, print one, or copy it", "configs"),
@@ -42,7 +43,7 @@ def run(args: list[str]) -> object:
         near = suggestion(command, COMMANDS)
         fail(f"Expected a command, but got {command!r}{near} `lit-cka --help` lists them.", USAGE)
     name = COMMANDS[command][1]
-    with stopping_in_a_line("The same command goes on from there." if command == "edit" else ""):
+    with stopping_in_a_line("The same command goes on from there." if command in ("edit", "study") else ""):
         # Each command loads what it needs: `edit` no Lightning, say.
         module = import_module(f"lit_cka.commands.{name}")
         return module.main(args if name == "training" else args[1:])

@@ -51,6 +51,9 @@ PRESERVED, TRACKER = "tracking/preserved_state.py", "tracking/tracker.py"
 F32, EDITS = "functional/float32_spectrum.py", "functional/edits.py"
 SPLITS = ("tests/functional/test_float32_spectrum.py",)
 FUNCTIONS, BY_NAME = ("tests/functional/test_edits.py",), ("tests/editing/test_edits.py",)
+STATISTICS, SUMMARY = "study/statistics.py", "study/summary.py"
+OF_STATISTICS, OF_SUMMARY = ("tests/study/test_statistics.py",), ("tests/study/test_summary.py",)
+OF_STUDY, OF_STUDY_EDITS = ("tests/study/test_study.py",), ("tests/study/test_edits.py",)
 
 MUTANTS = [
     # What a recording leaves behind.
@@ -624,6 +627,62 @@ MUTANTS = [
         "an edit: seeds are the same for all weights",
         (("editing/edits.py", "+ zlib.crc32(place.name.encode())", ""),),
         BY_NAME,
+    ),
+    # A study.
+    Mutant(
+        "study: what is left of both counts twice",
+        ((STATISTICS, "max(self.V_models - self.V_left, 0.0)", "self.V_models"),),
+        OF_STATISTICS,
+    ),
+    Mutant(
+        "study: models are not drawn",
+        ((STATISTICS, "return h_units, h_models, max(h_models, h_both) if", "return h_units, h_models, h_units if"),),
+        OF_STATISTICS,
+    ),
+    Mutant(
+        "study: samples of one original count apart",
+        ((STATISTICS, "    if units is None:\n", "    if True:\n"),),
+        OF_STATISTICS,
+    ),
+    Mutant(
+        "study: test sets count by their samples",
+        ((STATISTICS, "minlength=G) / (len(given) * len(d))", "minlength=G) / sum(each.shape[1] for each in given)"),),
+        OF_STATISTICS,
+    ),
+    Mutant("study: no correction", ((STATISTICS, "(len(order) - place) * p_values", "p_values"),), OF_STATISTICS),
+    Mutant("study: a point beats its equal", ((STATISTICS, "and (x > a or y > b)", ""),), OF_STATISTICS),
+    Mutant("study: a trade is called more", ((SUMMARY, "mean * shifted.mean < 0", "mean * 0 < 0"),), OF_SUMMARY),
+    Mutant("study: enlarged updates are judged", ((SUMMARY, "<= _LARGER]", "< 9]"),), OF_SUMMARY),
+    Mutant("study: less is called more", ((SUMMARY, "if shifted.mean > 0 else", "if True else"),), OF_SUMMARY),
+    Mutant(
+        "study: the null has half the size",
+        (("study/edits.py", "alpha=sizes[0] / sizes[1])", "alpha=0.5 * sizes[0] / sizes[1])"),),
+        OF_STUDY_EDITS,
+    ),
+    Mutant(
+        "study: every edit is a shrinkage",
+        (("study/edits.py", "is_same = is_same and _distance(W, null[name]) <= rounding", "pass"),),
+        OF_STUDY_EDITS,
+    ),
+    Mutant(
+        "study: a checkpoint that was written anew is not noticed",
+        (("study/study.py", "load_result(path).identity == checkpoint.identity()", "True"),),
+        OF_STUDY,
+    ),
+    Mutant(
+        "study: a bad checkpoint ends it",
+        (("study/study.py", "except (ValueError, OSError) as error:", "except KeyError as error:"),),
+        OF_STUDY,
+    ),
+    Mutant(
+        "study: other samples pass",
+        (("study/storage.py", "or a.digest != b.digest", ""),),
+        OF_STUDY,
+    ),
+    Mutant(
+        "study: NaN passes",
+        (("study/evaluation.py", "            check_finite(name, None, value)\n", "            pass\n"),),
+        OF_STUDY,
     ),
     Mutant(
         "an edit: an excluded parameter is edited",

@@ -15,6 +15,7 @@ ROWS = [
     {"reference"},
     {"tracking"},
     {"editing", "analysis"},
+    {"study"},
     {"commands", "tensorboard"},
     {"__init__", "__main__"},
 ]

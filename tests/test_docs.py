@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-LONG = ("monosoup", "where_finetuning_rewrites")
+LONG = ("monosoup", "study", "where_finetuning_rewrites")
 PAGES = sorted(set(DOCS.glob("*.md")) - {DOCS / "how_it_works.md", DOCS / "sharded.md"})  # which have no code
 
 
@@ -40,6 +40,7 @@ def test_there_is_a_page_for_each_system() -> None:
         "where_finetuning_rewrites",
         "map_of_layers",
         "monosoup",
+        "study",
     }
 
 

@@ -16,10 +16,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch import nn
 
-from lit_cka.commands.configs import find_config
 from lit_cka.commands.failures import failing_in_a_line
 from lit_cka.commands.hub import offline_if_unreachable
 from lit_cka.commands.messages import note
+from lit_cka.commands.needs import add_needs, train_what_is_needed
 from lit_cka.commands.parsing import Parser
 from lit_cka.commands.running import plain_options
 from lit_cka.editing.artifacts import print_results, save_results
@@ -64,12 +64,7 @@ def parser() -> Parser:
     parser.add_argument("--plots", type=bool, default=True, help="Draw pictures; false for JSON and tables alone.")
     parser.add_argument("--seed", type=int, default=0, help="Of all random numbers.")
     parser.add_argument("--num_threads", type=PositiveInt | None, default=None, help="CPU threads for torch.")
-    parser.add_argument(
-        "--needs",
-        type=dict[str, str],
-        default={},
-        help="Files to make first, if they aren't there: {path: train config}.",
-    )
+    add_needs(parser)
     return parser
 
 
@@ -105,7 +100,7 @@ def _monosoup(options: Parser, config: Namespace, plain: dict[str, Any]) -> Mono
     if len({os.path.abspath(path) for path in config.export.values()}) < len(config.export):
         raise ValueError("Expected another path for each variant in `export`, but two have the same.")
     require_writable("output", config.output)
-    _train_what_is_needed(config.needs)
+    train_what_is_needed(config.needs)
     offline_if_unreachable(plain)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     objects = _objects(options, config)
@@ -139,17 +134,6 @@ def _objects(options: Parser, config: Namespace) -> Any:
                 parser.add_subclass_arguments(nn.Module, name)
                 parser.instantiate_classes(Namespace({name: config.editor[name]}))  # type: ignore[no-untyped-call]
         raise
-
-
-def _train_what_is_needed(needs: dict[str, str]) -> None:
-    for path, config in needs.items():
-        if not Path(path).is_file():
-            from lit_cka.commands import training
-
-            Console(markup=False).rule(f"First: {config}")
-            training.main(["fit", "--config", find_config(config)])
-            if not Path(path).is_file():
-                raise FileNotFoundError(f"Expected {config!r} to write {path!r} (`save_weights`), but it did not.")
 
 
 @rank_zero_only

@@ -1,4 +1,4 @@
-"""The test part of the handwritten digits, and the same images rotated, noisy and blurred."""
+"""Handwritten digits that no training sees, and the same images rotated, noisy and blurred."""
 
 from __future__ import annotations
 
@@ -9,48 +9,54 @@ import torch
 from torch.utils.data import TensorDataset
 from typing_extensions import override
 
+from lit_cka.data.digit_versions import SHIFTS, shifted_versions
 from lit_cka.data.digits import DigitsDataModule
 from lit_cka.data.test_sets import TestSet, TestSetsDataModule
-
-# So strong that a ViT as in configs/digits.yaml, trained on all digits, falls from an accuracy of 0.91 to about 0.65.
-ANGLE = 30.0  # degrees
-NOISE = 0.4  # standard deviation, where ink is 1 and background -1
-BLUR = 0.8  # standard deviation in pixels
 
 
 class DigitShiftsDataModule(TestSetsDataModule):
     """The test part of `DigitsDataModule` as "digits", and three shifts of it: "rotated", "noisy" and "blurred".
 
-    Images (1, 8, 8) stay in [-1, 1], and are the same every time. Each image is rotated by another angle
-    between -30 and 30 degrees; the noise is normal with a standard deviation of 0.4, the blur Gaussian with 0.8 pixels.
+    Images (1, 8, 8) stay in [-1, 1], and are the same every time; see `shifted_versions`. All versions of an image have
+    the same number in the test sets' `groups`: an interval that is to hold for other images draws images, not versions.
 
     Args:
         classes: the digits to use.
         batch_size: images per batch.
+        parts: of `DigitsDataModule`; "val" in addition doubles the images, where no training has looked at it.
+        draws: how often each image is rotated, by another angle, and made noisy.
+
+    Raises:
+        ValueError: if `draws` is below 1, or a part is none.
     """
 
-    def __init__(self, classes: Sequence[int] = tuple(range(10)), batch_size: int = 256) -> None:
+    def __init__(
+        self,
+        classes: Sequence[int] = tuple(range(10)),
+        batch_size: int = 256,
+        parts: Sequence[str] = ("test",),
+        draws: int = 1,
+    ) -> None:
         super().__init__(batch_size)
+        if draws < 1:
+            raise ValueError(f"Expected `draws` to be at least 1, but got {draws}.")
+        if not parts or not set(parts) <= {"train", "val", "test"} or len(set(parts)) < len(parts):
+            raise ValueError(f"Expected `parts` to be some of train, val and test, each once, but got {list(parts)}.")
         self.digits = DigitsDataModule(classes)
+        self.parts = tuple(parts)
+        self.draws = draws
 
     @override
     def read_test_sets(self) -> list[TestSet]:
-        from torchvision.transforms.functional import InterpolationMode, gaussian_blur, rotate
-
         self.digits.setup("test")
-        images, labels = cast(TensorDataset, self.digits.loader("test").dataset).tensors
+        sets = [cast(TensorDataset, self.digits.loader(part).dataset).tensors for part in self.parts]
+        images, labels = (torch.cat(each) for each in zip(*sets, strict=True))
         generator = torch.Generator().manual_seed(0)
-        angles = (ANGLE * (2 * torch.rand(len(images), generator=generator) - 1)).tolist()
-        noise = NOISE * torch.randn(images.shape, generator=generator)
-        versions = {
-            "digits": images,
-            "rotated": torch.stack(
-                [
-                    rotate(image, angle, InterpolationMode.BILINEAR, fill=[-1.0])
-                    for image, angle in zip(images, angles, strict=True)
-                ]
-            ),
-            "noisy": images + noise,
-            "blurred": gaussian_blur(images, kernel_size=[5, 5], sigma=[BLUR, BLUR]),
-        }
-        return [TestSet(name, TensorDataset(version.clamp(-1, 1), labels)) for name, version in versions.items()]
+        draws = [shifted_versions(images, generator) for _ in range(self.draws)]
+        groups = torch.arange(len(images))
+        found = [TestSet("digits", TensorDataset(images, labels), groups=groups)]
+        for name in SHIFTS:
+            drawn = [versions[name] for versions in draws[: 1 if name == "blurred" else None]]  # which is always alike
+            several = TensorDataset(torch.cat(drawn), labels.repeat(len(drawn)))
+            found.append(TestSet(name, several, groups=groups.repeat(len(drawn))))
+        return found

@@ -27,6 +27,8 @@ class TestSet:
         to_classes: from the model's logits (n, model classes) to logits (n, classes of this set), which the labels
             count; None: as they are.
         collate: from a list of items to a batch; None for torch's default.
+        groups: of each item, in order, what it was made from, such as the number of an image that is there in several
+            versions, here or in other sets: items of a group are not independent. None: each is.
     """
 
     __test__: ClassVar[bool] = False  # for pytest, which takes every class Test... for a test
@@ -35,6 +37,7 @@ class TestSet:
     dataset: Dataset[Any]
     to_classes: Callable[[Tensor], Tensor] | None = None
     collate: Callable[[list[Any]], Any] | None = None
+    groups: Tensor | None = None
 
 
 class TestSetsDataModule(pl.LightningDataModule):

@@ -17,6 +17,7 @@ from rich.table import Table
 from lit_cka import plots
 from lit_cka.editing.evaluation import SHARES
 from lit_cka.editing.parameter import AS_PRETRAINED, EDITED, ParameterRecord
+from lit_cka.editing.results_page import shifted_half_width, write_results_page
 from lit_cka.files import file_name, versions, write_json
 from lit_cka.tracking.history import mean_score
 
@@ -24,6 +25,21 @@ if TYPE_CHECKING:
     from lit_cka.editing.results import EvaluationResults
 
 _FORMATS = (".png", ".pdf")
+_PLANE = (
+    "Bars are 95 % intervals, each variant by itself; the line is WiSE-FT by its alpha, from the pretrained model (0) "
+    "to the "
+    "fine-tuned one (1)."
+)
+_HEATMAP = (
+    "Rows are variants, columns blocks: how similar the features are to the pretrained model's. 1 is the same "
+    "geometry, 0 "
+    "unrelated; neither is better by itself."
+)
+_LAMBDAS = (
+    "What MonoSoup leaves of each weight's update: of its first directions (high) and of all others (low). 1 leaves a "
+    "part "
+    "as it is, 0 takes it out."
+)
 
 
 def save_results(
@@ -36,7 +52,7 @@ def save_results(
     seconds: Mapping[str, float] | None = None,
     pictures: bool = True,
 ) -> list[Path]:
-    """Write `monosoup.json`, `summary.json` and the pictures; returns the paths.
+    """Write `monosoup.json`, `summary.json`, the pictures and `index.html`; returns the paths.
 
     Args:
         folder: where to.
@@ -67,23 +83,40 @@ def save_results(
     }
     written = [write_json(folder / "monosoup.json", full)]
     written.append(write_json(folder / "summary.json", {**frame, **_summary(results, records)}))
-    return written + (_save_pictures(folder, results, records) if pictures else [])
+    captions: dict[str, str] = {}
+    if pictures:
+        written += _save_pictures(folder, results, records, captions)
+    about = [describe_edit(records)]
+    if not is_finished:
+        about.append("The evaluation was stopped: it rests on the samples up to then.")
+    files = sorted(path.name for path in written)
+    return [*written, write_results_page(folder / "index.html", results, about, captions, files)]
 
 
-def _save_pictures(folder: Path, results: EvaluationResults, records: Sequence[ParameterRecord]) -> list[Path]:
+def _save_pictures(
+    folder: Path, results: EvaluationResults, records: Sequence[ParameterRecord], captions: dict[str, str]
+) -> list[Path]:
+    """Write the figures, and note captions by the paths of their PNG files; returns all paths."""
     written: list[Path] = []
+
+    def save(figure: Any, name: str, caption: str) -> None:
+        paths = plots.save_figure(figure, folder / name, _FORMATS)
+        written.extend(paths)
+        captions[str(paths[0])] = caption
+
+    plane = accuracy_figure(results)
+    if plane is not None:
+        names = ", ".join(results.test_names[1:])
+        save(plane, "accuracy_plane", f"Right is better on {results.test_names[0]}, up on {names}. {_PLANE}")
     for number, (name, scores) in enumerate(results.cka.items()):
         if scores:
             figure, _ = cka_heatmap(results, name)
-            written += plots.save_figure(figure, folder / f"cka_{number}_{file_name(name)}", _FORMATS)
+            save(figure, f"cka_{number}_{file_name(name)}", f"{_HEATMAP} On {results.num_cka_samples[name]} samples.")
     edited = [record for record in records if record["reason"] is None]
     if edited:
         high, low = ([record[key] or 0.0 for record in edited] for key in ("lambda_high", "lambda_low"))
         figure, _ = plots.lambda_figure(plots.short_names([record["name"] for record in edited], 40), high, low)
-        written += plots.save_figure(figure, folder / "lambdas", _FORMATS)
-    plane = accuracy_figure(results)
-    if plane is not None:
-        written += plots.save_figure(plane, folder / "accuracy_plane", _FORMATS)
+        save(figure, "lambdas", _LAMBDAS)
     return written
 
 
@@ -128,12 +161,10 @@ def half_widths(results: EvaluationResults, variant: str, metric: str) -> tuple[
     """Returns half of the 95 % intervals of a share of right answers: on the first test set, and of the mean of all
     others; by the normal approximation, each sample drawn by itself.
     """
-    variances = []
-    for name in results.test_names:
-        share = results.metrics[variant][name][metric]
-        variances.append(max(share * (1 - share), 0.0) / results.num_samples[name])
-    shifted = sum(variances[1:]) / (len(variances) - 1) ** 2
-    return 1.96 * math.sqrt(variances[0]), 1.96 * math.sqrt(shifted)
+    first = results.test_names[0]
+    share = results.metrics[variant][first][metric]
+    variance = max(share * (1 - share), 0.0) / results.num_samples[first]
+    return 1.96 * math.sqrt(variance), shifted_half_width(results, variant, metric)
 
 
 def print_results(results: EvaluationResults, records: Sequence[ParameterRecord], console: Console) -> None:

@@ -26,6 +26,7 @@ _STYLES = {
     "trim": (OKABE_ITO["vermilion"], "d"),
     "dare": (OKABE_ITO["blue"], "*"),
 }
+_OTHERS = (("black", "<"), ("blue", ">"), ("green", "h"), ("vermilion", "8"), ("purple", "H"))  # of names not above
 _FAR = 2.0  # times the extent of all other points: where a point is farther away, the picture zooms in on the others
 
 
@@ -67,6 +68,7 @@ def accuracy_plane(
     curve: Sequence[tuple[float, float, float]] = (),
     *,
     errors: Mapping[str, tuple[float, float]] | None = None,
+    front: Sequence[tuple[float, float]] = (),
     xlabel: str = "in-distribution accuracy",
     ylabel: str = "mean accuracy on the shifted sets",
     title: str = "",
@@ -80,6 +82,7 @@ def accuracy_plane(
         points: `(x, y)` by variant.
         curve: `(alpha, x, y)` of the interpolations between pretrained (0) and finetuned (1), in order of alpha.
         errors: half widths of the intervals of `(x, y)`, by variant; None for no bars.
+        front: places to mark by a ring: those on the Pareto front.
         xlabel: what x is.
         ylabel: what y is.
         title: of the axes.
@@ -93,6 +96,10 @@ def accuracy_plane(
         inset.set_xticks([])
         inset.set_yticks([])
     _draw_plane(ax, points, curve, errors or {}, is_small=False)
+    if front:
+        x_front, y_front = zip(*front, strict=True)
+        ax.scatter(x_front, y_front, s=190, facecolor="none", edgecolor="0.25", linewidth=0.9, zorder=4)
+        ax.scatter([], [], s=60, facecolor="none", edgecolor="0.25", linewidth=0.9, label="on the front")
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set_title(title, fontsize=10)
     if zoom is None:
@@ -129,6 +136,11 @@ def _is_nearer(point: tuple[float, float], here: tuple[float, float], there: tup
     return math.dist(point, here) <= math.dist(point, there)
 
 
+def _style_of_other(number: int) -> tuple[str, str]:
+    color, marker = _OTHERS[number % len(_OTHERS)]
+    return OKABE_ITO[color], marker
+
+
 def _draw_plane(
     ax: Axes,
     points: Mapping[str, tuple[float, float]],
@@ -152,8 +164,9 @@ def _draw_plane(
                     clip_on=True,
                     annotation_clip=True,
                 )
+    others = [name for name in points if name not in _STYLES]
     for name, (x_point, y_point) in points.items():
-        color, marker = _STYLES.get(name, ("0.3", "X"))
+        color, marker = _STYLES[name] if name in _STYLES else _style_of_other(others.index(name))
         size = (150 if marker == "*" else 55) * (0.3 if is_small else 1)
         edge, width = (None, 1.5) if marker == "x" else ("white", 0.6)
         ax.scatter(

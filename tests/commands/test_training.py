@@ -111,7 +111,8 @@ def test_a_wrong_key_is_one_clear_error(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_wrong_key_in_the_callback_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = (CONFIGS / "digits.yaml").read_text()
-    config = config.replace("{debiased: true}", "{layer: blocks.0}")
+    callback = "- class_path: lit_cka.CKACallback\n"
+    config = config.replace(callback, f"{callback}      init_args: {{layer: blocks.0}}\n")
     assert "layer: blocks.0" in config
     (tmp_path / "wrong.yaml").write_text(config)
     with pytest.raises(SystemExit):

@@ -96,3 +96,76 @@ def test_blur_is_a_gaussian(sets: dict[str, tuple[Tensor, Tensor]]) -> None:
     originals, blurred = (sets[name][0][:, 0].double().numpy() for name in ("digits", "blurred"))
     expected = ndimage.gaussian_filter(originals, sigma=(0, 0.8, 0.8), mode="mirror", truncate=2.5)
     assert abs(blurred - expected).max() < 1e-5
+
+
+def test_versions_of_an_image_are_one_group() -> None:
+    """Each of two parts comes once, however often it is drawn; only what is random is drawn several times."""
+    data = DigitShiftsDataModule([3, 4], parts=["val", "test"], draws=3)
+    data.setup("test")
+    digits = DigitsDataModule([3, 4])
+    digits.setup("fit")
+    num_val = len(digits.loader("val").dataset)  # type: ignore[arg-type]
+    clean, rotated, noisy, blurred = (each.dataset.tensors for each in data.test_sets)  # type: ignore[attr-defined]
+    n = len(clean[0])
+    assert torch.equal(clean[0][:num_val], torch.cat([images for images, _ in digits.val_dataloader()]))
+    assert [len(each[0]) for each in (rotated, noisy, blurred)] == [3 * n, 3 * n, n]
+    for test_set in data.test_sets:
+        images, labels = test_set.dataset.tensors  # type: ignore[attr-defined]
+        assert test_set.groups is not None
+        assert torch.equal(labels, clean[1][test_set.groups])
+        assert sorted(set(test_set.groups.tolist())) == list(range(n))
+    for images, _ in (rotated, noisy):
+        assert not torch.equal(images[:n], images[n : 2 * n])
+    first = DigitShiftsDataModule([3, 4], parts=["val", "test"])
+    first.setup("test")
+    assert torch.equal(first.test_sets[1].dataset.tensors[0], rotated[0][:n])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"draws": 0}, "Expected `draws` to be at least 1"),
+        ({"parts": []}, "Expected `parts` to be some of train, val and test"),
+        ({"parts": ["all"]}, "but got .'all'."),
+        ({"parts": ["val", "val"]}, "each once"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DigitShiftsDataModule(**arguments)
+
+
+def train_images(**arguments: Any) -> tuple[Tensor, Tensor]:
+    data = DigitsDataModule(batch_size=500, **arguments)
+    data.setup("fit")
+    torch.manual_seed(0)
+    batches = list(data.train_dataloader())
+    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+
+
+def test_few_images_to_train_on_are_those_of_the_seed() -> None:
+    images, labels = train_images(num_train=7)
+    assert labels.bincount().tolist() == [7] * 10
+    known = {image.numpy().tobytes() for image in train_images()[0]}
+    chosen = {image.numpy().tobytes() for image in images}
+    assert chosen <= known
+    assert chosen == {image.numpy().tobytes() for image in train_images(num_train=7)[0]}
+    assert chosen != {image.numpy().tobytes() for image in train_images(num_train=7, seed=1)[0]}
+    assert len(train_images(num_train=10_000)[0]) == len(known)
+    with pytest.raises(ValueError, match="Expected `num_train` to be at least 1"):
+        DigitsDataModule(num_train=0)
+
+
+def test_shifted_training_images_are_other_ones_each_time_and_a_quarter_clean() -> None:
+    data = DigitsDataModule(batch_size=2000, shifted=True)
+    data.setup("fit")
+    known = {image.numpy().tobytes() for image, _ in data._sets["train"]}
+    epochs = [next(iter(data.train_dataloader()))[0] for _ in range(2)]
+    for images in epochs:
+        clean = sum(image.numpy().tobytes() in known for image in images) / len(images)
+        assert 0.2 < clean < 0.3
+        assert -1 <= images.min() <= images.max() <= 1
+    assert {image.numpy().tobytes() for image in epochs[0]} != {image.numpy().tobytes() for image in epochs[1]}
+    (images, _), *_ = data.val_dataloader()
+    val = {image.numpy().tobytes() for image, _ in data._sets["val"]}
+    assert {image.numpy().tobytes() for image in images} <= val

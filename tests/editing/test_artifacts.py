@@ -80,12 +80,13 @@ def test_files(editor: MonoSoupEditor, tmp_path: Path) -> None:
     written = save_results(
         tmp_path / "new" / "folder", editor.results, editor.edited.records, {"seed": 3, "x": Path("y")}
     )
-    pictures = ["cka_0_clean", "cka_1_chosen", "cka_2_few", "lambdas", "accuracy_plane"]
+    pictures = ["accuracy_plane", "cka_0_clean", "cka_1_chosen", "cka_2_few", "lambdas"]
     names = ["monosoup.json", "summary.json", *(f"{name}{suffix}" for name in pictures for suffix in (".png", ".pdf"))]
+    names.append("index.html")
     assert [path.name for path in written] == names
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted(names)
     for path in written:
-        magic = {".png": b"\x89PNG\r\n", ".pdf": b"%PDF-", ".json": b"{"}[path.suffix]
+        magic = {".png": b"\x89PNG\r\n", ".pdf": b"%PDF-", ".json": b"{", ".html": b"<!DOCTYPE"}[path.suffix]
         assert path.read_bytes().startswith(magic)
 
 
@@ -154,7 +155,7 @@ def test_names_of_any_kind(tmp_path: Path, name: str) -> None:
     written = save_results(tmp_path / "folder", found, [record()], {})
     assert {path.parent for path in written} == {tmp_path / "folder"}
     assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
-    assert len(written) == len({path.name for path in written}) == 2 + 2 * 4
+    assert len(written) == len({path.name for path in written}) == 3 + 2 * 4
     assert not any(letter in path.name for path in written for letter in "/\\<>:$[]() ")
     assert list(strictly(tmp_path / "folder" / "monosoup.json")["num_samples"]) == [name, f"{name}2"]
     assert "0.5000" in printed(found, [record()])
@@ -182,7 +183,7 @@ def test_numbers_that_json_has_not(tmp_path: Path, value: float) -> None:
 def test_of_one_set_without_cka(tmp_path: Path) -> None:
     found = EvaluationResults({"pretrained": {"a": {"nll": 2.0}}}, {"pretrained": {}}, {"a": {}}, {"a": 3}, {"a": 0})
     written = save_results(tmp_path, found, [record(reason="unchanged")], {})
-    assert [path.name for path in written] == ["monosoup.json", "summary.json"]
+    assert [path.name for path in written] == ["monosoup.json", "summary.json", "index.html"]
     printed(found, [record(reason="unchanged")])
 
 

@@ -83,7 +83,7 @@ def _probe(options: Any, config: dict[str, Any]) -> list[ProbeRow]:
         {
             "layer": row.layer, "CKA": row.cka, f"accuracy, {before.model}": row.accuracy_before,
             f"accuracy, {after.model}": row.accuracy_after, "difference": row.difference,
-            "error of the difference": row.error_difference, "verdict": row.verdict,
+            "its error": row.error_difference, "verdict": row.verdict,
         }
         for row in rows
     ]  # fmt: skip

@@ -82,8 +82,8 @@ def _probe(options: Any, config: dict[str, Any]) -> list[ProbeRow]:
     table = [
         {
             "layer": row.layer, "CKA": row.cka, f"accuracy, {before.model}": row.accuracy_before,
-            f"accuracy, {after.model}": row.accuracy_after, "difference": row.difference,
-            "its error": row.error_difference, "verdict": row.verdict,
+            f"accuracy, {after.model}": row.accuracy_after,
+            "difference": f"{row.difference:+.3f} ± {row.error_difference:.3f}", "verdict": row.verdict,
         }
         for row in rows
     ]  # fmt: skip

@@ -208,7 +208,7 @@ def test_probe(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert advice(rows) in html
     assert "accuracy, before" in html
     assert advice(rows) in capsys.readouterr().out
-    assert f"<td>{rows[1].difference:.4f}</td><td>{rows[1].error_difference:.4f}</td>" in html
+    assert f"<td>{rows[1].difference:+.3f} ± {rows[1].error_difference:.3f}</td>" in html
     assert [list(choice) for choice in rows[0].chosen_after] == written["layers"][0]["chosen_after"]
 
 

@@ -103,8 +103,9 @@ class ProbeResult:
 def probe(X: NDArray[np.float64], labels: NDArray[Any], settings: ProbeSettings) -> ProbeResult:
     """Returns what logistic regression reads of the classes `labels` (n,) from features `X` (n, d).
 
-    It costs `num_folds` fits where `C` and `standardize` are given. To choose both takes 44 in place of each: for either
-    scaling, a path of 7 values of C in every inner fold, each fit starting from the one before, and one fit at the best.
+    It costs `num_folds` fits where `C` and `standardize` are given. To choose both takes 44 in place of each: for
+    either scaling, a path of 7 values of C in every inner fold, each fit starting from the one before, and one fit at
+    the best.
 
     Raises:
         ValueError: if a class has too few samples.

@@ -125,12 +125,15 @@ def test_labels_without_a_trace_in_the_features_are_read_at_chance() -> None:
     assert 0.35 < np.mean(accuracies) < 0.6
 
 
-def test_the_unit_of_the_features_does_not_count() -> None:
+def test_neither_the_unit_of_the_features_counts_nor_dead_ones() -> None:
     X, y = load_wine(return_X_y=True)
     X = X[:, :6] - X[:, :6].mean(0)
     first, other = (probe(scale * X, y, ProbeSettings(2, standardize=False)) for scale in (1.0, 2.0**-12))
     assert first.chosen == other.chosen
     np.testing.assert_array_equal(first.is_right, other.is_right)
+    dead = probe(np.c_[X, np.zeros((len(X), 194))], y, ProbeSettings(2, standardize=False))
+    assert first.chosen == dead.chosen
+    np.testing.assert_array_equal(first.is_right, dead.is_right)
 
 
 @pytest.mark.slow  # new processes import scikit-learn

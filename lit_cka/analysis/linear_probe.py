@@ -18,7 +18,8 @@ class ProbeSettings:
     """How a linear probe is fitted: scikit-learn's logistic regression with an L2 penalty.
 
     What is None is chosen inside each training fold, by a cross-validation of its own there: the `C` and the scaling of
-    the highest likelihood. So no sample that a probe is judged by has had a part in it.
+    the highest accuracy, of equals the smallest `C`, unscaled. So no sample that a probe is judged by has had a part in
+    it.
 
     Args:
         num_folds: of the stratified cross-validation that the accuracy is from.
@@ -36,7 +37,7 @@ class ProbeSettings:
     """
 
     num_folds: int = 5
-    num_inner_folds: int = 3
+    num_inner_folds: int = 5
     C: float | None = None
     standardize: bool | None = None
     max_iter: int = 1000
@@ -103,7 +104,7 @@ class ProbeResult:
 def probe(X: NDArray[np.float64], labels: NDArray[Any], settings: ProbeSettings) -> ProbeResult:
     """Returns what logistic regression reads of the classes `labels` (n,) from features `X` (n, d).
 
-    It costs `num_folds` fits where `C` and `standardize` are given. To choose both takes 44 in place of each: for
+    It costs `num_folds` fits where `C` and `standardize` are given. To choose both takes 72 in place of each: for
     either scaling, a path of 7 values of C in every inner fold, each fit starting from the one before, and one fit at
     the best.
 
@@ -145,7 +146,7 @@ def _fitted(
     if not settings.is_nested:
         return models[0], unit, (float(settings.C or 0), scalings[0])
     chosen = [_chosen(model[-1]) for model in models]
-    best = int(np.argmax([likelihood for likelihood, _ in chosen]))
+    best = int(np.argmax([accuracy for accuracy, _ in chosen]))
     return models[best], unit, (chosen[best][1], scalings[best])
 
 
@@ -158,14 +159,15 @@ def _model(settings: ProbeSettings, is_scaled: bool) -> Any:
     if settings.is_nested:
         inner = StratifiedKFold(settings.num_inner_folds, shuffle=True, random_state=settings.seed)
         Cs = list(_CS) if settings.C is None else [settings.C]
-        regression = LogisticRegressionCV(Cs=Cs, cv=inner, scoring="neg_log_loss", max_iter=settings.max_iter)
+        # By accuracy: the C of the highest likelihood reads up to 8 points worse from 144 samples of 64 features.
+        regression = LogisticRegressionCV(Cs=Cs, cv=inner, scoring="accuracy", max_iter=settings.max_iter)
     else:
         regression = LogisticRegression(C=settings.C, max_iter=settings.max_iter)
     return make_pipeline(StandardScaler(), regression) if is_scaled else make_pipeline(regression)
 
 
 def _chosen(regression: Any) -> tuple[float, float]:
-    """Returns the mean log-likelihood over the inner folds of the best C, and that C, of a LogisticRegressionCV."""
+    """Returns the mean accuracy over the inner folds of the best C, and that C, of a LogisticRegressionCV."""
     scores = regression.scores_  # (inner folds, ..., Cs), in releases before 1.10 for each class the same
     if isinstance(scores, dict):
         scores = next(iter(scores.values()))

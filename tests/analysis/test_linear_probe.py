@@ -50,21 +50,23 @@ def published(X: np.ndarray, y: np.ndarray, seed: int = 0) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "load",
+    ("load", "num_seeds"),
     [
-        lambda: load_digits(return_X_y=True),
-        lambda: load_wine(return_X_y=True),
-        lambda: load_breast_cancer(return_X_y=True),
-        sentence_embeddings,
+        (lambda: load_digits(return_X_y=True), 1),
+        (lambda: load_wine(return_X_y=True), 3),
+        (lambda: load_breast_cancer(return_X_y=True), 3),
+        (sentence_embeddings, 3),
     ],
     ids=["digits", "wine", "breast_cancer", "sentence_embeddings"],
 )
-def test_as_good_as_what_one_would_publish(load: Callable[[], tuple[np.ndarray, np.ndarray]]) -> None:
+def test_as_good_as_what_one_would_publish(load: Callable[[], tuple[np.ndarray, np.ndarray]], num_seeds: int) -> None:
+    """The mean over several draws of the folds, where that takes no minutes: of few samples, one draw is noise."""
     X, y = load()
-    others = published(X, y)
-    found = probe(X - X.mean(0), y, ProbeSettings())
-    print({name: round(value, 4) for name, value in others.items()}, "probe:", round(found.accuracy, 4), found.chosen)
-    assert found.accuracy >= max(others.values()) - 0.01
+    others = [published(X, y, seed) for seed in range(num_seeds)]
+    means = {name: float(np.mean([each[name] for each in others])) for name in others[0]}
+    found = float(np.mean([probe(X - X.mean(0), y, ProbeSettings(seed=seed)).accuracy for seed in range(num_seeds)]))
+    print({name: round(value, 4) for name, value in means.items()}, "probe:", round(found, 4))
+    assert found >= max(means.values()) - 0.01
 
 
 def test_the_scaling_is_off_where_it_hurts_and_on_where_it_helps() -> None:
@@ -72,8 +74,8 @@ def test_the_scaling_is_off_where_it_hurts_and_on_where_it_helps() -> None:
     found = {scaled: probe(X, y, ProbeSettings(2, C=1.0, standardize=scaled)).accuracy for scaled in (True, False)}
     assert found[False] > found[True] + 0.02
     chosen = probe(X, y, ProbeSettings(2))
+    assert chosen.accuracy > found[True] + 0.02
     assert chosen.accuracy >= found[False] - 0.01
-    assert not any(scaled for _, scaled in chosen.chosen)
     X, y = load_wine(return_X_y=True)
     found = {scaled: probe(X, y, ProbeSettings(3, C=0.1, standardize=scaled)).accuracy for scaled in (True, False)}
     assert found[True] > found[False] + 0.02

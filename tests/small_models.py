@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -57,18 +59,34 @@ def tiny_convnext(folder: Path) -> str:
     return f"local-dir:{folder}"
 
 
-def tiny_distilbert(folder: Path) -> Path:
+def tiny_distilbert(folder: Path, words: Sequence[str] = WORDS) -> Path:
     """A DistilBERT without a classification head, and its tokenizer, as `save_pretrained` writes them."""
     from transformers import DistilBertConfig, DistilBertModel, DistilBertTokenizerFast
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    DistilBertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(3)
     config = DistilBertConfig(
-        vocab_size=len(WORDS), dim=32, n_layers=3, n_heads=2, hidden_dim=64, max_position_embeddings=32
+        vocab_size=len(words), dim=32, n_layers=3, n_heads=2, hidden_dim=64, max_position_embeddings=32
     )
-    DistilBertModel(config).save_pretrained(folder)
+    return _saved(folder, DistilBertModel(config), DistilBertTokenizerFast, words)
+
+
+def tiny_bert(folder: Path, words: Sequence[str] = WORDS) -> Path:
+    """The same for a BERT, whose blocks have other names, and whose body ends in a pooler."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    torch.manual_seed(4)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    return _saved(folder, BertModel(config), BertTokenizerFast, words)
+
+
+def _saved(folder: Path, model: Any, tokenizer: Any, words: Sequence[str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(words))
+    tokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lit_cka.analysis.extraction import extract
     from lit_cka.analysis.features import Features
     from lit_cka.analysis.image_model import Digits, ImageFiles, ImageModel
+    from lit_cka.analysis.linear_probe import ProbeSettings
     from lit_cka.analysis.measures import Settings
     from lit_cka.analysis.probes import advice, probe_layers
     from lit_cka.analysis.projection import project
@@ -24,6 +25,7 @@ __all__ = [
     "Features",
     "ImageFiles",
     "ImageModel",
+    "ProbeSettings",
     "Settings",
     "TextFile",
     "TextModel",
@@ -43,6 +45,7 @@ __getattr__, __dir__, _ = lazy_loader.attach(
         "extraction": ["extract"],
         "features": ["Features"],
         "image_model": ["Digits", "ImageFiles", "ImageModel"],
+        "linear_probe": ["ProbeSettings"],
         "measures": ["Settings"],
         "probes": ["advice", "probe_layers"],
         "projection": ["project"],

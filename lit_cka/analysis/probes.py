@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -11,31 +10,50 @@ from typing import Any
 import numpy as np
 
 from lit_cka.analysis.features import Features, matched
+from lit_cka.analysis.linear_probe import ProbeResult, ProbeSettings, probe
 from lit_cka.functional.centring import without_rounding
 from lit_cka.functional.matrix import cka_matrix
 from lit_cka.functional.units import in_usual_unit
 from lit_cka.progress import progress_bar
 from lit_cka.tracking.history import THRESHOLDS, verdict
 
-_NOTHING_GAINED = 0.02  # accuracy
+_NOTHING_GAINED = 0.02  # accuracy, too little to train a layer for
 
 
 @dataclass(frozen=True)
 class ProbeRow:
-    """One layer: CKA with its counterpart, and what logistic regression reads from it before and after."""
+    """One layer: CKA with its counterpart, and what logistic regression reads from it before and after.
+
+    Attributes:
+        error_before: standard error of `accuracy_before` over the folds.
+        error_after: the same of `accuracy_after`.
+        error_difference: standard error of `difference` over the samples, which both models' probes have read alike or
+            not: of values of -1, 0 and 1 (McNemar 1947), so that what is hard for both does not count.
+        verdict: "untouched", "refined", "rewritten" or "undefined", by the CKA alone.
+        chosen_before: `(C, standardize)` of each fold's probe.
+        chosen_after: the same, on the features after.
+    """
 
     layer: str
     cka: float
     accuracy_before: float
     accuracy_after: float
-    error_before: float  # standard error over the folds
+    error_before: float
     error_after: float
-    verdict: str  # "untouched", "refined", "rewritten"
+    error_difference: float
+    verdict: str
+    chosen_before: list[tuple[float, bool]]
+    chosen_after: list[tuple[float, bool]]
 
     @property
     def difference(self) -> float:
         """The accuracy gained."""
         return self.accuracy_after - self.accuracy_before
+
+    @property
+    def gained(self) -> bool:
+        """Whether the labels are read better after than before, by more than two standard errors."""
+        return self.difference > 2 * self.error_difference
 
 
 def probe_layers(
@@ -43,65 +61,75 @@ def probe_layers(
     after: Features,
     labels: Sequence[Any] | None = None,
     *,
-    num_folds: int = 5,
-    C: float = 1.0,
-    max_iter: int = 2000,
+    settings: ProbeSettings | None = None,
     debiased: bool = True,
-    seed: int = 0,
     progress: bool = True,
 ) -> list[ProbeRow]:
     """Returns per layer the linear CKA of two models, and the accuracy of a linear probe on the features of each.
 
-    The probe is scikit-learn's logistic regression on standardised features, by stratified cross-validation over the
-    same folds for both models, so that the accuracy is of samples it has not seen.
+    The probe is scikit-learn's logistic regression, by stratified cross-validation over the same folds for both models,
+    so that the accuracy is of samples it has not seen; see `ProbeSettings`.
 
     Args:
         before: features of the pretrained model.
         after: features of the fine-tuned model: the same samples, the same layers.
         labels: of the samples; None for those that `before` has.
-        num_folds: of the cross-validation.
-        C: inverse strength of the probe's regularisation.
-        max_iter: of its solver.
-        debiased: use the unbiased HSIC in CKA.
-        seed: of the folds.
+        settings: of the probe; None for those of `ProbeSettings()`, which choose the regularisation and the scaling.
+        debiased: use the unbiased HSIC in CKA. The plain one is near 1 for few samples of wide features, whatever they
+            are (Murphy et al. 2024, arXiv 2405.01012).
         progress: show a progress bar.
 
     Raises:
-        ValueError: if an option is out of range, samples or layers differ, there are no labels, one class alone, or a
-            class with fewer samples than folds.
+        ValueError: if samples or layers differ, features are not finite, there are no labels, one class alone, or a
+            class with fewer samples than the folds take.
     """
-    check_probe(num_folds, C)
+    settings = settings or ProbeSettings()
     after = matched(before, after)
     if list(before.layers) != list(after.layers):
         raise ValueError(
             f"Expected two models with the same layers, but {before.model} has {list(before.layers)[:4]} and "
             f"{after.model} has {list(after.layers)[:4]}."
         )
-    classes = _checked_labels(before.labels if labels is None else labels, before.num_samples, num_folds)
+    classes = _checked_labels(before.labels if labels is None else labels, before.num_samples)
+    settings.check_classes(classes)
+    for features in (before, after):
+        _check_finite(features)
+    codes = np.unique(classes, return_inverse=True)[1]
     rows = []
     with progress_bar("Probing", 2 * len(before.layers), enabled=progress) as advance:
         for name in before.layers:
-            found = []
+            results = []
             for features in (before, after):
                 X = without_rounding(in_usual_unit(features.layers[name])).numpy()
-                found.append(_accuracies(X, classes, num_folds, C, max_iter, seed))
+                results.append(probe(X, codes, settings))
                 advance(1)
             cka = cka_matrix([before.layers[name]], [after.layers[name]], debiased=debiased).item()
-            means = [float(scores.mean()) for scores in found]
-            errors = [float(scores.std(ddof=1) / np.sqrt(len(scores))) for scores in found]
-            rows.append(ProbeRow(name, cka, means[0], means[1], errors[0], errors[1], verdict(cka)))
+            rows.append(_row(name, cka, *results))
     return rows
 
 
-def check_probe(num_folds: int, C: float) -> None:
-    """Raise a ValueError if the options of a probe are out of range."""
-    if num_folds < 2:
-        raise ValueError(f"Expected `num_folds` of 2 or more, but got {num_folds}.")
-    if not C > 0:
-        raise ValueError(f"Expected `C` to be positive, but got {C}.")
+def _row(layer: str, cka: float, before: ProbeResult, after: ProbeResult) -> ProbeRow:
+    changes = after.is_right.astype(float) - before.is_right
+    error = float(changes.std(ddof=1) / np.sqrt(len(changes)))
+    return ProbeRow(
+        layer, cka, before.accuracy, after.accuracy, before.error, after.error, error, verdict(cka), before.chosen,
+        after.chosen,
+    )  # fmt: skip
 
 
-def _checked_labels(labels: Sequence[Any] | None, num_samples: int, num_folds: int) -> np.ndarray[Any, Any]:
+def _check_finite(features: Features) -> None:
+    for name, X in features.layers.items():
+        is_broken = ~X.isfinite().all(dim=1)
+        if is_broken.any():
+            first = features.ids[int(is_broken.int().argmax())]
+            raise ValueError(
+                f"Expected finite features to probe, but layer {name!r} of {features.model} has NaN or infinite ones "
+                f"in {int(is_broken.sum())} of {len(X)} samples, the first of which is {first!r}. Leave these samples "
+                "or the layer out, or run the model in float32."
+            )
+
+
+def _checked_labels(labels: Sequence[Any] | None, num_samples: int) -> np.ndarray[Any, Any]:
     if labels is None:
         raise ValueError("Expected labels for the probe, but the features have none. Name the column that has them.")
     if len(labels) != num_samples:
@@ -109,50 +137,31 @@ def _checked_labels(labels: Sequence[Any] | None, num_samples: int, num_folds: i
     missing = next((index for index, label in enumerate(labels) if label is None or label != label), None)
     if missing is not None:
         raise ValueError(f"Expected a label for each of {num_samples} samples, but sample {missing} has none.")
-    found, codes, counts = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
-    classes = found.tolist()
-    if len(classes) < 2:
-        raise ValueError(f"Expected labels of at least two classes, but all are {classes[0]!r}.")
-    if counts.min() < num_folds:
-        rare = classes[counts.argmin()]
-        raise ValueError(
-            f"Expected at least {num_folds} samples of each class, one for each fold, but class {rare!r} has "
-            f"{counts.min()}. Use more samples, or fewer folds."
-        )
-    return codes
-
-
-def _accuracies(
-    X: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], num_folds: int, C: float, max_iter: int, seed: int
-) -> np.ndarray[Any, Any]:
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold, cross_val_score
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=max_iter))
-    folds = StratifiedKFold(num_folds, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        # A probe that has not converged to the last digit is as good a probe.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        scores: np.ndarray[Any, Any] = cross_val_score(probe, X, labels, cv=folds)
-    return scores
+    classes = np.asarray(labels)
+    if len(np.unique(classes)) < 2:
+        raise ValueError(f"Expected labels of at least two classes, but all are {classes.tolist()[0]!r}.")
+    return classes
 
 
 def _could_be_frozen(row: ProbeRow) -> bool:
     """Returns whether a layer is similar to before, and no easier to read the labels from; NaN is not similar."""
     _, refined = THRESHOLDS
-    return row.cka >= refined and row.difference <= max(_NOTHING_GAINED, 2 * row.error_after)
+    return row.cka >= refined and (not row.gained or row.difference <= _NOTHING_GAINED)
 
 
 def advice(rows: Sequence[ProbeRow]) -> str:
-    """Returns what the table says about which layers fine-tuning could have left alone, and which it was for."""
+    """Returns what the table says about which layers fine-tuning could have left alone, and which it was for.
+
+    It rests on the CKA and on gains beyond twice their standard error, not on the accuracies themselves, which change
+    with the probe's regularisation.
+    """
     # From the first layer on: to freeze a layer above a trained one saves nothing.
     frozen = [row.layer for row in takewhile(_could_be_frozen, rows)]
-    useful = [row.layer for row in rows if row.verdict == "rewritten" and row.difference > 2 * row.error_after]
-    idle = [row.layer for row in rows if row.verdict == "rewritten" and row.layer not in useful]
+    useful = [row.layer for row in rows if row.verdict == "rewritten" and row.gained]
+    idle = [row.layer for row in rows if row.verdict == "rewritten" and not row.gained]
     best = max(rows, key=lambda row: row.accuracy_after)
+    least = best.accuracy_after - 2 * best.error_after
+    as_good = [row.layer for row in rows if row is not best and row.accuracy_after >= least]
     parts = [
         f"{_listed(frozen)} could have been frozen: similar to before, and no easier to read the labels from."
         if frozen
@@ -161,8 +170,9 @@ def advice(rows: Sequence[ProbeRow]) -> str:
     if useful:
         parts.append(f"{_listed(useful)} changed and gained: there fine-tuning did its work.")
     if idle:
-        parts.append(f"{_listed(idle)} changed without a gain for these labels beyond the noise of the folds.")
-    parts.append(f"The labels are read best from {best.layer} (accuracy {best.accuracy_after:.3f}).")
+        parts.append(f"{_listed(idle)} changed without a gain for these labels beyond its error.")
+    others = f", and as well, within its error, from {_listed(as_good)}" if as_good else ""
+    parts.append(f"The labels are read best from {best.layer} (accuracy {best.accuracy_after:.3f}){others}.")
     return " ".join(parts)
 
 

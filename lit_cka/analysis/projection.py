@@ -29,6 +29,23 @@ class LayerPoint:
 
 
 @dataclass(frozen=True)
+class Procrustes:
+    """What is left when a model's layers on one dataset, `A`, are rotated onto those on another, `B`, as one cloud.
+
+    Attributes:
+        squared_residual: `||A R - B||_F^2`, R orthogonal and as good as can be.
+        residual: `||A R - B||_F`.
+        relative_squared_residual: `||A R - B||_F^2 / (||A||_F^2 + ||B||_F^2)`, in [0, 1].
+        relative_residual: its root, in [0, 1]: relative to the joint norm.
+    """
+
+    squared_residual: float
+    residual: float
+    relative_squared_residual: float
+    relative_residual: float
+
+
+@dataclass(frozen=True)
 class Pairing:
     """How far apart a model's layers lie on two datasets that say the same.
 
@@ -36,8 +53,9 @@ class Pairing:
         layers: in order.
         cka: of each layer on the one dataset with itself on the other.
         distances: in the map.
-        residual: sum of squared distances that is left when the one cloud of points is rotated onto the other.
-        relative_residual: the same, as a share of the other cloud's spread. Both are NaN for one layer.
+        procrustes_in_map: of the three coordinates of the map.
+        procrustes_of_signatures: of the whole signatures, of which the map shows three directions. Both are NaN for one
+            layer, and where one is undefined.
     """
 
     model: str
@@ -45,8 +63,8 @@ class Pairing:
     layers: list[str]
     cka: list[float]
     distances: list[float]
-    residual: float
-    relative_residual: float
+    procrustes_in_map: Procrustes
+    procrustes_of_signatures: Procrustes
 
 
 @dataclass(frozen=True)
@@ -56,7 +74,7 @@ class Projection:
     Attributes:
         points: in the order of the rows of `cka`.
         cka: (points, points), linear CKA of all pairs.
-        explained: share of the variance of each of the three components.
+        explained: share of the variance of each of the three components; about the origin, if not centred.
         correlation: by what points are told apart by ("dataset", "model"), correlation of each component with it;
             NaN where there is only one.
         correlation_by_model: the same with the dataset, within each model.
@@ -71,7 +89,9 @@ class Projection:
     pairings: list[Pairing]
 
 
-def project(features: Sequence[Features], *, standardize: bool = False) -> Projection:
+def project(
+    features: Sequence[Features], *, standardize: bool = False, debiased: bool = True, centre: bool = True
+) -> Projection:
     """Returns the joint kernel PCA of the signatures of all layers; see `lit_cka.functional.signatures`.
 
     Args:
@@ -79,9 +99,15 @@ def project(features: Sequence[Features], *, standardize: bool = False) -> Proje
             languages: ids have to agree.
         standardize: give every feature unit variance first, as published maps do. Linear CKA then is of standardised
             features.
+        debiased: use the unbiased HSIC in CKA: signatures are U-centred Gram matrices. The plain one is near 1 for few
+            samples of wide features, whatever they are (Murphy et al. 2024, arXiv 2405.01012).
+        centre: measure the signatures from their mean in the map, and those of each dataset from theirs before they are
+            rotated. False leaves them where they are, as published maps do: the first component then says little else
+            than that all are alike, and the second is what the first would have been.
 
     Raises:
-        ValueError: if there are none, a model and dataset come twice, or samples don't match.
+        ValueError: if there are none, a model and dataset come twice, samples don't match, or there are fewer than 4 (2
+            for the plain CKA).
     """
     if not features:
         raise ValueError("Expected features of at least one model, but got none.")
@@ -90,8 +116,8 @@ def project(features: Sequence[Features], *, standardize: bool = False) -> Proje
         raise ValueError(f"Expected every model and dataset once, but got {keys}.")
     features = [features[0], *(matched(features[0], each) for each in features[1:])]
     layers = [standardized(in_usual_unit(X)) if standardize else X for each in features for X in each.layers.values()]
-    gram = signature_gram(layers)
-    coordinates, explained = kernel_pca(gram)
+    gram = signature_gram(layers, debiased=debiased)
+    coordinates, explained = kernel_pca(gram, centre=centre)
     points = [
         LayerPoint(each.model, each.data, layer, depth, (0.0, 0.0, 0.0))
         for each in features
@@ -116,7 +142,7 @@ def project(features: Sequence[Features], *, standardize: bool = False) -> Proje
         explained.tolist(),
         {name: _correlation(coordinates, labels) for name, labels in by.items()},
         within,
-        _pairings(features, points, coordinates, gram),
+        _pairings(features, points, coordinates, gram, centre),
     )
 
 
@@ -128,7 +154,7 @@ def _correlation(coordinates: Tensor, labels: Sequence[str]) -> list[float]:
 
 
 def _pairings(
-    features: Sequence[Features], points: Sequence[LayerPoint], coordinates: Tensor, gram: Tensor
+    features: Sequence[Features], points: Sequence[LayerPoint], coordinates: Tensor, gram: Tensor, centre: bool
 ) -> list[Pairing]:
     pairings = []
     place = {(point.model, point.dataset, point.layer): index for index, point in enumerate(points)}
@@ -140,7 +166,7 @@ def _pairings(
             continue
         one = [place[a.model, a.data, layer] for layer in shared]
         other = [place[b.model, b.data, layer] for layer in shared]
-        residual, relative = _residual(coordinates[one], coordinates[other])
+        cloud, other_cloud = (_cloud(gram[rows][:, rows]) for rows in (one, other))
         pairings.append(
             Pairing(
                 a.model,
@@ -148,15 +174,24 @@ def _pairings(
                 shared,
                 gram[one, other].tolist(),
                 (coordinates[one] - coordinates[other]).norm(dim=1).tolist(),
-                residual,
-                relative,
+                _procrustes(coordinates[one], coordinates[other], centre),
+                _procrustes(cloud, other_cloud, centre),
             )
         )
     return pairings
 
 
-def _residual(one: Tensor, other: Tensor) -> tuple[float, float]:
+def _cloud(K: Tensor) -> Tensor:
+    """Returns points (k, k) with the inner products `K` (k, k): signatures, but for a rotation.
+
+    Procrustes undoes it: `||A' B||_*` is that of the roots `K^(1/2)` of `A A'` and of `B B'`.
+    """
+    coordinates, _ = kernel_pca(K, len(K), centre=False)
+    return coordinates
+
+
+def _procrustes(one: Tensor, other: Tensor, centre: bool) -> Procrustes:
     if len(one) < 2:
-        return float("nan"), float("nan")  # a single point says nothing of the shape of a cloud
-    aligned = orthogonal_alignment(one, other)
-    return float(aligned.residual), float(aligned.relative)
+        return Procrustes(*[float("nan")] * 4)  # a single point says nothing of the shape of a cloud
+    _, *residuals = orthogonal_alignment(one, other, centre=centre)
+    return Procrustes(*map(float, residuals))

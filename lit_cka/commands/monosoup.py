@@ -34,6 +34,7 @@ _NOT_BRIEF = {
     *("trainer.num_nodes", "trainer.deterministic", "trainer.logger"),
     *("editor.include", "editor.exclude", "editor.keep_pretrained", "editor.keep_finetuned", "editor.weights"),
     *("editor.min_rel_update", "editor.sequential", "editor.shared"),
+    *("editor.variants", "editor.evaluate", "editor.cka_sets", "editor.debiased"),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ from rich.console import Console
 
 from lit_cka import plots
 from lit_cka.analysis.comparison import compare_features
+from lit_cka.analysis.linear_probe import ProbeSettings
+from lit_cka.analysis.measures import Settings
 from lit_cka.analysis.page import Section, write_page
-from lit_cka.analysis.probes import ProbeRow, advice, check_probe, probe_layers
+from lit_cka.analysis.probes import ProbeRow, advice, probe_layers
 from lit_cka.commands.messages import is_first_rank
 from lit_cka.commands.parsing import Parser
 from lit_cka.commands.results import (
@@ -45,9 +47,8 @@ def parser() -> Parser:
     )
     parser.add_argument("--after", type=Model, required=True, help="The fine-tuned model.")
     parser.add_argument("--data", type=Data, required=True, help="Samples with labels.")
-    parser.add_argument("--num_folds", type=int, default=5, help="Of the cross-validation.")
-    parser.add_argument("--C", type=float, default=1.0, help="Inverse strength of the probe's regularisation.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the folds.")
+    parser.add_class_arguments(ProbeSettings)
+    parser.add_class_arguments(Settings, "settings")
     parser.add_argument("--output", type=str, required=True, help="Folder for the results.")
     parser.add_argument("--title", type=str, default="Where fine-tuning changed the model", help="Of the report.")
     parser.add_argument("--num_threads", type=PositiveInt | None, default=None, help="CPU threads for torch.")
@@ -61,12 +62,12 @@ def main(args: list[str]) -> list[ProbeRow]:
 
 def _probe(options: Any, config: dict[str, Any]) -> list[ProbeRow]:
     folder = Path(options.output)
-    check_probe(options.num_folds, options.C)
+    probe_settings = ProbeSettings(**{field.name: options[field.name] for field in fields(ProbeSettings)})
     ((before, after),) = all_features([options.before, options.after], [options.data], folder)
     if not is_first_rank():
         return []
-    rows = probe_layers(before, after, num_folds=options.num_folds, C=options.C, seed=options.seed)
-    comparison = compare_features(before, after)
+    rows = probe_layers(before, after, settings=probe_settings, debiased=options.settings.debiased)
+    comparison = compare_features(before, after, options.settings)
     pictures = save_comparison(comparison, folder, "matrix")
     figure, _ = plots.probe_figure(
         [row.layer for row in rows],
@@ -81,7 +82,8 @@ def _probe(options: Any, config: dict[str, Any]) -> list[ProbeRow]:
     table = [
         {
             "layer": row.layer, "CKA": row.cka, f"accuracy, {before.model}": row.accuracy_before,
-            f"accuracy, {after.model}": row.accuracy_after, "difference": row.difference, "verdict": row.verdict,
+            f"accuracy, {after.model}": row.accuracy_after,
+            "difference": f"{row.difference:+.3f} ± {row.error_difference:.3f}", "verdict": row.verdict,
         }
         for row in rows
     ]  # fmt: skip

@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from lit_cka import plots
-from lit_cka.analysis.comparison import compare_features
 from lit_cka.analysis.features import Features
-from lit_cka.analysis.measures import Settings
 from lit_cka.analysis.page import Section, write_page
 from lit_cka.analysis.projection import Projection, project
 from lit_cka.commands.messages import is_first_rank
@@ -42,6 +40,14 @@ def parser() -> Parser:
     parser.add_argument("--data", type=list[Data], default=[], help="The datasets: the same samples said differently.")
     parser.add_argument("--features", type=str, nargs="+", default=[], help="In place of both: files that were stored.")
     parser.add_argument("--standardize", type=bool, default=False, help="Give every feature unit variance first.")
+    parser.add_argument("--debiased", type=bool, default=True, help="Use the unbiased HSIC in CKA.")
+    parser.add_argument(
+        "--centre",
+        type=bool,
+        default=True,
+        help="Measure signatures from their mean in the map. False for maps as published, whose first component is the "
+        "mean.",
+    )
     parser.add_argument("--output", type=str, required=True, help="Folder for the results.")
     parser.add_argument("--title", type=str, default="A map of layers", help="Of the report.")
     parser.add_argument("--num_threads", type=PositiveInt | None, default=None, help="CPU threads for torch.")
@@ -62,47 +68,61 @@ def _project(options: Any, config: dict[str, Any]) -> Projection | None:
         features = [each for of_set in all_features(options.models, options.data, folder) for each in of_set]
     if not is_first_rank():
         return None
-    projection = project(features, standardize=options.standardize)
+    projection = project(features, standardize=options.standardize, debiased=options.debiased, centre=options.centre)
     write_json(folder / "projection.json", {"config": config, "versions": versions(), **asdict(projection)})
     pairs = _pair_table(projection)
-    matrices = _matrices(features)
-    pictures = _draw(matrices, folder)
-    notes = _notes(projection)
+    rotations = _procrustes_table(projection)
+    matrices = _matrices(projection)
+    label = "CKA, debiased" if options.debiased else "CKA"
+    pictures = _draw(matrices, folder, label)
+    notes = {"estimator": label + " of standardised features" * options.standardize, **_notes(projection)}
     write_map(
         folder / "map.html",
         [MapPoint(point.model, point.dataset, point.layer, point.depth, point.position) for point in projection.points],
         title=options.title, explained=projection.explained, cka=np.asarray(projection.cka),
         matrices=_tabs(matrices),
-        notes=notes, tables={"Pairs of datasets": pairs} if pairs else {},
+        notes=notes, tables={"Pairs of datasets": pairs, "Procrustes": rotations} if pairs else {},
     )  # fmt: skip
     text = [f"{name}: {value}" for name, value in notes.items()]
     sections = [
         Section("The map", text, links={"map.html": "Open the interactive map"}),
         Section("The same samples said differently", table=pairs, images=pictures),
     ]
+    if rotations:
+        said = (
+            "What is left when a model's layers on one dataset, A, are rotated onto those on the other, B, as a whole."
+        )
+        sections.append(Section("Does a rotation take the one onto the other?", [said], rotations))
     page = write_page(folder, options.title, sections, about=f"n = {features[0].num_samples} samples.")
     console = Console(soft_wrap=True, highlight=False, markup=False)
     if pairs:
         print_table("Pairs of datasets", pairs, console)
+        print_table("Procrustes: one dataset's layers rotated onto the other's", rotations, console)
     for line in text:
         console.print(line)
     console.print(f"Map: {folder / 'map.html'}\nReport: {page}")
     return projection
 
 
-def _matrices(features: list[Features]) -> dict[str, dict[tuple[str, str], Matrix]]:
+def _matrices(projection: Projection) -> dict[str, dict[tuple[str, str], Matrix]]:
     """By model and pair of datasets, CKA of all layers on the one with all on the other; of one, with itself."""
-    found: dict[str, dict[tuple[str, str], Matrix]] = {}
-    for model in dict.fromkeys(each.model for each in features):
-        own = [each for each in features if each.model == model]
-        found[model] = {}
-        for a, b in combinations(own, 2) if len(own) > 1 else [(own[0], own[0])]:
-            comparison = compare_features(a, b, Settings(debiased=False))
-            found[model][a.data, b.data] = comparison.values, comparison.layers_a, comparison.layers_b
-    return found
+    rows: dict[str, dict[str, list[int]]] = {}
+    for index, point in enumerate(projection.points):
+        rows.setdefault(point.model, {}).setdefault(point.dataset, []).append(index)
+    return {
+        model: {
+            (a, b): (
+                projection.cka[np.ix_(of_data[a], of_data[b])],
+                [projection.points[index].layer for index in of_data[a]],
+                [projection.points[index].layer for index in of_data[b]],
+            )
+            for a, b in (combinations(of_data, 2) if len(of_data) > 1 else [(next(iter(of_data)),) * 2])
+        }
+        for model, of_data in rows.items()
+    }
 
 
-def _draw(matrices: dict[str, dict[tuple[str, str], Matrix]], folder: Path) -> dict[str, str]:
+def _draw(matrices: dict[str, dict[tuple[str, str], Matrix]], folder: Path, label: str) -> dict[str, str]:
     """One figure of all models; for three datasets or more, one a model. Returns descriptions by file name."""
     if all(len(by_pair) == 1 for by_pair in matrices.values()):
         pairs = dict.fromkeys(pair for by_pair in matrices.values() for pair in by_pair)
@@ -118,7 +138,7 @@ def _draw(matrices: dict[str, dict[tuple[str, str], Matrix]], folder: Path) -> d
         }
     pictures = {}
     for name, (title, shown) in figures.items():
-        figure, _ = plots.side_by_side(shown, title=title, annotate=False)
+        figure, _ = plots.side_by_side(shown, title=title, label=label, annotate=False)
         plots.save_figure(figure, folder / name, FORMATS)
         pictures[f"{name}.png"] = f"CKA of every layer on one dataset with every layer on the other: {title}"
     return pictures
@@ -142,9 +162,23 @@ def _pair_table(projection: Projection) -> list[dict[str, str | float]]:
             "model": pairing.model, "datasets": " and ".join(pairing.datasets), "mean CKA": float(np.mean(pairing.cka)),
             "mean distance": float(np.mean(pairing.distances)),
             "spread of distances": float(np.std(pairing.distances, ddof=1)) if len(pairing.distances) > 1 else 0.0,
-            "Procrustes residual": pairing.residual, "relative residual": pairing.relative_residual,
         }
         for pairing in sorted(projection.pairings, key=lambda pairing: models.index(pairing.model))
+    ]  # fmt: skip
+
+
+def _procrustes_table(projection: Projection) -> list[dict[str, str | float]]:
+    """A row for each space that the clouds of layers are rotated in, of each row of `_pair_table`."""
+    models = list(dict.fromkeys(pairing.model for pairing in projection.pairings))
+    return [
+        {
+            "model": pairing.model, "datasets": " and ".join(pairing.datasets), "space": space,
+            "‖AR - B‖": found.residual, "‖AR - B‖²": found.squared_residual,
+            "‖AR - B‖ / √(‖A‖² + ‖B‖²)": found.relative_residual,
+            "‖AR - B‖² / (‖A‖² + ‖B‖²)": found.relative_squared_residual,
+        }
+        for pairing in sorted(projection.pairings, key=lambda pairing: models.index(pairing.model))
+        for space, found in (("map", pairing.procrustes_in_map), ("signatures", pairing.procrustes_of_signatures))
     ]  # fmt: skip
 
 

@@ -16,11 +16,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from typing_extensions import override
 
+from lit_cka.checkpoints.state_dicts import load_state_dict
 from lit_cka.commands.configs import find_config
 from lit_cka.commands.failures import failing_in_a_line
 from lit_cka.commands.hub import offline_if_unreachable
 from lit_cka.commands.parsing import Parser
-from lit_cka.files import file_name, partial_name, require_writable
+from lit_cka.data.from_model import tokenizer_for
+from lit_cka.files import file_name, partial_name, require_writable, written_whole
 from lit_cka.tracking.callback import CKACallback
 
 COMMANDS = {
@@ -111,6 +113,12 @@ class TrainCLI(LightningCLI):
         parser.add_argument(
             "--save_weights", type=str | None, default=None, help="Write the weights here at the end of `fit`."
         )
+        parser.add_argument(
+            "--save_pretrained",
+            type=str | None,
+            default=None,
+            help="Write the model and its tokenizer to this new folder at the end of `fit`, for transformers to read.",
+        )
 
     def _option(self, name: str) -> Any:
         return self.config[self.subcommand].get(name)
@@ -142,17 +150,49 @@ class TrainCLI(LightningCLI):
                 require_writable("trainer.logger.init_args.save_dir", arguments["save_dir"])
         if self._option("save_weights") is not None:
             require_writable("save_weights", str(Path(self._option("save_weights")).parent))
+        folder = self._option("save_pretrained")
+        if self.subcommand == "fit" and folder is not None:
+            require_writable("save_pretrained", str(Path(folder).parent))
+            if os.path.lexists(folder):
+                raise ValueError(
+                    f"Expected `save_pretrained` to be a new folder, but {folder!r} exists already. Remove it, or name "
+                    "another."
+                )
+
+    def before_fit(self) -> None:
+        if self._option("save_pretrained") is not None and not hasattr(self.model, "save_pretrained"):
+            raise ValueError(
+                f"Expected a model with a method `save_pretrained`, such as TextClassifier, but "
+                f"{type(self.model).__name__} has none. `--save_weights` writes any model's weights."
+            )
 
     def after_fit(self) -> None:
         if self._option("save_weights") is not None:
-            # Through the trainer, so that sharded strategies gather the weights; atomically.
             path = Path(self._option("save_weights"))
-            partial = path.with_name(self.trainer.strategy.broadcast(partial_name(path.name)))
-            self.trainer.save_checkpoint(partial, weights_only=True)
+            partial = self._checkpoint_beside(path)
             if self.trainer.is_global_zero:
                 os.replace(partial, path)
+        if self._option("save_pretrained") is not None:
+            self._save_pretrained(Path(self._option("save_pretrained")))
         # Here, since Lightning asks all ranks for it.
         self._report(Path(self.trainer.log_dir or self.trainer.default_root_dir))
+
+    def _checkpoint_beside(self, path: Path) -> Path:
+        """Write a checkpoint through the trainer, so that sharded strategies gather the weights; returns its path."""
+        partial = path.with_name(self.trainer.strategy.broadcast(partial_name(f"{path.stem}.ckpt")))
+        self.trainer.save_checkpoint(partial, weights_only=True)
+        return partial
+
+    def _save_pretrained(self, folder: Path) -> None:
+        checkpoint = self._checkpoint_beside(folder)
+        if not self.trainer.is_global_zero:
+            return
+        try:
+            with written_whole(folder, new=True) as partial:
+                self.model.save_pretrained(partial, weights=load_state_dict(checkpoint))
+                tokenizer_for(self.datamodule, getattr(self.datamodule, "tokenizer", None)).save_pretrained(partial)
+        finally:
+            checkpoint.unlink()
 
     @rank_zero_only
     def _report(self, folder: Path) -> None:
@@ -163,6 +203,8 @@ class TrainCLI(LightningCLI):
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items() if "acc" in name}
         for name, value in metrics.items():
             console.print(f"{name}: {value:.3f}")
+        if self._option("save_pretrained") is not None:
+            console.print(f"Model and tokenizer: {self._option('save_pretrained')}")
         for tracker in trackers:
             if tracker.history and not tracker.options.log_figures:  # else it has done so itself
                 path = folder / file_name(tracker.options.prefix)

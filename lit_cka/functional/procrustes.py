@@ -18,11 +18,13 @@ from lit_cka.functional.moments import check_features
 
 
 class Alignment(NamedTuple):
-    """The best orthogonal map of one set of points onto another, both centred. All float64."""
+    """The best orthogonal map of one set of points `X` onto another `Y`, and what it leaves. All float64."""
 
     rotation: Tensor  # (d, d) R, orthogonal; reflections are allowed
-    residual: Tensor  # ()     ||Xc R - Yc||_F^2
-    relative: Tensor  # ()     residual / ||Yc||_F^2
+    squared_residual: Tensor  # () ||X R - Y||_F^2
+    residual: Tensor  # () ||X R - Y||_F
+    relative_squared_residual: Tensor  # () ||X R - Y||_F^2 / (||X||_F^2 + ||Y||_F^2), in [0, 1]
+    relative_residual: Tensor  # () its root: ||X R - Y||_F by the norm of both, joined
 
 
 @takes_arrays
@@ -66,13 +68,19 @@ def procrustes_distance(X: Tensor, Y: Tensor, *, normalize: bool = True) -> Tens
 
 
 @takes_arrays
-def orthogonal_alignment(X: Tensor, Y: Tensor) -> Alignment:
-    """Returns the orthogonal R that takes the centred `X` (n, d) nearest to the centred `Y` (n, d), and what remains.
+def orthogonal_alignment(X: Tensor, Y: Tensor, *, centre: bool = True) -> Alignment:
+    """Returns the orthogonal R that takes `X` (n, d) nearest to `Y` (n, d), and what remains.
 
-        R = U V' with U S V' = Xc' Yc          residual = ||Xc R - Yc||_F^2          relative = residual / ||Yc||_F^2
+        R = U V' with U S V' = X' Y          squared residual = ||X R - Y||_F^2 = ||X||_F^2 + ||Y||_F^2 - 2 sum_i S_ii
 
-    Nothing is scaled: for points that differ in size alone the residual is not 0. NaN everywhere for non-finite
-    points; `relative` is NaN where all points of `Y` coincide.
+    Nothing is scaled: for points that differ in size alone the residual is not 0. Relative to the joint norm, the root
+    of `||X||_F^2 + ||Y||_F^2`, it is the same for both directions, 0 for points that a rotation takes onto each other,
+    and 1 for `X' Y = 0`. NaN everywhere for non-finite points; the relative residuals are NaN where both are all 0.
+
+    Args:
+        X: points (n, d), any floating dtype; computed in float64.
+        Y: points (n, d), in the same order.
+        centre: measure each set from its mean first, so that a shift is no difference.
 
     Raises:
         ValueError: as `procrustes_distance`, and on different widths.
@@ -83,15 +91,16 @@ def orthogonal_alignment(X: Tensor, Y: Tensor) -> Alignment:
             "Expected `X` and `Y` to be at least 2 points each, of the same width, "
             f"but got {tuple(X.shape)} and {tuple(Y.shape)}."
         )
-    x, y = centred(X), centred(Y)
+    x, y = (centred(Z) if centre else Z.detach().to(torch.float64) for Z in (X, Y))
     cross = x.T @ y
     if not cross.isfinite().all():
         nan = cross.new_tensor(torch.nan)
-        return Alignment(torch.full_like(cross, torch.nan), nan, nan)
+        return Alignment(torch.full_like(cross, torch.nan), nan, nan, nan, nan)
     U, _, Vh = torch.linalg.svd(cross)
     rotation = U @ Vh
-    residual = (x @ rotation - y).square().sum()
-    return Alignment(rotation, residual, residual / y.square().sum().where(y.any(), torch.nan))
+    squared = (x @ rotation - y).square().sum()
+    relative = squared / (x.square().sum() + y.square().sum())
+    return Alignment(rotation, squared, squared.sqrt(), relative, relative.sqrt())
 
 
 def _narrowed(Xc: Tensor) -> Tensor:

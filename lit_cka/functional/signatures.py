@@ -13,42 +13,54 @@ from torch import Tensor
 
 from lit_cka.functional.arrays import takes_arrays
 from lit_cka.functional.centring import centred, double_centred, is_rounding
+from lit_cka.functional.cka import min_num_samples
 from lit_cka.functional.matrix import cka_matrix
 from lit_cka.functional.moments import check_features
 from lit_cka.functional.units import in_usual_unit
 
 
 @takes_arrays
-def signature(X: Tensor) -> Tensor:
+def signature(X: Tensor, *, debiased: bool = False) -> Tensor:
     """Returns the unit-norm centred linear Gram matrix of features (n, d), flattened: float64 (n (n + 1) / 2,).
 
     The upper triangle, with what is off the diagonal multiplied by sqrt(2), has the inner products of the whole
-    matrices in half the memory: `signature(X) @ signature(Y)` is `linear_cka(X, Y)`, the plain estimator. NaN for
-    constant and non-finite features. Raises as `signature_gram`.
+    matrices in half the memory: `signature(X) @ signature(Y)` is `linear_cka(X, Y)`, the plain estimator, or the
+    debiased one with the U-centred matrix (Szekely & Rizzo 2014), whose diagonal is 0:
+
+        U_ij = K_ij - sum_l K_il / (n - 2) - sum_k K_kj / (n - 2) + sum_kl K_kl / ((n - 1) (n - 2))      K_ii = 0
+
+    NaN for constant and non-finite features. Raises as `signature_gram`.
     """
-    check_features(X, X, min_num_samples=2)
+    check_features(X, X, min_num_samples=min_num_samples(debiased))
     Xc = centred(in_usual_unit(X))
     gram = Xc @ Xc.T
-    rows, columns = torch.triu_indices(len(Xc), len(Xc), device=Xc.device)
+    n = len(gram)
+    if debiased:
+        gram.fill_diagonal_(0)
+        sums = gram.sum(dim=0)
+        gram = gram - (sums[:, None] + sums) / (n - 2) + sums.sum() / ((n - 1) * (n - 2))
+        gram.fill_diagonal_(0)
+    rows, columns = torch.triu_indices(n, n, device=Xc.device)
     flat = gram[rows, columns] * (1 + (rows != columns).to(gram)).sqrt()
     unit: Tensor = flat / flat.norm()
     return unit
 
 
 @takes_arrays
-def signature_gram(features: Sequence[Tensor]) -> Tensor:
+def signature_gram(features: Sequence[Tensor], *, debiased: bool = False) -> Tensor:
     """Returns the inner products of the signatures of `m` sets of features (n, d_i): float64 (m, m), their linear CKA.
 
     It is `cka_matrix` of the features with themselves: of the signatures' products and the features', the cheaper.
 
     Raises:
-        ValueError: on no features, integer features, wrong shapes, unequal `n`, or fewer than 2 samples.
+        ValueError: on no features, integer features, wrong shapes, unequal `n`, or fewer than 2 samples (4 if
+            debiased).
     """
-    return cka_matrix(features, features)
+    return cka_matrix(features, features, debiased=debiased)
 
 
 @takes_arrays
-def kernel_pca(K: Tensor, num_components: int = 3) -> tuple[Tensor, Tensor]:
+def kernel_pca(K: Tensor, num_components: int = 3, *, centre: bool = True) -> tuple[Tensor, Tensor]:
     """Returns coordinates of `m` points from their inner products, along the directions in which they spread most.
 
         H K H = V diag(l) V'        coordinates = V_c sqrt(l_c)        explained = l_c / sum l        H = I - 11'/m
@@ -56,10 +68,13 @@ def kernel_pca(K: Tensor, num_components: int = 3) -> tuple[Tensor, Tensor]:
     Args:
         K: symmetric kernel matrix (m, m); points with a NaN on the diagonal are left out, and are NaN in the result.
         num_components: c, the number of columns; those beyond what the points span are 0.
+        centre: measure the points from their mean. Without it H = I: the first component then is about where the mean
+            lies, and the others what points are told apart by.
 
     Returns:
         coordinates: float64 (m, c). The entry of largest size in each column is positive, so that runs compare.
-        explained: float64 (c,), each component's share of the total variance; NaN where the points do not differ.
+        explained: float64 (c,), each component's share of the total variance (about the origin without `centre`); NaN
+            where the points do not differ (are all 0).
 
     Raises:
         ValueError: unless `K` is square and `num_components` at least 1.
@@ -75,7 +90,7 @@ def kernel_pca(K: Tensor, num_components: int = 3) -> tuple[Tensor, Tensor]:
     if not defined.any():
         return coordinates, explained.fill_(torch.nan)
     kept = K[defined][:, defined]
-    HKH = double_centred(kept)
+    HKH = double_centred(kept) if centre else kept
     values, vectors = (part.flip(-1) for part in torch.linalg.eigh((HKH + HKH.T) / 2))
     # What rounding leaves of directions that the points do not span would become noise of size 1e-8.
     values = values.masked_fill(is_rounding(values, len(kept) * kept.abs().max()), 0.0)

@@ -7,10 +7,25 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
+
+from lit_cka.checkpoints.state_dicts import load_into, load_state_dict
+
+
+def start_from(model: nn.Module, checkpoint: str, weights: str | None, heads: tuple[str, ...]) -> None:
+    """Load a checkpoint's weights into a model; where it has none of their shape, the `heads` stay as they are.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or of another architecture.
+    """
+    left = load_into(model, load_state_dict(checkpoint, weights=weights), optional=tuple(f"{name}." for name in heads))
+    if left:
+        rank_zero_info(f"{checkpoint} has no head of this shape, so it starts at random: {', '.join(left)}.")
 
 
 class Classifier(pl.LightningModule):

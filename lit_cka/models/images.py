@@ -5,18 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from lit_cka.checkpoints.state_dicts import load_into, load_state_dict
-from lit_cka.models.classifier import Classifier
-
-
-def _start_from(model: nn.Module, checkpoint: str, weights: str | None, heads: tuple[str, ...]) -> None:
-    left = load_into(model, load_state_dict(checkpoint, weights=weights), optional=tuple(f"{name}." for name in heads))
-    if left:
-        rank_zero_info(f"{checkpoint} has no head of this shape, so it starts at random: {', '.join(left)}.")
+from lit_cka.models.classifier import Classifier, start_from
 
 
 class ImageClassifier(Classifier):
@@ -63,7 +55,7 @@ class ImageClassifier(Classifier):
         if checkpoint is not None:
             head = self.model.pretrained_cfg.get("classifier") or ()
             heads = (head,) if isinstance(head, str) else tuple(head)
-            _start_from(self.model, checkpoint, weights, heads)
+            start_from(self.model, checkpoint, weights, heads)
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns logits (n, num_classes) of images (n, channels, height, width)."""
@@ -130,7 +122,7 @@ class CLIPImageClassifier(Classifier):
         self.classification_head = nn.Linear(width, num_classes)
         self.normalize = normalize
         if checkpoint is not None:
-            _start_from(self, checkpoint, weights, ("classification_head",))
+            start_from(self, checkpoint, weights, ("classification_head",))
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns logits (n, num_classes) of images (n, 3, height, width)."""

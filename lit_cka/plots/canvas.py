@@ -141,6 +141,45 @@ def short_names(names: Sequence[str], longest: int = 24) -> list[str]:
     return cut_names(shortened, longest)
 
 
+def last_segments(names: Sequence[str], depth: int) -> list[str]:
+    """Returns the last `depth` dotted segments of each name, or more where names that differ would end alike.
+
+    Raises:
+        ValueError: unless `depth` is at least 1.
+
+    Example:
+        >>> last_segments(["bert.encoder.layer.0", "bert.encoder.layer.1"], 2)
+        ['layer.0', 'layer.1']
+        >>> last_segments(["vision.layer.0", "text.layer.0"], 2)
+        ['vision.layer.0', 'text.layer.0']
+    """
+    if depth < 1:
+        raise ValueError(f"Expected `layer_name_depth` to be at least 1, but got {depth}.")
+
+    def end(name: str, num_segments: int) -> str:
+        return ".".join(name.split(".")[-num_segments:])
+
+    shown = []
+    for name in names:
+        num_segments = depth
+        while any(other != name and end(other, num_segments) == end(name, num_segments) for other in names):
+            num_segments += 1
+        shown.append(visible(end(name, num_segments)))
+    return shown
+
+
+def check_colormap(name: str) -> None:
+    """Raise a ValueError unless matplotlib has a colour map of this name."""
+    from difflib import get_close_matches
+
+    from matplotlib import colormaps
+
+    if name not in colormaps:
+        near = get_close_matches(str(name), list(colormaps), n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else "."
+        raise ValueError(f"Expected `cmap` to be the name of a colour map of matplotlib, but got {name!r}{hint}")
+
+
 def cut_names(names: Sequence[str], longest: int) -> list[str]:
     """Returns the names, visible, and in the middle cut to a length, unless two would be the same then.
 

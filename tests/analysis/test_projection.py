@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import combinations
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from scipy.linalg import orthogonal_procrustes
 
 from lit_cka.analysis.features import Features
-from lit_cka.analysis.projection import Projection, project
+from lit_cka.analysis.projection import Procrustes, Projection, project
 from tests import oracles
 
 
@@ -36,12 +36,13 @@ def places(projection: Projection) -> np.ndarray:
     return np.array([point.position for point in projection.points])
 
 
-def test_the_rows_are_the_layers_with_their_cka() -> None:
-    found = project(SETS)
+@pytest.mark.parametrize("debiased", [None, True, False])
+def test_the_rows_are_the_layers_with_their_cka(debiased: bool | None) -> None:
+    found = project(SETS) if debiased is None else project(SETS, debiased=debiased)
     named = [(each.model, each.data, layer, depth) for each in SETS for depth, layer in enumerate(each.layers)]
     assert [(point.model, point.dataset, point.layer, point.depth) for point in found.points] == named
     layers = [X for each in SETS for X in each.layers.values()]
-    oracle = [[oracles.linear_cka(X, Y, debiased=False) for Y in layers] for X in layers]
+    oracle = [[oracles.linear_cka(X, Y, debiased=debiased is not False) for Y in layers] for X in layers]
     np.testing.assert_allclose(found.cka, oracle, atol=1e-10)
 
 
@@ -75,7 +76,7 @@ def test_standardized() -> None:
     found = project(scaled, standardize=True)
     np.testing.assert_allclose(found.cka, project(SETS, standardize=True).cka, atol=1e-9)
     layers = [X / X.std(0) for each in SETS for X in each.layers.values()]
-    oracle = [[oracles.linear_cka(X, Y, debiased=False) for Y in layers] for X in layers]
+    oracle = [[oracles.linear_cka(X, Y, debiased=True) for Y in layers] for X in layers]
     np.testing.assert_allclose(found.cka, oracle, atol=1e-9)
     assert np.abs(found.cka - project(SETS).cka).max() > 0.01
 
@@ -115,27 +116,77 @@ def test_correlations_with_the_labels() -> None:
         np.testing.assert_allclose(values, [correlation(x, labels) for x in X[rows].T], atol=1e-8)
 
 
-def test_pairs() -> None:
-    found = project(SETS)
+def check_procrustes(found: Procrustes, A: np.ndarray, B: np.ndarray) -> None:
+    """Against SciPy's rotation of the points as they are."""
+    R, _ = orthogonal_procrustes(A, B)
+    residual, joint = np.linalg.norm(A @ R - B), np.sum(A**2) + np.sum(B**2)
+    assert found.residual == pytest.approx(residual, abs=1e-7)
+    assert found.squared_residual == pytest.approx(residual**2, abs=1e-7)
+    assert found.relative_residual == pytest.approx(residual / joint**0.5, abs=1e-7)
+    assert found.relative_squared_residual == pytest.approx(residual**2 / joint, abs=1e-7)
+    assert 1e-4 < found.relative_squared_residual < 1
+
+
+def signatures(each: Features, debiased: bool) -> np.ndarray:
+    """Whole n x n matrices, centred and of unit norm, written out; those without a bias with a diagonal of zeros."""
+    rows = []
+    for X in each.layers.values():
+        K = oracles.linear_gram(X.numpy())
+        n = len(K)
+        if debiased:
+            np.fill_diagonal(K, 0)
+            sums = K.sum(0)
+            K = K - sums / (n - 2) - sums[:, None] / (n - 2) + K.sum() / ((n - 1) * (n - 2))
+            np.fill_diagonal(K, 0)
+        rows.append(K.ravel() / np.linalg.norm(K))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("debiased", [True, False])
+@pytest.mark.parametrize("centre", [True, False])
+def test_pairs(debiased: bool, centre: bool) -> None:
+    found = project(SETS, debiased=debiased, centre=centre)
     assert [(pairing.model, pairing.datasets) for pairing in found.pairings] == [
         ("small", ("en", "hi")), ("large", ("en", "hi")),
     ]  # fmt: skip
     X = places(found)
     for pairing, (a, b) in zip(found.pairings, (SETS[:2], SETS[2:]), strict=True):
         assert pairing.layers == list(a.layers)
-        cka = [oracles.linear_cka(a.layers[layer], b.layers[layer], debiased=False) for layer in a.layers]
+        cka = [oracles.linear_cka(a.layers[layer], b.layers[layer], debiased) for layer in a.layers]
         np.testing.assert_allclose(pairing.cka, cka, atol=1e-10)
         one, other = (
             X[[i for i, point in enumerate(found.points) if (point.model, point.dataset) == (each.model, each.data)]]
             for each in (a, b)
         )
         np.testing.assert_allclose(pairing.distances, np.linalg.norm(one - other, axis=1), atol=1e-10)
-        one, other = one - one.mean(0), other - other.mean(0)
-        R, _ = orthogonal_procrustes(one, other)
-        residual = np.sum((one @ R - other) ** 2)
-        assert pairing.residual == pytest.approx(residual, abs=1e-9)
-        assert pairing.relative_residual == pytest.approx(residual / np.sum(other**2), abs=1e-8)
-        assert 0.001 < pairing.relative_residual < 1
+        clouds = (one, other), (signatures(a, debiased), signatures(b, debiased))
+        for residuals, pair in zip((pairing.procrustes_in_map, pairing.procrustes_of_signatures), clouds, strict=True):
+            A, B = (points - points.mean(0) if centre else points for points in pair)
+            check_procrustes(residuals, A, B)
+
+
+def test_a_map_without_a_centre_is_the_published_one() -> None:
+    """Eigenvectors of the signatures' products, as they are; what the first component was is the second."""
+    found = project(SETS, debiased=False, centre=False)
+    V = np.concatenate([signatures(each, debiased=False) for each in SETS])
+    values, vectors = np.linalg.eigh(V @ V.T)
+    expected = vectors[:, ::-1][:, :3] * np.sqrt(values[::-1][:3])
+    np.testing.assert_allclose(np.abs(places(found)), np.abs(expected), atol=1e-7)
+    np.testing.assert_allclose(found.explained, values[::-1][:3] / len(V), atol=1e-10)
+    assert (places(found)[:, 0] > 0).all()
+    centred = project(SETS, debiased=False)
+    assert abs(np.corrcoef(places(found)[:, 1], places(centred)[:, 0])[0, 1]) > 0.9
+
+
+def test_few_samples_of_unrelated_layers_are_not_alike() -> None:
+    """Wide features of 12 samples: near 1 by the plain estimator, near 0 by the debiased one, which is the default."""
+    rng = np.random.default_rng(0)
+    noise = [
+        Features({"0": torch.from_numpy(rng.standard_normal((12, 400)))}, [str(i) for i in range(12)], name, "data")
+        for name in ("a", "b")
+    ]
+    assert project(noise, debiased=False).cka[0, 1] > 0.9
+    assert abs(project(noise).cka[0, 1]) < 0.3
 
 
 def test_three_datasets_make_three_pairs() -> None:
@@ -158,7 +209,8 @@ def test_one_model_or_one_dataset(sets: list[Features], by_dataset: bool, by_mod
 def test_one_layer_in_common_has_no_shape() -> None:
     found = project([features("small", "en", [6]), features("small", "hi", [6])])
     assert len(found.pairings[0].distances) == 1
-    assert np.isnan(found.pairings[0].residual)
+    for residuals in (found.pairings[0].procrustes_in_map, found.pairings[0].procrustes_of_signatures):
+        assert np.isnan(list(asdict(residuals).values())).all()
     renamed = replace(SETS[1], layers={f"other.{name}": X for name, X in SETS[1].layers.items()})
     assert project([SETS[0], renamed]).pairings == []
 
@@ -182,5 +234,7 @@ def test_what_can_not_be_projected() -> None:
         project([SETS[0], replace(SETS[1], ids=["x", *SETS[1].ids[1:]])])
     with pytest.raises(ValueError, match="small has 20 and other 19"):
         project([SETS[0], features("other", "hi", [4], n=19)])
+    with pytest.raises(ValueError, match="at least 4 samples for the debiased estimator, but got 3"):
+        project([features("small", "en", [4], n=3)])
     with pytest.raises(ValueError, match="at least 2 samples"):
-        project([features("small", "en", [4], n=1)])
+        project([features("small", "en", [4], n=1)], debiased=False)

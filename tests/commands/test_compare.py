@@ -23,8 +23,9 @@ from safetensors.numpy import load_file
 from lit_cka import __main__ as lit_cka_command
 from lit_cka.analysis.comparison import Comparison, compare_features
 from lit_cka.analysis.features import Features
+from lit_cka.analysis.linear_probe import ProbeSettings
 from lit_cka.analysis.probes import ProbeRow, advice, probe_layers
-from lit_cka.analysis.projection import Projection
+from lit_cka.analysis.projection import Projection, project
 from lit_cka.commands import project as project_command
 from lit_cka.models import ImageClassifier
 from tests import oracles
@@ -196,7 +197,8 @@ def test_probe(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(isinstance(row, ProbeRow) for row in rows)
     stored = {"features_before_digits.safetensors", "features_after_digits.safetensors", "matrix.safetensors"}
     assert names() == {"index.html", "probe.json", *stored, *with_formats("probe", "matrix", "matrix_diagonal")}
-    assert rows == probe_layers(features("before"), features("after"), num_folds=3, seed=2, progress=False)
+    settings = ProbeSettings(num_folds=3, seed=2)
+    assert rows == probe_layers(features("before"), features("after"), settings=settings, progress=False)
     written = read_json("out/probe.json")
     assert [row["cka"] for row in written["layers"]] == [row.cka for row in rows]
     assert [row["accuracy_after"] for row in written["layers"]] == [row.accuracy_after for row in rows]
@@ -206,6 +208,22 @@ def test_probe(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert advice(rows) in html
     assert "accuracy, before" in html
     assert advice(rows) in capsys.readouterr().out
+    assert f"<td>{rows[1].difference:+.3f} ± {rows[1].error_difference:.3f}</td>" in html
+    assert [list(choice) for choice in rows[0].chosen_after] == written["layers"][0]["chosen_after"]
+
+
+def test_probe_with_the_plain_estimator_and_a_given_probe(checkpoints: Path) -> None:
+    models = {"before": entry("before", checkpoints), "after": entry("after", checkpoints)}
+    options = ["--num_folds=3", "--C=0.5", "--standardize=true", "--settings.debiased=false"]
+    rows = run("probe", *options, **models, data=DIGITS, output="out", settings={"num_resamples": 5})
+    for row in rows:
+        X, Y = (features(name).layers[row.layer] for name in ("before", "after"))
+        assert row.cka == pytest.approx(oracles.linear_cka(X, Y, debiased=False), abs=1e-9)
+        assert row.chosen_before == [(0.5, True)] * 3
+    written = read_json("out/probe.json")
+    np.testing.assert_allclose(np.diagonal(written["comparison"]["values"]), [row.cka for row in rows])
+    assert written["comparison"]["low"] is not None
+    assert (written["config"]["C"], written["config"]["settings"]["debiased"]) == (0.5, False)
 
 
 def test_project(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,16 +240,36 @@ def test_project(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "<h1>A &lt;script&gt;</h1>" in html
     assert 'href="map.html"' in html
     assert "correlation with the dataset, other" in html
+    assert "estimator: CKA, debiased" in html
+    layers = [features("before", data).layers["model.blocks.1"] for data in ("digits", "noisy")]
+    assert found.cka[1, 6] == pytest.approx(oracles.linear_cka(*layers, debiased=True), abs=1e-9)
+    pairing = written["pairings"][0]
+    for space, name in (("map", "procrustes_in_map"), ("signatures", "procrustes_of_signatures")):
+        residuals = pairing[name]
+        assert residuals["squared_residual"] == pytest.approx(residuals["residual"] ** 2)
+        assert f"<td>{space}</td><td>{residuals['residual']:.4f}</td>" in html
     page = Path("out/map.html").read_text()
     assert "A &lt;script&gt;" in page
     assert not re.findall(r'(?:src|href)="https?:', page)
     assert "Map: out/map.html" in capsys.readouterr().out
     # Later, from the stored features.
-    again = run("project", "--standardize=true", features=[f"out/{name}" for name in sorted(stored)], output="again")
+    again = run(
+        "project",
+        "--standardize=true",
+        "--debiased=false",
+        "--centre=false",
+        features=[f"out/{name}" for name in sorted(stored)],
+        output="again",
+    )
     assert {(point.model, point.dataset) for point in again.points} == {
         (model, data) for model in ("before", "other") for data in ("digits", "noisy")
     }
     assert {"index.html", "map.html", "projection.json"} < names("again")
+    every = [Features.load(f"out/{name}") for name in sorted(stored)]
+    published = project(every, standardize=True, debiased=False, centre=False)
+    np.testing.assert_array_equal(again.cka, published.cka)
+    assert again.points == published.points
+    assert "estimator: CKA of standardised features" in check_page("again")
     typed = lit_cka_command.run(
         ["project", "--features", *(f"out/{name}" for name in sorted(stored)), "--output=typed"]
     )
@@ -256,9 +294,8 @@ def test_project_three_datasets(checkpoints: Path) -> None:
     assert with_formats("matrices_0_before", "matrices_1_after") <= names()
     assert not with_formats("matrices") & names()
     check_page()
-    matrices = project_command._matrices(
-        [features(m, d) for m in ("after", "before") for d in ("digits", "noisy", "blurred")]
-    )
+    every = [features(m, d) for m in ("after", "before") for d in ("digits", "noisy", "blurred")]
+    matrices = project_command._matrices(project(every, debiased=False))
     assert list(matrices["after"]) == [("digits", "noisy"), ("digits", "blurred"), ("noisy", "blurred")]
     for model, by_pair in matrices.items():
         for pair, (values, *_) in by_pair.items():
@@ -392,6 +429,15 @@ def test_what_a_user_can_mend_is_one_line(checkpoints: Path, capsys: pytest.Capt
         assert said.count("\n") == 1
         assert "out" not in names(".")
     probe = {"before": before, "after": after}
+    for option, message in (
+        ("--num_folds=1", "`num_folds` of 2 or more, but got 1"),
+        ("--C=-1", "`C` to be positive, or None to have it chosen, but got -1.0"),
+        ("--settings.level=2", "`level` to be in (0, 1), but got 2.0"),
+    ):
+        code, said = refused(capsys, "probe", option, **probe, data=DIGITS)
+        assert code == 1
+        assert message in said
+        assert "out" not in names(".")  # before a model has run
     one_class = {**DIGITS, "init_args": {"classes": [3]}}
     code, said = refused(capsys, "probe", **probe, data=one_class)
     assert (code, said) == (1, "error: Expected labels of at least two classes, but all are 3.\n")
@@ -410,6 +456,9 @@ def test_what_a_user_can_mend_is_one_line(checkpoints: Path, capsys: pytest.Capt
         ("probe", [], "before"),
         ("project", ["--standardize=much"], "standardize"),
         ("project", ["--components=2"], "components"),
+        ("project", ["--debiased=much"], "debiased"),
+        ("probe", ["--penalty=l1"], "penalty"),
+        ("probe", ["--settings.unbiased=true"], "unbiased"),
     ],
 )
 def test_wrong_options(command: str, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -436,6 +485,17 @@ def test_the_configs_are_read(path: Path) -> None:
             assert [each["class_path"] for each in config[option]] == [each["class_path"] for each in value]
     models = config.get("models") or [config.before, config.after]
     assert len({model.init_args.name for model in models}) == len(models)
+
+
+def test_the_configs_of_published_results_have_their_estimator() -> None:
+    """Of the reviews and of the two languages, plain CKA; the map not centred."""
+    parsed = {
+        name: import_module(f"lit_cka.commands.{name.partition('_')[0]}").parser().parse_args(["--config", name])
+        for name in ("probe_distilbert", "probe_digits", "project_languages", "project_digits")
+    }
+    assert [parsed[name].settings.debiased for name in ("probe_distilbert", "probe_digits")] == [False, True]
+    assert [parsed[name].debiased for name in ("project_languages", "project_digits")] == [False, True]
+    assert [parsed[name].centre for name in ("project_languages", "project_digits")] == [False, True]
 
 
 def test_there_is_a_config_for_each_command() -> None:

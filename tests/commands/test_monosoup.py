@@ -141,7 +141,7 @@ def test_cka_alone_without_pictures(checkpoints: Path) -> None:
     results = run(checkpoints, *options, "--editor.variants=[finetuned, monosoup]").results
     assert results.metrics == {}
     assert {name: list(scores) for name, scores in results.cka.items()} == {"noisy": ["finetuned", "monosoup"]}
-    assert sorted(path.suffix for path in Path("out").iterdir()) == [".json", ".json"]
+    assert sorted(path.suffix for path in Path("out").iterdir()) == [".html", ".json", ".json"]
     summary = read("summary.json")["variants"]
     assert all(0 < summary[name]["cka_mean"]["noisy"] < 1 for name in ("finetuned", "monosoup"))
 

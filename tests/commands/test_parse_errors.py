@@ -65,7 +65,10 @@ def test_unknown_options(line: str, said: str, capsys: pytest.CaptureFixture[str
             "an argument of lit_cka.models.ImageClassifier in `model`, but got `num_class`",
         ),
         (
-            ("debiased", "debias"),
+            (
+                "- class_path: lit_cka.CKACallback\n",
+                "- class_path: lit_cka.CKACallback\n      init_args: {debias: true}\n",
+            ),
             "CKACallback in `trainer.callbacks`, but got `debias` in wrong.yaml; did you mean",
         ),
         (

@@ -255,7 +255,7 @@ def check_unfinished(folder: Path, num_samples: dict[str, int]) -> None:
 def test_monosoup_writes_what_it_has_evaluated(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All of the test set that it was through with, and of the next what there was."""
     (in_folder / "stopping_model.py").write_text(MODEL)
-    with stopping_at("lit_cka.editing.editor.sample_values", CALLS):
+    with stopping_at("lit_cka.editing.variant_test.sample_values", CALLS):
         assert stopped(*MONOSOUP, "--output=out") == 143
     said = capsys.readouterr().err
     assert "the evaluation was stopped; the results of 40 of test_0, 30 of test_1 are in out." in said
@@ -267,16 +267,16 @@ def test_monosoup_writes_whole_test_sets_on_ctrl_c(in_folder: Path) -> None:
     """Which comes within a batch; in a process of its own, since the Trainer ignores it from then on."""
     (in_folder / "stopping_model.py").write_text(MODEL)
     code = f"""
-import os, signal, warnings, lit_cka.editing.editor as editor
+import os, signal, warnings, lit_cka.editing.variant_test as variant_test
 from lit_cka.__main__ import run
 warnings.simplefilter("ignore")
-original, calls = editor.sample_values, []
+original, calls = variant_test.sample_values, []
 def stopping(*args):
     calls.append(1)
     if len(calls) == {CALLS}:
         os.kill(os.getpid(), signal.SIGINT)
     return original(*args)
-editor.sample_values = stopping
+variant_test.sample_values = stopping
 run({[*MONOSOUP, "--output=out"]})
 """
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{in_folder}"}

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_cka.commands import training
+from lit_cka.data.tokenizer import load_tokenizer
 from tests import small_models
 
 ROOT = Path(__file__).parents[2]
@@ -75,10 +77,10 @@ def test_convnext_imagefolder(tmp_path: Path) -> None:
 
 
 @biased
-@pytest.mark.parametrize("source", ["files", "dataset"])
-def test_text_classification(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("source", "encoder"), [("files", "bert"), ("dataset", "distilbert")])
+def test_text_classification(tmp_path: Path, source: str, encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    model = small_models.tiny_distilbert(tmp_path / "model")
+    model = getattr(small_models, f"tiny_{encoder}")(tmp_path / "model")
     files = small_models.text_files(tmp_path / "set")
     options = [
         f"--model.init_args.model_name={model}",
@@ -94,13 +96,37 @@ def test_text_classification(tmp_path: Path, source: str, monkeypatch: pytest.Mo
         (tmp_path / "set" / "train.csv").unlink()
         options += [f"--data.init_args.dataset={tmp_path / 'set'}", "--data.init_args.train=test"]
     cli = run("fit", "text_classification.yaml", *options)
-    layers = ["embeddings", *(f"transformer.layer.{index}" for index in range(3))]
+    blocks = {"bert": "bert.encoder.layer", "distilbert": "distilbert.transformer.layer"}[encoder]
     assert logged_tags(cli.trainer.log_dir) == [
-        *(f"cka/model.distilbert.{layer}" for layer in layers),
+        *(f"cka/model.{blocks}.{index}" for index in range(3)),
         "cka/mean",
         "cka/num_samples",
     ]
     assert len(cli.trainer.callbacks[0].history) == 2  # twice within the epoch
+    # For transformers, with the tokenizer.
+    folder = tmp_path / "runs/text_classification/model"
+    written = load_file(folder / "model.safetensors")
+    assert {f"model.{name}" for name in written} == {name for name in cli.model.state_dict() if name[:6] == "model."}
+    for name, value in written.items():
+        torch.testing.assert_close(value, cli.model.state_dict()[f"model.{name}"], rtol=0, atol=0)
+    assert load_tokenizer(folder)("a good film")["input_ids"] == load_tokenizer(model)("a good film")["input_ids"]
+    assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_folder_for_transformers_that_can_not_be_written_is_an_error_before_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there").mkdir()
+    for option, message in (
+        ("there", "`save_pretrained` to be a new folder, but 'there' exists already. Remove it"),
+        ("new", "a method `save_pretrained`, such as TextClassifier, but ImageClassifier has none"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run("fit", "digits_pretrain.yaml", f"--save_pretrained={option}")
+        assert ended.value.code == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "digits").exists() or not list((tmp_path / "runs" / "digits").glob("*.ckpt"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_wrong_key_is_one_clear_error(capsys: pytest.CaptureFixture[str]) -> None:

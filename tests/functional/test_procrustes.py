@@ -105,23 +105,40 @@ def test_constant_and_non_finite_features(wide: bool) -> None:
         assert procrustes_distance(broken, Y).isnan()
         assert procrustes_distance(Y, broken, normalize=False).isnan()
         assert all(part.isnan().all() for part in orthogonal_alignment(broken, Y))
-    assert orthogonal_alignment(X, constant).relative.isnan()
+    found = orthogonal_alignment(X, constant)
+    assert found.relative_residual.item() == found.relative_squared_residual.item() == 1.0
+    assert orthogonal_alignment(constant, constant).relative_residual.isnan()
     rounded = 1e3 + 1e-13 * Y  # the same value, but for rounding
     assert (rounded != rounded[0]).any()
     assert procrustes_distance(X, rounded).isnan()
 
 
 @pytest.mark.parametrize(("n", "d"), [(30, 3), (5, 9)])
-def test_alignment_equals_scipy(n: int, d: int) -> None:
+@pytest.mark.parametrize("centre", [True, False])
+def test_alignment_equals_scipy(n: int, d: int, centre: bool) -> None:
     X, Y = paired_features(n, d, d)
-    x, y = padded(X, Y)
+    x, y = padded(X, Y) if centre else (float64(X), float64(Y))
     R, _ = orthogonal_procrustes(x, y)
-    rotation_, residual, relative = orthogonal_alignment(X, Y)
-    np.testing.assert_allclose(x @ rotation_.numpy(), x @ R, atol=1e-9)
-    np.testing.assert_allclose(rotation_ @ rotation_.T, np.eye(d), atol=1e-12)
-    assert residual.item() == pytest.approx(np.sum((x @ R - y) ** 2), rel=1e-12)
-    assert relative.item() == pytest.approx(np.sum((x @ R - y) ** 2) / np.sum(y**2), rel=1e-12)
-    assert residual.item() == pytest.approx(procrustes_distance(X, Y, normalize=False).item(), rel=1e-9)
+    found = orthogonal_alignment(X, Y, centre=centre)
+    np.testing.assert_allclose(x @ found.rotation.numpy(), x @ R, atol=1e-9)
+    np.testing.assert_allclose(found.rotation @ found.rotation.T, np.eye(d), atol=1e-12)
+    squared, joint = np.sum((x @ R - y) ** 2), np.sum(x**2) + np.sum(y**2)
+    assert found.squared_residual.item() == pytest.approx(squared, rel=1e-9)
+    assert found.residual.item() == pytest.approx(np.linalg.norm(x @ R - y), rel=1e-9)
+    assert found.relative_squared_residual.item() == pytest.approx(squared / joint, rel=1e-9)
+    assert found.relative_residual.item() == pytest.approx((squared / joint) ** 0.5, rel=1e-9)
+    if centre:
+        distance = procrustes_distance(X, Y, normalize=False).item()
+        assert found.squared_residual.item() == pytest.approx(distance, rel=1e-9)
+
+
+def test_scipys_disparity_follows_from_the_residual() -> None:
+    """SciPy scales both to unit norm and one of them once more, so its disparity is `1 - (||X' Y||_*)^2`."""
+    X, Y = paired_features(20, 4, 4)
+    x, y = (Z - Z.mean(0) for Z in (X, Y))
+    found = orthogonal_alignment(x / x.norm(), y / y.norm())
+    overlap = 1 - found.relative_squared_residual.item()
+    assert procrustes(X.numpy(), Y.numpy())[2] == pytest.approx(1 - overlap**2, rel=1e-9)
 
 
 def test_alignment_finds_a_reflection_and_does_not_scale() -> None:
@@ -129,9 +146,10 @@ def test_alignment_finds_a_reflection_and_does_not_scale() -> None:
     Q = rotation(3) @ torch.diag(torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))
     found = orthogonal_alignment(X, X @ Q + 4)
     torch.testing.assert_close(found.rotation, Q, rtol=0, atol=1e-10)
-    assert found.relative.item() == pytest.approx(0, abs=1e-12)
-    assert orthogonal_alignment(X, 2 * X).relative.item() == pytest.approx(0.25, abs=1e-12)
-    assert orthogonal_alignment(2 * X, X).relative.item() == pytest.approx(1.0, abs=1e-12)
+    assert found.relative_residual.item() == pytest.approx(0, abs=1e-12)
+    assert orthogonal_alignment(X, X @ Q + 4, centre=False).relative_residual.item() > 0.1
+    for one, other in ((X, 2 * X), (2 * X, X)):  # (2 - 1)^2 / (2^2 + 1)
+        assert orthogonal_alignment(one, other).relative_squared_residual.item() == pytest.approx(0.2, abs=1e-12)
 
 
 def test_wrong_input_is_an_error() -> None:

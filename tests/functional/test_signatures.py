@@ -21,16 +21,19 @@ def layers(n: int, widths: list[int], offset: float = 3.0, dtype: torch.dtype = 
     ]
 
 
-@pytest.mark.parametrize(("n", "d"), [(12, 4), (5, 30)])
+@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize(("n", "d"), [(12, 4), (5, 30), (4, 3)])
 @pytest.mark.parametrize(("offset", "dtype"), [(3.0, torch.float64), (1e4, torch.float32)])
-def test_inner_products_of_signatures_are_cka(n: int, d: int, offset: float, dtype: torch.dtype) -> None:
+def test_inner_products_of_signatures_are_cka(
+    n: int, d: int, offset: float, dtype: torch.dtype, debiased: bool
+) -> None:
     X, Y = paired_features(n, d, d + 2, offset=offset, dtype=dtype)
-    v, w = signature(X), signature(Y)
+    v, w = signature(X, debiased=debiased), signature(Y, debiased=debiased)
     assert v.dtype == torch.float64
     assert v.shape == (n * (n + 1) // 2,)
     assert v.norm().item() == pytest.approx(1, abs=1e-14)
-    assert (v @ w).item() == pytest.approx(oracles.linear_cka(X, Y, debiased=False), abs=1e-9)
-    assert (v @ w).item() == pytest.approx(linear_cka(X, Y).item(), abs=1e-12)
+    assert (v @ w).item() == pytest.approx(oracles.linear_cka(X, Y, debiased=debiased), abs=1e-9)
+    assert (v @ w).item() == pytest.approx(linear_cka(X, Y, debiased=debiased).item(), abs=1e-12)
 
 
 def test_a_signature_ignores_rotation_scale_and_place() -> None:
@@ -39,12 +42,13 @@ def test_a_signature_ignores_rotation_scale_and_place() -> None:
 
 
 @pytest.mark.parametrize(("n", "widths"), [(60, [3, 5, 4]), (10, [30, 50, 40]), (20, [3, 100])])
-def test_signature_gram_holds_the_cka_of_every_pair(n: int, widths: list[int]) -> None:
+@pytest.mark.parametrize("debiased", [False, True])
+def test_signature_gram_holds_the_cka_of_every_pair(n: int, widths: list[int], debiased: bool) -> None:
     features = layers(n, widths)
-    expected = [[oracles.linear_cka(X, Y, debiased=False) for Y in features] for X in features]
-    K = signature_gram(features)
+    expected = [[oracles.linear_cka(X, Y, debiased=debiased) for Y in features] for X in features]
+    K = signature_gram(features, debiased=debiased)
     np.testing.assert_allclose(K, expected, atol=1e-10)
-    stacked = torch.stack([signature(X) for X in features])
+    stacked = torch.stack([signature(X, debiased=debiased) for X in features])
     torch.testing.assert_close(K, stacked @ stacked.T, rtol=0, atol=1e-12)
 
 
@@ -68,6 +72,19 @@ def test_kernel_pca_equals_scikit_learn(num_components: int) -> None:
     H = np.eye(7) - 1 / 7
     values = np.sort(np.linalg.eigvalsh(H @ K.numpy() @ H))[::-1]
     np.testing.assert_allclose(explained, values[:num_components] / values.sum(), atol=1e-12)
+
+
+def test_without_a_centre_coordinates_are_the_principal_directions_about_the_origin() -> None:
+    """Of points off the origin, against a singular value decomposition; the first is about where their mean lies."""
+    points = np.random.default_rng(0).standard_normal((9, 4)) + 3
+    K = torch.from_numpy(points @ points.T)
+    coordinates, explained = kernel_pca(K, 4, centre=False)
+    U, s, _ = np.linalg.svd(points, full_matrices=False)
+    np.testing.assert_allclose(coordinates.abs(), np.abs(U * s), atol=1e-9)
+    np.testing.assert_allclose(explained, s**2 / np.sum(s**2), atol=1e-12)
+    np.testing.assert_allclose(coordinates @ coordinates.T, K, atol=1e-9)
+    assert coordinates[:, 0].min() > 3
+    assert explained[0] > 0.8 > kernel_pca(K, 4)[1][0]
 
 
 def test_kernel_pca_keeps_distances_and_inner_products() -> None:
@@ -145,6 +162,8 @@ def test_labels_that_explain_all_or_nothing() -> None:
 def test_wrong_input_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one layer"):
         signature_gram([])
+    with pytest.raises(ValueError, match="at least 4 samples, but got 3"):
+        signature(torch.ones(3, 2), debiased=True)
     with pytest.raises(ValueError, match="at least 2 samples, but got 1"):
         signature(torch.ones(1, 3))
     with pytest.raises(ValueError, match="the same samples in the same order, but got 4 and 5"):

@@ -95,6 +95,64 @@ def test_text_classifier_loads_a_folder_and_trains_in_train_mode(tmp_path: Path)
     assert all(child.training for child in module.modules())
 
 
+@pytest.fixture(scope="module", params=["bert", "distilbert"])
+def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(getattr(small_models, f"tiny_{request.param}")(tmp_path_factory.mktemp(request.param)))
+
+
+def test_the_head_alone_is_trained_on_features_without_dropout(encoder: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = TextClassifier(encoder, 2, head_only=True, learning_rate=0.1)
+    body = module.model.base_model
+    assert {name.partition(".")[0] for name, each in module.model.named_parameters() if each.requires_grad} == {
+        name for name, _ in module.model.named_children() if name not in ("bert", "distilbert", "dropout")
+    }
+    before = {name: value.clone() for name, value in module.model.state_dict().items()}
+    modes: list[tuple[bool, bool]] = []
+
+    def note(*_: object) -> None:
+        modes.append((module.model.training, any(each.training for each in body.modules())))
+
+    module.on_train_batch_start = note  # type: ignore[method-assign]
+    rows = [{"input_ids": torch.tensor([[2, 5 + n % 2, 7, 3]]), "labels": torch.tensor([n % 2])} for n in range(6)]
+    trainer = pl.Trainer(
+        max_epochs=2, logger=False, enable_checkpointing=False, accelerator="cpu", default_root_dir=tmp_path
+    )
+    loader = torch.utils.data.DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
+    trainer.fit(module, loader, loader)
+    assert modes == [(True, False)] * 12  # after a validation, too
+    moved = {name for name, value in module.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"classifier.weight", "classifier.bias"} <= moved
+    assert not any(name.startswith(("bert", "distilbert")) for name in moved)
+    # And then all of it from there: what such weights are for.
+    trainer.save_checkpoint(tmp_path / "head.ckpt", weights_only=True)
+    whole = TextClassifier(encoder, 2, checkpoint=str(tmp_path / "head.ckpt"))
+    assert same(whole.model, module.model)
+    assert all(parameter.requires_grad for parameter in whole.parameters())
+    assert all(child.training for child in whole.model.modules())
+    other = TextClassifier(encoder, 5, checkpoint=str(tmp_path / "head.ckpt"))
+    assert same(other.model.base_model, module.model.base_model)
+    assert other.model.classifier.out_features == 5
+
+
+def test_a_checkpoint_of_another_encoder_is_an_error(tmp_path: Path) -> None:
+    bert, distilbert = small_models.tiny_bert(tmp_path / "a"), small_models.tiny_distilbert(tmp_path / "b")
+    torch.save(TextClassifier(str(bert), 2).state_dict(), tmp_path / "bert.pt")
+    with pytest.raises(ValueError, match="missing"):
+        TextClassifier(str(distilbert), 2, checkpoint=str(tmp_path / "bert.pt"))
+    with pytest.raises(FileNotFoundError, match="checkpoint file at"):
+        TextClassifier(str(distilbert), 2, checkpoint=str(tmp_path / "none.pt"))
+
+
+def test_a_model_without_a_head_of_its_own_has_none_to_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import DistilBertForSequenceClassification
+
+    monkeypatch.setattr(DistilBertForSequenceClassification, "base_model_prefix", "")
+    folder = small_models.tiny_distilbert(tmp_path)
+    with pytest.raises(ValueError, match=r"for `head_only`, but DistilBertForSequenceClassification has none"):
+        TextClassifier(str(folder), 2, head_only=True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [({"num_classes": 1}, "`num_classes` to be at least 2"), ({"warmup": 1.0}, r"`warmup` to be in \[0, 1\)")],

@@ -261,9 +261,91 @@ def test_side_by_side_shares_one_colour_bar(mine: bool) -> None:
     assert plots.figure_pixels(figure).ndim == 3 if not mine else True
 
 
+def ticks(ax: Axes) -> list[str]:
+    return [label.get_text() for label in ax.get_xticklabels()]
+
+
+def test_the_upper_half_can_be_left_out() -> None:
+    values = np.arange(9.0).reshape(3, 3) / 10
+    _, ax = plots.heatmap(values, NAMES, NAMES, mask_upper=True)
+    assert sorted(text.get_text() for text in ax.texts) == ["0.00", "0.30", "0.40", "0.60", "0.70", "0.80"]
+    np.testing.assert_array_equal(cells(ax)[..., 3], np.tril(np.ones((3, 3))))
+    _, ax = plots.heatmap(values, NAMES, NAMES, mask_upper=True, mask=np.eye(3, dtype=bool))
+    assert sorted(text.get_text() for text in ax.texts) == ["0.30", "0.60", "0.70"]
+
+
+def test_numbers_and_colours_can_be_chosen() -> None:
+    _, ax = plots.heatmap(VALUES, NAMES, NAMES[:2], annot_fmt=".3f")
+    assert sorted(text.get_text() for text in ax.texts) == ["-0.200", "0.250", "0.500", "1.000", "1.700"]
+    _, ax = plots.heatmap(np.array([[0.05, 0.95]]), ["a"], ["b", "c"], cmap="Greys")
+    np.testing.assert_allclose(cells(ax)[0, 0], colormaps["Greys"](0.05), atol=1e-6)
+    assert [text.get_color() for text in ax.texts] == ["black", "white"]  # light where viridis is dark
+
+
+def test_the_depth_of_names_can_be_chosen() -> None:
+    names = ["bert.encoder.layer.0", "bert.encoder.layer.1", "bert.pooler"]
+    _, ax = plots.heatmap(VALUES.T, NAMES[:2], names, layer_name_depth=2)
+    assert ticks(ax) == ["layer.0", "layer.1", "bert.pooler"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["blocks.0", "blocks.1"]
+    _, ax = plots.heatmap(VALUES.T, NAMES[:2], names, layer_name_depth=1)
+    assert ticks(ax) == ["0", "1", "pooler"]
+    # A name that another layer has too would say nothing.
+    _, ax = plots.heatmap(VALUES.T, NAMES[:2], ["vision.layer.0", "text.layer.0", "text.head"], layer_name_depth=1)
+    assert ticks(ax) == ["vision.layer.0", "text.layer.0", "head"]
+    _, ax = plots.heatmap(VALUES.T, NAMES[:2], ["a", "a", "b.a"], layer_name_depth=3)
+    assert ticks(ax) == ["a", "a", "b.a"]
+
+
+def test_the_size_can_be_chosen() -> None:
+    matrices = {"one": (VALUES, NAMES, NAMES[:2]), "two": (VALUES, NAMES, NAMES[:2])}
+    for figure, _ in (
+        plots.heatmap(VALUES, NAMES, NAMES[:2], figsize=(7, 3)),
+        plots.side_by_side(matrices, ncols=1, figsize=(7, 3)),
+    ):
+        assert tuple(figure.get_size_inches()) == (7, 3)
+
+
+@pytest.mark.parametrize("share_colorbar", [True, False])
+def test_a_grid_of_heatmaps(share_colorbar: bool) -> None:
+    """The multi-panel figure of a notebook: three matrices in two columns, one place left empty."""
+    wide = np.zeros((1, 8)), NAMES[:1], [f"layer.{index}" for index in range(8)]
+    square = np.array([[1.0, 1.2], [0.1, 1.0]]), NAMES[:2], NAMES[:2]
+    options: dict[str, Any] = {"cmap": "magma", "share_colorbar": share_colorbar, "title": "All"}
+    figure, axes = plots.side_by_side({"one": square, "two": wide, "three": square}, ncols=2, **options)
+    plots.figure_pixels(figure)
+    assert [ax.get_title() for ax in axes] == ["one", "two", "three"]
+    one, two, three = (ax.get_position() for ax in axes)
+    assert one.x0 < two.x0
+    assert one.y0 == pytest.approx(two.y0)
+    assert three.x0 == pytest.approx(one.x0)
+    assert three.y1 < one.y0
+    assert two.width > 1.2 * one.width  # eight columns beside two
+    bars = [ax for ax in figure.axes if ax not in axes]
+    assert len(bars) == (1 if share_colorbar else 3)
+    assert all(ax.get_images()[0].get_cmap().name == "magma" for ax in axes)
+    assert {bar._colorbar.cmap.name for bar in bars} == {"magma"}  # type: ignore[attr-defined]
+    assert {bar._colorbar.extend for bar in bars} == ({"max"} if share_colorbar else {"max", "neither"})  # type: ignore[attr-defined]
+    height = figure.get_size_inches()[1]
+    assert plots.side_by_side({"one": square, "two": wide}, ncols=9)[0].get_size_inches()[1] < 0.7 * height
+
+
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
+        (lambda: plots.heatmap(VALUES, NAMES, NAMES[:2], mask_upper=True), r"square matrix .*, but got .*\(3, 2\)"),
+        (lambda: plots.heatmap(VALUES, NAMES, NAMES[:2], annot_fmt=".2x"), "number's format, .* but got '.2x'"),
+        (lambda: plots.heatmap(VALUES, NAMES, NAMES[:2], layer_name_depth=0), "at least 1, but got 0"),
+        (lambda: plots.heatmap(VALUES, NAMES, NAMES[:2], cmap="virdis"), "got 'virdis'; did you mean .*viridis"),
+        (lambda: plots.side_by_side({"a": (VALUES, NAMES, NAMES[:2])}, cmap="?"), r"got '\?'\.$"),
+        (lambda: plots.side_by_side({"a": (VALUES, NAMES, NAMES[:2])}, ncols=0), "`ncols` .*at least 1, but got 0"),
+        (
+            lambda: plots.side_by_side({"a": (VALUES, NAMES, NAMES[:2])}, ncols=1, ax=[Figure().subplots()]),
+            "`figsize` and `ncols` of a new figure, but got both",
+        ),
+        (
+            lambda: plots.heatmap(VALUES, NAMES, NAMES[:2], figsize=(3, 3), ax=Figure().subplots()),
+            "either `figsize`, of a new figure, or `ax`",
+        ),
         (lambda: plots.heatmap(VALUES, NAMES, NAMES), r"`values` of shape \(3, 3\).* but got \(3, 2\)"),
         (lambda: plots.heatmap(VALUES[0], NAMES, NAMES), r"but got \(2,\)"),
         (lambda: plots.heatmap(np.zeros((0, 2)), [], NAMES[:2]), "at least one row"),

@@ -411,8 +411,8 @@ MUTANTS = [
         (
             (
                 "tracking/recording_pass.py",
-                "        if name is not None:\n            rank_zero_warn(",
-                "        if False:\n            rank_zero_warn(",
+                "        if name is not None:\n            warn(",
+                "        if False:\n            warn(",
             ),
         ),
         zoo("GlobalGenerators"),

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
 from lit_cka.data.from_model import padding_token, tokenizer_for
 from lit_cka.data.test_sets import TestSet, TestSetsDataModule
+from lit_cka.parallel.warning import warn
 
 Kind = Literal["perplexity", "multiple_choice", "exact_match"]
 
@@ -227,6 +227,6 @@ class LanguageTestsDataModule(TestSetsDataModule):
             samples: Any = [encoder.sample(kind, row, where) for where, row in rows]
             if encoder.num_cut:
                 what = "texts were cut at the end" if kind == "perplexity" else "prompts were cut at the beginning"
-                rank_zero_warn(f"{encoder.num_cut} of {len(samples)} {what} in {self.files[name]}, see `max_length`.")
+                warn(f"{encoder.num_cut} of {len(samples)} {what} in {self.files[name]}, see `max_length`.")
             test_sets.append(TestSet(name, samples, collate=partial(collate, kind=kind, padding=padding)))
         return test_sets

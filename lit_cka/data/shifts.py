@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lit_cka.data.imagenet_classes import (
@@ -21,6 +20,7 @@ from lit_cka.data.imagenet_classes import (
     subset_synsets,
 )
 from lit_cka.data.test_sets import LabelledImages, TestSet, TestSetsDataModule, class_folders
+from lit_cka.parallel.warning import warn
 
 # The first of them that has subfolders is read. model-soups and wise-ft have the same, but for the second of Sketch.
 FOLDERS = {
@@ -136,7 +136,7 @@ class ImageNetShiftsDataModule(TestSetsDataModule):
             )
         images = LabelledImages(folder, labels, transform, border=2)
         if len(images) != _OBJECTNET_IMAGES:
-            rank_zero_warn(
+            warn(
                 f"ObjectNet has {_OBJECTNET_IMAGES} images of classes that ImageNet has, but {folder} has "
                 f"{len(images)}: incomplete download?"
             )

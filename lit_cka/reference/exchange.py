@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_cka.checkpoints.state_dicts import (
@@ -22,6 +21,7 @@ from lit_cka.checkpoints.weight_sets import strip_wrappers
 from lit_cka.features.flat_parameters import has_nameless_parameters, why_parts_are_closed
 from lit_cka.features.layers import named_layers
 from lit_cka.features.sharded_modules import is_sharded, outermost
+from lit_cka.parallel.warning import warn
 from lit_cka.reference.feature_store import MappedFile
 from lit_cka.reference.places import layout_of, places_of, state_of
 
@@ -145,7 +145,7 @@ def _put_aside(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _warn_no_file(error: OSError) -> None:
-    rank_zero_warn(f"Weights to compare with could not be put into a temporary file ({error}): they stay in memory.")
+    warn(f"Weights to compare with could not be put into a temporary file ({error}): they stay in memory.")
 
 
 def weights_for(module: nn.Module, weights: Mapping[str, Tensor], layer_names: list[str]) -> dict[str, Tensor]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_cka.checkpoints.tensor_files import TensorFile
+from lit_cka.parallel.warning import warn
 from lit_cka.reference.feature_store import MappedFile
 from lit_cka.reference.recorded_dataloader import RecordedDataloader
 from lit_cka.samples.sample_keys import BatchSamples
@@ -72,7 +72,7 @@ class Recording:
             file = MappedFile(self._folder)
         except OSError as error:
             self._max_bytes = float("inf")
-            rank_zero_warn(
+            warn(
                 f"The recorded features take more than `cache_memory`, and no file could be made for them in "
                 f"{str(self._folder)!r} ({error}): they stay in memory."
             )

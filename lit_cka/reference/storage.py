@@ -10,13 +10,13 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from lit_cka.checkpoints.tensor_files import find_tensors, write_tensors
 from lit_cka.features.flat_parameters import why_parts_are_closed
 from lit_cka.features.sharded_modules import is_sharded, plain_name
+from lit_cka.parallel.warning import warn
 from lit_cka.reference.exchange import WeightExchange, Weights, kept_weights, own_shards
 from lit_cka.reference.places import Mark, layout_of, marks_of, places_of
 from lit_cka.reference.recording import Recording
@@ -236,7 +236,7 @@ class TrainingStart:
                     notes["layout"] = self.weights.layout
                 write_tensors(folder, name, self.weights.tensors, notes)
         except OSError as error:
-            rank_zero_warn(f"CKACallback could not store its reference, so a resumed fit will need one: {error}")
+            warn(f"CKACallback could not store its reference, so a resumed fit will need one: {error}")
             return
         self._written = StoredStart(
             id=self._id, world_size=ranks.size, has_recording=not recording.is_empty, num_weight_files=num_files

@@ -6,9 +6,9 @@ from collections.abc import Sequence, Sized
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import BatchSampler, DistributedSampler
 
+from lit_cka.parallel.warning import warn
 from lit_cka.samples.sampler_indices import evaluated_loaders
 from lit_cka.tracking.history import Stage
 
@@ -69,7 +69,7 @@ def num_first_samples(
     num_samples = len(cast(Sized, sampler.dataset))
     if type(loader.batch_sampler) is not BatchSampler or not getattr(loader, "in_order", True):
         if sampler.total_size > num_samples:
-            rank_zero_warn(
+            warn(
                 f"{stage} dataloader {dataloader} repeats {sampler.total_size - num_samples} of {num_samples} samples "
                 f"to give all ranks as many, in an order that {type(loader.batch_sampler).__name__} hides: they count "
                 "twice in CKA."

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.utilities import rank_zero_warn
-
+from lit_cka.parallel.warning import warn
 from lit_cka.reference.recorded_dataloader import RecordedDataloader
 from lit_cka.reference.rounding import MAX_ROUNDING_COST
 from lit_cka.tracking.pairing import PairedPass
@@ -19,7 +18,7 @@ class Explanations:
         """Warn, unless there was a warning of this kind for the layer or dataloader of this name."""
         if (name, kind) not in self._said:
             self._said.add((name, kind))
-            rank_zero_warn(text, stacklevel=4)
+            warn(text)
 
     def of_recording(self, recorded: RecordedDataloader) -> None:
         """Warn of layers whose recorded features are not finite."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-
+from lit_cka.parallel.warning import warn
 from lit_cka.samples.counting import DataRanks, any_rank
 from lit_cka.samples.sample_keys import BatchSamples
 from lit_cka.tracking.recording_pass import RecordingPass
@@ -76,7 +75,7 @@ class OtherBatches:
         name, score = lowest_cka({name: pair for name, pair in pairs.items() if len(pair[0]) >= _FEWEST})
         if name is not None and score < _LOWEST and not self._has_warned:
             self._has_warned = True
-            rank_zero_warn(
+            warn(
                 "What the model gives for a sample depends on the other samples of its batch (statistics of the batch, "
                 "padding to the longest one), and they are others than those that the reference was recorded with "
                 "(shuffled, in other sizes or on other ranks): an unchanged model would get a CKA of "

@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_cka.features.sharded_modules import is_sharded
 from lit_cka.parallel.ranks import agreed
+from lit_cka.parallel.warning import warn
 from lit_cka.reference.reference import INITIAL
 from lit_cka.reference.storage import TrainingStart
 from lit_cka.samples.drawing import unread
@@ -167,9 +167,7 @@ class Recorder:
         if not trainer.strategy.reduce_boolean_decision(loop.skip, all=False):
             return False
         if not trainer.strategy.reduce_boolean_decision(loop.skip, all=True):
-            rank_zero_warn(
-                "CKACallback leaves out this evaluation: some rank has no batches at all for it, and takes no part."
-            )
+            warn("CKACallback leaves out this evaluation: some rank has no batches at all for it, and takes no part.")
         return True
 
     def _needs_recording(self, trainer: pl.Trainer, loop: Any, stage: Stage) -> bool:

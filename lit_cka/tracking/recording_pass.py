@@ -7,10 +7,10 @@ from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_cka.features.extractor import not_run
+from lit_cka.parallel.warning import warn
 from lit_cka.reference.adapters import adapters_off
 from lit_cka.reference.exchange import WeightExchange
 from lit_cka.reference.reference import LiveReference
@@ -133,7 +133,7 @@ class RecordingPass:
             again = self._tracker.take().live
         name, score = lowest_score(features, again)
         if name is not None:
-            rank_zero_warn(
+            warn(
                 "The reference's model does not give the same features for the same batch twice, in evaluation: it "
                 "draws random numbers, runs in train mode, or depends on something besides its inputs. An unchanged "
                 f"model would get a CKA of {score:.4f} in layer {name!r} on the first batch, not 1 (but where hooks or "

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +22,7 @@ from rich.text import Text
 from lit_cka import plots
 from lit_cka.features.lightning_private import logging_step
 from lit_cka.files import visible, write_bytes
+from lit_cka.parallel.warning import warn
 from lit_cka.tracking.history import Record, first_series, mean_score, verdict
 
 if TYPE_CHECKING:
@@ -226,6 +226,6 @@ def leave_report(
     try:
         write_report(folder, history, thresholds)
     except OSError as error:
-        rank_zero_warn(f"The report on CKA could not be written to {str(folder)!r}: {error}.")
+        warn(f"The report on CKA could not be written to {str(folder)!r}: {error}.")
         return
     console.print(f"CKA of each layer over time: {Path(folder) / 'cka_heatmap.png'}", soft_wrap=True, markup=False)

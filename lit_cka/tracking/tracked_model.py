@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_cka.features.layers import select_layers
 from lit_cka.features.sharded_modules import is_sharded
 from lit_cka.parallel.ranks import agreed
+from lit_cka.parallel.warning import warn
 from lit_cka.reference.adapters import switch_off_adapters
 from lit_cka.reference.exchange import WeightExchange, Weights
 from lit_cka.reference.recording import Dataloader, Recording
@@ -128,7 +128,7 @@ class TrackedModel:
                 switch_off_adapters(running.module)
             self.tracker = self._new_tracker(running)
         self.tracker.can_record = False
-        rank_zero_warn(
+        warn(
             "The data differ at every pass (augmentation, random crops, a collation that draws): the reference is not "
             "recorded, but runs beside the model each time. The numbers are right all the same, but tracking is nearly "
             "free only where data are fixed in evaluation."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from datetime import datetime
@@ -17,8 +19,8 @@ import yaml
 from lit_cka import MonoSoupEditor
 from lit_cka import __main__ as lit_cka_command
 from lit_cka.commands import monosoup, training
-from lit_cka.data import DigitShiftsDataModule
-from lit_cka.models import ImageClassifier
+from lit_cka.data import DigitShiftsDataModule, ImageNetShiftsDataModule
+from lit_cka.models import CLIPImageClassifier, ImageClassifier
 from tests.tracking.helpers import trainer
 
 ROOT = Path(__file__).parents[2]
@@ -246,3 +248,21 @@ def test_as_a_process(checkpoints: Path) -> None:
     assert done.returncode == 1
     assert "got ['monosoop']" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_every_flag_of_the_published_scripts_has_its_option() -> None:
+    """As the table in docs/monosoup.md says."""
+    rows = [
+        line.split("|") for line in (ROOT / "docs/monosoup.md").read_text().splitlines() if line.startswith("| `--")
+    ]
+    named = {flag for row in rows for flag in re.findall(r"`(--[\w-]+)", row[1])}
+    assert named >= {"--pretrained-checkpoint", "--cka-datasets", "--run-eval", "--eval-models", "--no-plots", "--R"}
+    ours = {option for row in rows for option in re.findall(r"`(--[\w.-]+)", "|".join(row[2:]))} - {"--report"}
+    assert len(ours) > 15
+    known = {option for action in monosoup.parser()._actions for option in action.option_strings}
+    of_data = {option for option in ours if option.startswith(("--data.init_args.", "--editor.model.init_args."))}
+    assert ours - of_data <= known
+    names = {"--data.init_args.": ImageNetShiftsDataModule, "--editor.model.init_args.": CLIPImageClassifier}
+    for prefix, kind in names.items():
+        arguments = set(inspect.signature(kind).parameters)
+        assert {option.removeprefix(prefix) for option in of_data if option.startswith(prefix)} <= arguments

@@ -73,15 +73,19 @@ def log_records(
     if trainer.barebones:  # which logs nothing, and warns of each attempt
         return charted
     # All ranks have the same values already, so there is nothing to synchronise.
-    pl_module.log_dict(
-        {key: torch.tensor(value, dtype=torch.float32, device=pl_module.device) for key, value in values.items()},
-        on_step=on_step,
-        on_epoch=not on_step,
-        logger=False if on_step else None,
-        add_dataloader_idx=False,
-        batch_size=1,
-        rank_zero_only=False,
-    )
+    tensors = {key: torch.tensor(value, dtype=torch.float32, device=pl_module.device) for key, value in values.items()}
+    means = {key: tensors.pop(key) for key in list(tensors) if f"{key}/".startswith(f"{prefix}/mean/")}
+    for some, in_bar in ((tensors, False), (means, True)):
+        pl_module.log_dict(
+            some,
+            prog_bar=in_bar,
+            on_step=on_step,
+            on_epoch=not on_step,
+            logger=False if on_step else None,
+            add_dataloader_idx=False,
+            batch_size=1,
+            rank_zero_only=False,
+        )
     for logger in trainer.loggers if on_step else ():
         logger.log_metrics(values, step=logging_step(trainer))
     return charted

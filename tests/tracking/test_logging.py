@@ -390,3 +390,10 @@ def test_a_checkpoint_saved_at_every_epoch_holds_the_history_so_far(tmp_path: Pa
         states = torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)["callbacks"]
         lengths += [len(state["history"]) for key, state in states.items() if key.startswith("CKACallback")]
     assert lengths == [1, 2]
+
+
+def test_the_mean_is_in_the_progress_bar(tmp_path: Path) -> None:
+    run, module = trainer(tmp_path, CKACallback()), Classifier()
+    run.fit(module, train_loader(), loader())
+    shown = {key: value for key, value in run.progress_bar_metrics.items() if key.startswith("cka")}
+    assert shown == {"cka/mean": pytest.approx(run.callback_metrics["cka/mean"].item(), abs=1e-7)}

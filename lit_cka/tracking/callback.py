@@ -349,7 +349,8 @@ class CKACallback(pl.Callback):
         elif self.options.log_figures and trainer.is_global_zero:
             self._figures.finish(trainer, self.history)
             model = self._recorder.model
-            print_table(self.history, self.options.thresholds, reference="" if model is None else model.how_compared)
+            reference = "" if model is None else model.how_compared
+            print_table(self.history, self.options.thresholds, reference=reference, prefix=self.options.prefix)
             if folder is not None and self.history and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 leave_report(
                     Path(folder) / file_name(self.options.prefix), self.history, self.options.thresholds, Console()

@@ -57,7 +57,7 @@ def log_records(
 
     Args:
         trainer: that the module is in.
-        pl_module: whose `log_dict` makes them known to all loggers, and to callbacks that monitor.
+        pl_module: whose `log` makes them known to all loggers, and to callbacks that monitor.
         records: of the same evaluation.
         prefix: of the keys.
         on_step: within a training epoch, at once, whatever `log_every_n_steps` is.
@@ -73,12 +73,11 @@ def log_records(
     if trainer.barebones:  # which logs nothing, and warns of each attempt
         return charted
     # All ranks have the same values already, so there is nothing to synchronise.
-    tensors = {key: torch.tensor(value, dtype=torch.float32, device=pl_module.device) for key, value in values.items()}
-    means = {key: tensors.pop(key) for key in list(tensors) if f"{key}/".startswith(f"{prefix}/mean/")}
-    for some, in_bar in ((tensors, False), (means, True)):
-        pl_module.log_dict(
-            some,
-            prog_bar=in_bar,
+    for key, value in values.items():
+        pl_module.log(
+            key,
+            torch.tensor(value, dtype=torch.float32, device=pl_module.device),
+            prog_bar=f"{key}/".startswith(f"{prefix}/mean/"),
             on_step=on_step,
             on_epoch=not on_step,
             logger=False if on_step else None,
@@ -159,24 +158,32 @@ def print_table(
     console: Console | None = None,
     *,
     reference: str = "",
+    prefix: str = "",
 ) -> None:
-    """Print a table of layers: first, lowest and last CKA, with a verdict on the last.
+    """Print a table of layers, without what all their names begin with: first, lowest and last CKA, with a verdict on
+    the last.
 
     Args:
         history: its `first_series` is shown.
         thresholds: of the verdicts.
         console: where to print; None for the standard output.
         reference: a few words on how it came to be.
+        prefix: that the scores are logged under.
     """
     records = first_series(history)
     if not records:
         return
     last = records[-1]
+    names = list(last["scores"])
+    short_names = plots.short_names(names, max(map(len, names))) if len(names) > 1 else names
+    short = dict(zip(names, short_names, strict=True))
+    common = names[0].removesuffix(short[names[0]]) if names else ""
     table = Table(
         title=f"CKA with the reference, n = {last['n']} samples",
         caption=Text(
             f"untouched >= {thresholds[0]:g} > refined >= {thresholds[1]:g} > rewritten"
-            + (f"\nreference: {reference}" if reference else ""),
+            + (f"\nreference: {reference}" if reference else "")
+            + (f"\nlogged as {visible(prefix)}/{visible(common)}<layer>" if prefix else ""),
             style="table.caption",
         ),
     )
@@ -190,7 +197,7 @@ def print_table(
         series = [record["scores"].get(name, np.nan) for record in records]
         lowest = min((value for value in series if value == value), default=np.nan)
         values = [series[0], lowest, cka] if columns else [cka]
-        table.add_row(Text(visible(name)), *(f"{value:.4f}" for value in values), Text(word, _STYLES[word]))
+        table.add_row(Text(visible(short[name])), *(f"{value:.4f}" for value in values), Text(word, _STYLES[word]))
     (console or Console()).print(table)
 
 

@@ -45,11 +45,12 @@ function ticks(first, last, most) {
 
 const tickLabel = (value) => (Math.abs(value) >= 1e4 ? minus(value.toLocaleString("en")) : minus(String(+value.toPrecision(6))));
 
-/** Layers without the dotted segments that all of them begin with. */
+/** Layers without what all of them begin with, but for its last segment, which says what the numbers count. */
 function shortNames(names) {
   const parts = names.map((name) => name.split("."));
-  let shared = 0;
-  while (names.length > 1 && parts.every((each) => each.length > shared + 1 && each[shared] === parts[0][shared])) shared += 1;
-  if (shared && parts.every((each) => each.length === shared + 1 && /^\d+$/.test(each[shared]))) shared -= 1; // "blocks.0", not "0"
-  return { common: parts[0] ? parts[0].slice(0, shared).join(".") : "", names: parts.map((each) => each.slice(shared).join(".")) };
+  const least = Math.min(...parts.map((each) => each.length));
+  let same = 0;
+  while (same < least && parts.every((each) => each[same] === parts[0][same])) same += 1;
+  const left = names.length > 1 ? Math.max(same - 1, 0) : 0;
+  return { common: parts[0] ? parts[0].slice(0, left).join(".") : "", names: parts.map((each) => each.slice(left).join(".")) };
 }

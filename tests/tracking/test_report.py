@@ -180,10 +180,11 @@ def test_the_table_at_the_end_of_fit(tmp_path: Path, capsys: pytest.CaptureFixtu
     trainer(tmp_path, callback).fit(Classifier(), train_loader(), loader())
     text = capsys.readouterr().out
     assert text.count("CKA with the reference, n = 44 samples") == 1
+    assert "logged as cka/net.<layer>" in text
     shown = rows(text)
-    assert list(shown) == BLOCKS
+    assert [f"net.{name}" for name in shown] == BLOCKS
     for name, cells in shown.items():
-        series = [record["scores"][name] for record in callback.history]
+        series = [record["scores"][f"net.{name}"] for record in callback.history]
         word = "untouched" if series[-1] >= 0.95 else "refined" if series[-1] >= 0.7 else "rewritten"
         assert cells == [f"{series[0]:.4f}", f"{min(series):.4f}", f"{series[-1]:.4f}", word]
 

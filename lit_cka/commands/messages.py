@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import NoReturn
@@ -23,6 +25,20 @@ def fail(message: str, status: int) -> NoReturn:
         red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
         print(f"{red}error: {message}{plain}", file=sys.stderr)
     sys.exit(status)
+
+
+def without_noise() -> None:
+    """Leave out what Lightning says that nobody can act on: tips to install other packages, and deprecations of what it
+    uses itself.
+    """
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    if _is_no_tip not in logger.filters:
+        logger.addFilter(_is_no_tip)
+    warnings.filterwarnings("ignore", message=".*LeafSpec")
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
 
 
 def num_ranks() -> int:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from lit_cka.commands.failures import failing_in_a_line
 from lit_cka.commands.hub import offline_if_unreachable
-from lit_cka.commands.messages import is_first_rank, note
+from lit_cka.commands.messages import is_first_rank, note, without_noise
 from lit_cka.commands.needs import add_needs, train_what_is_needed
 from lit_cka.commands.parsing import Parser
 from lit_cka.commands.running import plain_options
@@ -69,6 +69,7 @@ def parser() -> Parser:
 
 def main(args: list[str]) -> StudyResults:
     """Run the command; an error that a user can mend is one line and exit status 1."""
+    without_noise()
     options = parser()
     config = options.parse_args(args)
     plain = plain_options(options, config)

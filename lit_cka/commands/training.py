@@ -20,6 +20,7 @@ from lit_cka.checkpoints.state_dicts import load_state_dict
 from lit_cka.commands.configs import find_config
 from lit_cka.commands.failures import failing_in_a_line
 from lit_cka.commands.hub import offline_if_unreachable
+from lit_cka.commands.messages import without_noise
 from lit_cka.commands.parsing import Parser
 from lit_cka.data.from_model import tokenizer_for
 from lit_cka.files import file_name, partial_name, require_writable, written_whole
@@ -230,6 +231,7 @@ def weights_path(config: str) -> str:
 def main(args: list[str]) -> TrainCLI:
     """Run a command line, of which the first word is the command."""
     torch.set_float32_matmul_precision("high")
+    without_noise()
     options: dict[str, Any] = {}
     with failing_in_a_line(options):
         cli = TrainCLI(args, options)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -203,6 +204,7 @@ def test_demo(tmp_path: Path) -> None:
     assert list(last) == [f"model.blocks.{index}" for index in range(6)]
     assert last["model.blocks.0"] > last["model.blocks.5"]  # what is learned anew is learned at the top
     assert logged_tags(str(folder)) == [*(f"cka/{name}" for name in last), "cka/mean", "cka/num_samples"]
+    assert not re.search("Tip:|LeafSpec|FLOPs|rank_zero_warn", done.stdout + done.stderr)
     for said in ("val_acc: 0.", "cka_heatmap.png", "tensorboard --logdir", "blocks.5", "cka/model.<layer>", "verdict"):
         assert said in done.stdout
     assert (folder / "cka/cka_heatmap.png").read_bytes().startswith(b"\x89PNG")

@@ -47,16 +47,19 @@ def float32_spectrum(gram: Tensor) -> Spectrum | None:
     Args:
         gram: (m, m), float64, of which the lower triangle counts; it is overwritten.
     """
-    symmetric = torch.tril(gram, -1)
+    diagonal, symmetric = gram.diagonal().clone(), gram.tril_(-1)
     symmetric += symmetric.T.clone()
-    symmetric.diagonal().copy_(gram.diagonal())
+    symmetric.diagonal().copy_(diagonal)
     values, vectors, level = _leading(symmetric)
     number = len(values)
     ceiling = 2 * level  # above all that stays as it is, of which `level` is an estimate from below
     if number:
         symmetric.addmm_(vectors * (ceiling - values), vectors.T)
     scale = level.clamp_min(torch.finfo(torch.float64).tiny)
-    eigenvalues, Q = torch.linalg.eigh((symmetric / scale).to(torch.float32))
+    rounded = torch.empty_like(symmetric, dtype=torch.float32)
+    torch.div(symmetric, scale, out=rounded)
+    eigenvalues, Q = torch.linalg.eigh(rounded)
+    del rounded
     rest = eigenvalues.flip(0)[number:].to(torch.float64).clamp_min(0) * scale
     if number:
         Q[:, -number:] = vectors.flip(1).to(torch.float32)

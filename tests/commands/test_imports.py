@@ -48,7 +48,8 @@ def loaded_after(steps: list[list[str]]) -> dict[str, set[str]]:
 def packages(modules: set[str]) -> set[str]:
     """Of third parties, by the first part of the name."""
     found = {module.partition(".")[0] for module in modules} - set(sys.stdlib_module_names) - {"lit_cka"}
-    return {name for name in found if not name.startswith("_")}
+    # What a system's Python loads by itself (Debian's, say) is not ours.
+    return {name for name in found if not name.startswith("_")} - {"sitecustomize", "usercustomize"}
 
 
 @cache

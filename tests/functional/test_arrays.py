@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_cka import LinearCKA, MinibatchCKA, functional
-from lit_cka.analysis import Features, Settings, compare_features, probe_layers
+from lit_cka.analysis import Features, ProbeSettings, Settings, compare_features, probe_layers
 from lit_cka.analysis.rsa import compare_rdms, pairwise_rsa, rsa
 from lit_cka.analysis.uncertainty import bootstrap_cka, permutation_test
 from lit_cka.functional.arrays import as_tensors
@@ -147,4 +147,5 @@ def test_features_of_arrays(tmp_path: Any) -> None:
     assert torch.equal(Features.load(tmp_path / "features.safetensors").layers["a"], torch.from_numpy(X))
     found = compare_features(features, features, Settings(debiased=False))
     assert found.values[0, 1] == pytest.approx(functional.linear_cka(X, Y).item())
-    assert len(probe_layers(features, features, progress=False)) == 2
+    settings = ProbeSettings(C=1.0, standardize=False, num_folds=2)
+    assert len(probe_layers(features, features, settings=settings, progress=False)) == 2

@@ -430,7 +430,7 @@ def test_chunks_change_nothing(
     W0, W1 = weights(shape, low_rank(shape, 5) + 0.1 * noise(shape), torch.float64)
     whole = split_of(W0, W1, rule)
     expected = edited(whole, W0, W1)
-    monkeypatch.setattr(update_gram, "_CHUNK", size)
+    monkeypatch.setattr(update_gram, "_CPU_CHUNK", size)
     split = split_of(W0, W1, rule)
     assert split.rank == whole.rank
     assert split.coefficients == pytest.approx(whole.coefficients, abs=1e-12)
@@ -444,7 +444,7 @@ def test_chunks_change_nothing(
 def test_the_last_may_take_the_memory_of_the_finetuned_weight(
     shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(update_gram, "_CHUNK", 100)  # several, each of which is read before it is written
+    monkeypatch.setattr(update_gram, "_CPU_CHUNK", 100)  # several, each of which is read before it is written
     W0, W1 = weights(shape, low_rank(shape, 5) + 0.1 * noise(shape), dtype)
     split = split_of(W0, W1)
     wanted: list[tuple[float, float]] = [(1.0, 0.0), (0.3, 0.6), (0.0, 1.0)]

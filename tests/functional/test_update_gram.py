@@ -26,7 +26,7 @@ def weights(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple
 def test_it_is_that_of_the_whole_matrix(
     shape: tuple[int, ...], size: int, rows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(update_gram, "_CHUNK", size)
+    monkeypatch.setattr(update_gram, "_CPU_CHUNK", size)
     W0, W1 = weights(shape)
     w0, w1 = (W.numpy().astype(float).reshape(len(W), -1) for W in (W0, W1))
     delta = w1 - w0
@@ -41,7 +41,7 @@ def test_it_is_that_of_the_whole_matrix(
 @SHAPES
 @pytest.mark.parametrize("rows", [True, False])
 def test_parts_make_up_the_matrix(shape: tuple[int, ...], rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(update_gram, "_CHUNK", 50)
+    monkeypatch.setattr(update_gram, "_CPU_CHUNK", 50)
     matrix = as_matrix(weights(shape)[0])
     parts = [narrowed(matrix, start, stop, rows) for start, stop in chunks(matrix, rows)]
     assert torch.equal(torch.cat(parts, dim=1 if rows else 0), matrix)

@@ -72,8 +72,8 @@ class CKACallback(pl.Callback):
             every validation or test, or, for a training without a validation loop, of every epoch.
         probe_every_n_steps: measure on the probe after every n optimizer steps instead.
         prefix: of the logged keys. Two callbacks in one trainer need different ones.
-        log_figures: draw the layers-by-time heatmap and the chart of all layers for loggers that take them, and print
-            the table at the end of `fit`.
+        log_figures: draw the layers-by-time heatmap and the chart of all layers for loggers that take them, and at the
+            end of `fit` print the table, and write the report to `<log_dir>/<prefix>/`, if there is a logger.
         thresholds: `(untouched, refined)` for the verdict per layer: untouched from the first on, refined from
             the second on, rewritten below. For reading the table only.
 

@@ -51,6 +51,16 @@ def logging_step(trainer: pl.Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
+def note_same_on_all_ranks(key: str) -> None:
+    """Have Lightning not recommend `sync_dist=True` for a scalar that has the same value on all ranks already."""
+    from lightning.pytorch.trainer.connectors.logger_connector.result import warning_cache
+
+    warning_cache.add(
+        f"It is recommended to use `self.log({key!r}, ..., sync_dist=True)` when logging on epoch level in distributed "
+        "setting to accumulate the metric across devices."
+    )
+
+
 def evaluation_loop(trainer: pl.Trainer) -> Any:
     """Returns the loop of the evaluation that runs, or runs next: of validation, within `fit` or not, or of testing."""
     return trainer._evaluation_loop

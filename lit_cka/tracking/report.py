@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_cka import plots
-from lit_cka.features.lightning_private import logging_step
+from lit_cka.features.lightning_private import logging_step, note_same_on_all_ranks
 from lit_cka.files import visible, write_bytes
 from lit_cka.parallel.warning import warn
 from lit_cka.tracking.history import Record, first_series, mean_score, verdict
@@ -74,6 +74,7 @@ def log_records(
         return charted
     # All ranks have the same values already, so there is nothing to synchronise.
     for key, value in values.items():
+        note_same_on_all_ranks(key)
         pl_module.log(
             key,
             torch.tensor(value, dtype=torch.float32, device=pl_module.device),

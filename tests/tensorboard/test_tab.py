@@ -254,6 +254,7 @@ def test_two_runs_and_their_difference(page: Page, server: Server) -> None:
         "rewritten",
         "0.800",
         "\N{MINUS SIGN}0.400",
+        "rewritten",
     ]
     # On a fixed scale, red where the first has changed more: the last layer at the last step.
     color = page.evaluate("""(() => {
@@ -268,6 +269,7 @@ def test_two_runs_and_their_difference(page: Page, server: Server) -> None:
 @in_browser
 def test_thresholds_move_the_verdicts(page: Page, server: Server) -> None:
     opened(page, server, run="slow")
+    assert "already at the first step" not in page.text(".summary")
     verdicts = "[...document.querySelectorAll('td.verdict')].map(each => each.textContent)"
     assert page.evaluate(verdicts) == ["refined"] * 6 + ["rewritten"] * 6
     refined = "document.querySelectorAll('input[type=number]')[1]"

@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.trainer.connectors.logger_connector import result
 
 from lit_cka import CKACallback
 from tests.tracking.helpers import (
@@ -397,3 +399,17 @@ def test_the_mean_is_in_the_progress_bar(tmp_path: Path) -> None:
     run.fit(module, train_loader(), loader())
     shown = {key: value for key, value in run.progress_bar_metrics.items() if key.startswith("cka")}
     assert shown == {"cka/mean": pytest.approx(run.callback_metrics["cka/mean"].item(), abs=1e-7)}
+
+
+def test_lightning_recommends_no_synchronisation_of_what_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does for the module's own scalars, with several processes, if they are logged like ours."""
+    monkeypatch.setattr(result, "_distributed_is_initialized", lambda: True)
+    monkeypatch.setattr(result, "warning_cache", result.WarningCache())
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trainer(tmp_path, CKACallback()).fit(Classifier(), train_loader(), loader())
+    recommended = [str(each.message) for each in seen if "sync_dist=True" in str(each.message)]
+    assert any("val" in text for text in recommended)
+    assert not any("cka" in text for text in recommended)

@@ -32,7 +32,7 @@ class Chart {
   }
 
   scaled() {
-    const [left, right, top, bottom] = [52, 12, 10, this.axes.xNames ? 66 : 40];
+    const [left, right, top, bottom] = [52, this.axes.named ? 92 : 12, 10, this.axes.xNames ? 66 : 40];
     const [width, height] = [this.width - left - right, this.height - top - bottom];
     const { x: [x0, x1], y: [y0, y1] } = this.axes;
     this.toX = (x) => left + (x1 > x0 ? ((x - x0) / (x1 - x0)) * width : width / 2);
@@ -54,7 +54,21 @@ class Chart {
     for (const line of this.lines) if (line.low) this.band(context, line);
     for (const line of this.lines) this.line(context, line, 1.6);
     context.restore();
+    if (this.axes.named) this.names(context, box);
     this.overlay();
+  }
+
+  /** Of lines, at their right ends: the first, the last, and what is far enough from those. */
+  names(context, { left, width }) {
+    const ends = this.lines.map((line) => ({ line, y: this.toY(line.ys.findLast((value) => value !== null) ?? NaN) })).filter(({ y }) => Number.isFinite(y));
+    const taken = [];
+    context.textAlign = "left";
+    for (const { line, y } of ends.length > 1 ? [ends[0], ends.at(-1), ...ends.slice(1, -1)] : ends) {
+      if (!line || taken.some((each) => Math.abs(each - y) < 13)) continue;
+      taken.push(y);
+      context.fillStyle = line.color;
+      context.fillText(fitText(context, this.axes.named[this.lines.indexOf(line)], 84), left + width + 6, y);
+    }
   }
 
   frame(context, { left, top, width, height }) {
@@ -132,6 +146,7 @@ class Chart {
     }
     context.stroke();
     context.setLineDash([]);
+    if (this.axes.xNames && xs.length < 60) xs.forEach((x, index) => ys[index] !== null && context.fillRect(this.toX(x) - 2.5, this.toY(ys[index]) - 2.5, 5, 5));
     for (const [x, y] of alone) context.fillRect(x - 2.5, y - 2.5, 5, 5);
   }
 

@@ -29,7 +29,7 @@ const differenceColor = (value) => pick(DIVERGING_TABLE, 0.5 - value / (2 * DIFF
 /** Of a layer: from the first, dark, to the last, light; with less of the end that the ground would swallow. */
 function depthColor(index, count, dark) {
   const share = count > 1 ? index / (count - 1) : 0.5;
-  return css(pick(RAMP_TABLE, dark ? 0.22 + 0.78 * share : 0.86 * share));
+  return css(pick(RAMP_TABLE, dark ? 0.4 + 0.6 * share : 0.86 * share));
 }
 
 /** Whole steps of 1, 2 or 5 times a power of ten. */

@@ -49,13 +49,16 @@ class Tab {
     this.summary = element("div", { className: "summary", role: "status" });
     this.message = element("p", { className: "warning", role: "alert", hidden: true });
     this.table = element("div", { className: "scroll", tabIndex: 0 });
+    this.beside = labelled("Colours from the lowest value", this.fit);
+    this.beside.className = "beside";
+    this.others = element("details", {}, element("summary", {}, "More runs"), this.more);
     const link = element("button", { type: "button", onclick: () => this.copyLink(link) }, "Copy link");
     const controls = element("form", { className: "controls", onsubmit: (event) => event.preventDefault() },
-      labelled("Run", this.run), labelled("compare with", this.compare),
-      element("details", {}, element("summary", {}, "More runs"), this.more),
-      labelled("untouched from", this.untouched, "CKA from which a layer counts as untouched"),
-      labelled("refined from", this.refined, "CKA from which a layer counts as refined, below as rewritten"),
-      labelled("another scalar", this.scalar), labelled("colours from the lowest value", this.fit),
+      labelled("Run", this.run), labelled("Compare with", this.compare),
+      this.others,
+      labelled("Untouched from", this.untouched, "CKA from which a layer counts as untouched"),
+      labelled("Refined from", this.refined, "CKA from which a layer counts as refined, below as rewritten"),
+      labelled("Another scalar", this.scalar), this.beside,
       link, element("button", { type: "button", onclick: () => this.saveCsv() }, "CSV"));
     const time = element("div", { className: "time" }, this.play, this.slider, this.at);
     this.pictures = element("div", { className: "pictures" });
@@ -191,6 +194,7 @@ class Tab {
     this.options(this.scalar, this.entry(this.state.run)?.scalars ?? [], this.state.scalar, "none");
     this.more.replaceChildren(...ids.filter((id) => id !== this.state.run && id !== this.state.compare).map((id) => element("label", {},
       element("input", { type: "checkbox", checked: this.state.more.includes(id), onchange: (event) => this.set({ more: event.target.checked ? [...this.state.more, id] : this.state.more.filter((each) => each !== id) }) }), id)));
+    this.others.hidden = !this.more.childElementCount;
     this.slider.max = this.main.steps.length - 1;
     this.showPictures(shown);
   }
@@ -210,7 +214,7 @@ class Tab {
     const curves = (table) => {
       const lines = table.layers.map((name, index) => ({ name, color: depthColor(index, table.layers.length, dark), xs: table.steps, ys: table.values[index], low: table.low?.[index], high: table.high?.[index] }));
       this.panel(`curves ${table.id}`, `${table.id}: every layer, from the first (dark) to the last (light)`, () => new Chart(`Curves of ${table.id}`, { onPick: pick }))
-        .show(lines, { x: this.domain, y: [floor, 1], xLabel: "step", yLabel: "CKA", format: formatValue });
+        .show(lines, { x: this.domain, y: [floor, 1], xLabel: "step", yLabel: "CKA", format: formatValue, named: shortNames(table.layers).names });
     };
     // Two beside each other belong together, where there is room for two.
     if (this.other) {
@@ -256,17 +260,19 @@ class Tab {
     const tag = this.state.scalar;
     if (!tag) return;
     const dark = document.documentElement.dataset.theme === "dark";
+    const looks = [[themeColor("accent"), false], [themeColor("second"), true]];
     const lines = [];
     for (const [index, table] of shown.entries()) {
       const { run, scalars } = this.entry(table.id) ?? { scalars: [] };
       if (!scalars.includes(tag)) continue;
       const read = await ask("scalar", { run, tag }).catch(() => null);
-      if (read) lines.push({ name: `${tag}, ${table.id}`, color: depthColor(index, shown.length, dark), xs: read.steps, ys: read.values });
+      if (read) lines.push({ name: table.id, color: looks[index]?.[0] ?? depthColor(index, shown.length, dark), dashed: looks[index]?.[1] ?? false, xs: read.steps, ys: read.values });
     }
     const values = lines.flatMap((line) => line.ys).filter((value) => value !== null);
     if (!values.length || tag !== this.state.scalar) return;
     const [low, high] = [Math.min(...values), Math.max(...values)];
-    const chart = this.panel("scalar", tag, () => new Chart("Another scalar", { height: 200, onPick: pick }));
+    const how = lines.length > 1 ? `: ${lines.map((each) => `${each.name} (${each.dashed ? "dashed" : "solid"})`).join(", ")}` : "";
+    const chart = this.panel("scalar", `${tag}${how}`, () => new Chart("Another scalar", { height: 200, onPick: pick }));
     this.pictures.append(this.panels.get("scalar").section);
     chart.show(lines, { x: this.domain, y: low < high ? [low, high] : [low - 0.5, high + 0.5], xLabel: "step", yLabel: tag, format: formatNumber });
     chart.mark(this.main.steps[this.index()]);
@@ -311,13 +317,21 @@ class Tab {
     return at < 0 ? null : this.main.steps[at];
   }
 
+  /** Since when a layer is not untouched any more, for a sentence and for a cell. */
+  since(layer) {
+    const left = this.leftAt(layer);
+    if (left === null) return { sentence: `It was never below ${this.state.untouched}.`, cell: "never" };
+    if (left === this.main.steps[0]) return { sentence: `It was below ${this.state.untouched} already at the first step that was tracked, ${left}.`, cell: `≤ ${left}` };
+    return { sentence: `It was below ${this.state.untouched} first at step ${left}.`, cell: String(left) };
+  }
+
   showTable(index, step) {
     const { main, other } = this;
     const { common, names } = shortNames(main.layers);
     const at = other ? nearestIndex(other.steps, step) : -1;
-    const columns = [["layer", "layer"], [`step ${main.steps[0]}`, "first"], ["lowest", "lowest"], [`step ${step}`, "now"],
+    const columns = [["layer", "layer"], [`first, step ${main.steps[0]}`, "first"], ["lowest", "lowest"], [`chosen, step ${step}`, "now"],
       ...(main.low ? [["95 %", "interval"]] : []), [`below ${this.state.untouched} from step`, "left"], ["verdict", "verdict"],
-      ...(other ? [[other.id, "other"], ["difference", "difference"]] : [])];
+      ...(other ? [[other.id, "other"], ["difference", "difference"], ["its verdict", "verdict"]] : [])];
     const rows = main.layers.map((name, layer) => {
       const value = main.values[layer][index];
       const defined = main.values[layer].filter((each) => each !== null);
@@ -325,8 +339,8 @@ class Tab {
       const word = this.word(value);
       const cells = [names[layer], formatValue(main.values[layer][0] ?? NaN), formatValue(defined.length ? Math.min(...defined) : NaN), formatValue(value ?? NaN),
         ...(main.low ? [main.low[layer][index] === null ? "" : `${formatValue(main.low[layer][index])} to ${formatValue(main.high[layer][index])}`] : []),
-        String(this.leftAt(layer) ?? "never"), word, ...(other ? [formatValue(others ?? NaN), value === null || others === null ? "" : formatDifference(value - others)] : [])];
-      return element("tr", {}, ...cells.map((text, column) => element(column ? "td" : "th", { ...(column === 0 && { scope: "row", title: name }), className: columns[column][1] === "verdict" ? `verdict ${word}` : column ? "number" : "" }, text)));
+        this.since(layer).cell, word, ...(other ? [formatValue(others ?? NaN), value === null || others === null ? "" : formatDifference(value - others), this.word(others)] : [])];
+      return element("tr", {}, ...cells.map((text, column) => element(column ? "td" : "th", { ...(column === 0 && { scope: "row", title: name }), className: columns[column][1] === "verdict" ? `verdict ${text}` : column ? "number" : "" }, text)));
     });
     this.table.replaceChildren(element("table", {},
       element("caption", {}, `${main.id}${common ? `, layers of ${common}` : ""}`),
@@ -342,22 +356,23 @@ class Tab {
     const sentences = [];
     if (defined.length) {
       const most = now.indexOf(Math.min(...defined));
-      const left = this.leftAt(most);
       const counts = ["untouched", "refined", "rewritten"].map((word) => `${now.filter((value) => this.word(value) === word).length} ${word}`);
       const interval = main.low && main.low[most][index] !== null ? ` (95 %: ${formatValue(main.low[most][index])} to ${formatValue(main.high[most][index])})` : "";
       sentences.push(`${main.id}, step ${step}: ${main.layers[most]} has changed most, CKA ${formatValue(now[most])}${interval}. ` +
-        (left === null ? `It was never below ${this.state.untouched}.` : `It was below ${this.state.untouched} first at step ${left}.`) + ` Of ${now.length} layers: ${counts.join(", ")}.`);
+        `${this.since(most).sentence} Of ${now.length} layers: ${counts.join(", ")}.`);
     } else sentences.push(`${main.id}, step ${step}: no layer has a value here.`);
     if (other) {
       const at = nearestIndex(other.steps, step);
       const pairs = main.layers.map((name, layer) => [name, now[layer], other.values[other.layers.indexOf(name)]?.[at] ?? null]).filter((pair) => pair[1] !== null && pair[2] !== null);
       if (pairs.length) {
         const less = pairs.filter(([, one, two]) => two > one).length;
+        const amount = 2 * less >= pairs.length ? `less in ${less}` : `more in ${pairs.length - less}`;
         const [name, one, two] = pairs.reduce((far, pair) => (Math.abs(pair[1] - pair[2]) > Math.abs(far[1] - far[2]) ? pair : far));
-        sentences.push(`${other.id}${other.steps[at] === step ? "" : ` (its step ${other.steps[at]})`} has changed less in ${less} of ${pairs.length} layers; they differ most in ${name}: ${formatValue(one)} against ${formatValue(two)}.`);
+        sentences.push(`${other.id}${other.steps[at] === step ? "" : ` (its step ${other.steps[at]})`} has changed ${amount} of ${pairs.length} layers; they differ most in ${name}: ${formatValue(one)} against ${formatValue(two)}.`);
       }
     }
-    sentences.push(`${n === null ? "How many samples are behind a value was not logged." : `Each value is of n = ${n} samples${main.low ? "" : "; this run has logged no intervals"}.`}`);
+    sentences.push(`${n === null ? "How many samples are behind a value was not logged." : `Each value is of n = ${n} samples${main.low ? "" : "; no intervals are logged, so that how far it may be off is not known here"}.`}`);
+    sentences.push("CKA is with the callback's reference, by default the weights that the training began with, on the data that were tracked: 1 where a layer's features are the same but for rotation and scale, 0 where nothing of them is left.");
     this.summary.replaceChildren(...sentences.map((text) => element("p", {}, text)));
   }
 
@@ -374,7 +389,7 @@ class Tab {
     const link = stateLink(this.state);
     await navigator.clipboard?.writeText(link).catch(() => {});
     keepState(this.state);
-    button.textContent = "It is in the address";
+    button.textContent = "Link is in the address bar";
     setTimeout(() => (button.textContent = "Copy link"), 1500);
   }
 

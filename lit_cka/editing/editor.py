@@ -33,7 +33,7 @@ from lit_cka.editing.sources import Source, copied, host_model, module_weights, 
 from lit_cka.editing.variant_test import VariantTest
 from lit_cka.editing.weights import EditedModel, edit_state_dicts
 from lit_cka.features.layers import Layers, select_layers
-from lit_cka.features.lightning_private import attached_trainer
+from lit_cka.features.lightning_private import attached_trainer, test_data
 from lit_cka.features.pooling import Pooling, parse_pooling
 from lit_cka.functional.rank_rules import RankRule
 
@@ -214,6 +214,9 @@ class MonoSoupEditor(pl.LightningModule):
                 f"MonoSoupEditor is for `trainer.test(editor, datamodule)`, but got '{TrainerFn(stage).value}'."
             )
         self.results = None
+        names = getattr(test_data(self.trainer), "test_names", None)  # of a `TestSetsDataModule`, set up by now
+        if names:
+            self.plan.check_sets(names)  # before the work, rather than after it
         self.edited  # noqa: B018  # on all ranks together
 
     @override

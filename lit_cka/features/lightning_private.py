@@ -66,6 +66,11 @@ def evaluation_loop(trainer: pl.Trainer) -> Any:
     return trainer._evaluation_loop
 
 
+def test_data(trainer: pl.Trainer) -> Any:
+    """Returns what a test takes its data from, before it has any: a datamodule, dataloaders, or the module itself."""
+    return trainer.test_loop._data_source.instance
+
+
 def limit_batches(trainer: pl.Trainer, numbers: Sequence[int | None]) -> None:
     """Have the evaluation that has begun read at most so many batches of each of its dataloaders; None leaves it."""
     limits = trainer._evaluation_loop._max_batches

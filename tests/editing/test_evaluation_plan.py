@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from lit_cka import MonoSoupEditor
+from lit_cka.data import DigitShiftsDataModule
 from lit_cka.editing.evaluation_plan import EvaluationPlan
 from lit_cka.editing.parameter import VARIANTS
 from lit_cka.editing.results import EvaluationResults
 from tests.editing.evaluation_worker import Sets, models
 from tests.editing.test_evaluation import evaluate
+from tests.tracking.helpers import trainer
 
 
 def results_of(folder: Path, **options: Any) -> tuple[EvaluationResults, Sets]:
@@ -85,6 +88,16 @@ def test_what_can_not_be_measured_is_said_at_once(options: dict[str, Any], messa
 def test_a_test_set_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"test sets in `cka_sets` \(clean, chosen, few\), but got 'clear'. Did you"):
         results_of(tmp_path, cka_sets=["clear"])
+
+
+def test_a_test_set_that_is_not_there_is_said_before_the_work(tmp_path: Path) -> None:
+    """With data modules that know their sets."""
+    editor = MonoSoupEditor(*models(), cka_sets=["noise"])
+    with (
+        mock.patch.object(MonoSoupEditor, "edited", property(lambda editor: pytest.fail("It was edited."))),
+        pytest.raises(ValueError, match=r"\(digits, rotated, noisy, blurred\), but got 'noise'. Did you mean 'noisy'"),
+    ):
+        trainer(tmp_path).test(editor, DigitShiftsDataModule())
 
 
 def test_one_name_is_a_list_of_one() -> None:

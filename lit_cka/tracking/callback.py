@@ -51,8 +51,9 @@ class CKACallback(pl.Callback):
             if it was tracked, else those before `ckpt_path` is loaded. "adapter-off": a PEFT model without
             its adapters. "previous": the model at the evaluation before, and "best": at the best one so far, by what
             the trainer's `ModelCheckpoint` monitors; the first reference is the initial weights, and tests are not
-            tracked. Or a module, the path of a checkpoint (Lightning, safetensors, state dict), or a state dict. A module of another architecture, or any reference where the data differ at every pass, runs beside the
-            live model.
+            tracked. Or a module, the path of a checkpoint (Lightning, safetensors, state dict), or a state dict. A
+            module of another architecture, or any reference where the data differ at every pass, runs beside the live
+            model.
         pooling: from a layer's output to one vector per sample: "mean" over tokens (as the attention mask says) or
             space, "last" token, "cls" token, "flatten", or a callable. "mean:NCHW" states the layout.
         mask: which tokens count. None for the attention mask that the model is called with, in whatever form. Or the

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from lit_cka.analysis.features import Features
     from lit_cka.analysis.image_model import Digits, ImageFiles, ImageModel
     from lit_cka.analysis.linear_probe import ProbeSettings
-    from lit_cka.analysis.measures import Settings
     from lit_cka.analysis.probes import advice, probe_layers
     from lit_cka.analysis.projection import project
+    from lit_cka.analysis.settings import Settings
     from lit_cka.analysis.text_file import TextFile
     from lit_cka.analysis.text_model import TextModel
 
@@ -46,9 +46,9 @@ __getattr__, __dir__, _ = lazy_loader.attach(
         "features": ["Features"],
         "image_model": ["Digits", "ImageFiles", "ImageModel"],
         "linear_probe": ["ProbeSettings"],
-        "measures": ["Settings"],
         "probes": ["advice", "probe_layers"],
         "projection": ["project"],
+        "settings": ["Settings"],
         "text_file": ["TextFile"],
         "text_model": ["TextModel"],
     },

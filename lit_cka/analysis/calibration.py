@@ -124,9 +124,10 @@ def _by_moments(
     if settings.measure == "sampled_features_cka":
         sizes = sizes / sampling_factors(Xs, Ys)
     mean, deviation = moments.mean / sizes, moments.variance.sqrt() / sizes
-    null = pearson3(moments.skewness.numpy(), mean.numpy(), deviation.numpy())
     # Where all orders are alike, all are as good as the observed one.
     fixed = deviation <= _TIE
+    skewness, spread = moments.skewness.masked_fill(fixed, 0.0), deviation.masked_fill(fixed, 1.0)
+    null = pearson3(skewness.numpy(), mean.numpy(), spread.numpy())
     p_values = torch.from_numpy(np.asarray(null.sf(values.numpy()))).masked_fill(fixed, 1.0)
     thresholds = torch.from_numpy(np.asarray(null.ppf(settings.level))).where(~fixed, values)
     num_pairs = max(int(considered.sum()), 1)

@@ -37,18 +37,19 @@ def similarity(Xs: Sequence[Tensor], Ys: Sequence[Tensor], settings: Settings) -
 
 def gram_matrices(layers: Sequence[Tensor], settings: Settings) -> Tensor:
     """Returns the samples' Gram matrices (layers, n, n) by the measure's kernel, float64, of features in their unit."""
-    layers = [in_usual_unit(X) for X in layers]
-    if settings.measure == "rbf_cka":
-        return torch.stack([rbf_gram(X, bandwidth=settings.bandwidth) for X in layers])
-    return torch.stack([linear_gram(X) for X in layers])
+    return torch.stack([_gram(X, settings) for X in layers])
+
+
+def _gram(X: Tensor, settings: Settings) -> Tensor:
+    X = in_usual_unit(X)
+    return rbf_gram(X, bandwidth=settings.bandwidth) if settings.measure == "rbf_cka" else linear_gram(X)
 
 
 def centred_grams(layers: Sequence[Tensor], settings: Settings) -> Tensor:
     """Returns the matrices (layers, n, n) whose cosines are the CKA of the settings' estimator."""
     debiased = settings.debiased or settings.measure == "sampled_features_cka"
-    return torch.stack(
-        [u_centred(K, True).A if debiased else double_centred(K) for K in gram_matrices(layers, settings)]
-    )
+    grams = (_gram(X, settings) for X in layers)  # one at a time: each is n x n
+    return torch.stack([u_centred(K, True).A if debiased else double_centred(K) for K in grams])
 
 
 def neighbours(layers: Sequence[Tensor], settings: Settings) -> list[WeightedNeighbours]:

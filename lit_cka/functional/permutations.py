@@ -47,18 +47,23 @@ def permuted_products(Ks: Tensor, Ls: Tensor, orders: Tensor) -> Tensor:
     """
     a, b, n = len(Ks), len(Ls), Ks.shape[-1]
     sizes_k, sizes_l = (matrices.flatten(1).norm(dim=1) for matrices in (Ks, Ls))
-    undefined = ~(sizes_k > 0)[:, None] | ~(sizes_l > 0) | ~sizes_k.isfinite()[:, None] | ~sizes_l.isfinite()
-    units = [(matrices / size[:, None, None]).nan_to_num_(0.0, 0.0, 0.0) for matrices, size in
-             ((Ks, sizes_k), (Ls, sizes_l))]  # fmt: skip
-    # Symmetric matrices: the upper triangle, counted twice, is enough.
-    halves = 2 * units[0].triu(1) + torch.diag_embed(units[0].diagonal(dim1=1, dim2=2))
-    pairs = units[1].permute(1, 2, 0).reshape(n * n, b).to(torch.float32)  # so that permuting moves whole rows
+    defined = torch.outer(*((size > 0) & size.isfinite() for size in (sizes_k, sizes_l)))
+    pairs = torch.empty(n * n, b, dtype=torch.float32, device=Ls.device)  # so that permuting moves whole rows
+    for column, (L, size) in enumerate(zip(Ls, sizes_l, strict=True)):
+        pairs[:, column] = _unit(L, size).flatten()
     products = Ks.new_zeros(len(orders), a, b)
     step = max(1, _BLOCK_ELEMENTS // (n * max(a, b)))
     with FullFloat32(Ks.device.type):
         for start in range(0, n, step):
-            block = halves[:, start : start + step, start:].reshape(a, -1).to(torch.float32)
+            # Symmetric matrices: the upper triangle, counted twice, is enough.
+            block = _unit(Ks[:, start : start + step, start:], sizes_k[:, None, None])
+            block = (block.triu(1) + block.triu(0)).to(torch.float32).flatten(1)
             for product, order in zip(products, orders.to(Ks.device), strict=True):
                 taken = (order[start : start + step, None] * n + order[start:]).flatten()
                 product += block @ pairs.index_select(0, taken)
-    return products.masked_fill(undefined, torch.nan)
+    return products.masked_fill(~defined, torch.nan)
+
+
+def _unit(matrix: Tensor, size: Tensor) -> Tensor:
+    """Returns a matrix of a norm of 1; zeros where it has none."""
+    return (matrix / size).nan_to_num_(0.0, 0.0, 0.0)

@@ -119,8 +119,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768, help="features of a layer")
     parser.add_argument("--narrow", type=int, default=64, help="the same for measures that decompose matrices")
     parser.add_argument("--permutations", type=int, default=200)
-    parser.add_argument("--looped", type=int, default=20, help="permutations of the loop, a tenth but for linear CKA")
-    parser.add_argument("--rounds", type=int, default=5, help="of linear CKA; at most 2 of the others")
+    parser.add_argument("--looped", type=int, default=10, help="permutations of the loop, a tenth but for linear CKA")
+    parser.add_argument("--rounds", type=int, default=3, help="of linear CKA; at most 2 of the others")
     parser.add_argument("--draws", type=int, default=50_000, help="permutations of the second table")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 20, 50, 200], help="samples of the second table")
     tiny = {"layers": 2, "n": 20, "width": 8, "narrow": 4, "permutations": 19, "looped": 3, "rounds": 1, "draws": 100}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
+    from lit_cka.analysis.calibration import BestPair, Calibration
     from lit_cka.analysis.comparison import Comparison, compare, compare_features
     from lit_cka.analysis.extraction import extract
     from lit_cka.analysis.features import Features
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from lit_cka.analysis.text_model import TextModel
 
 __all__ = [
+    "BestPair",
+    "Calibration",
     "Comparison",
     "Digits",
     "Features",
@@ -41,6 +44,7 @@ __all__ = [
 __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "calibration": ["BestPair", "Calibration"],
         "comparison": ["Comparison", "compare", "compare_features"],
         "extraction": ["extract"],
         "features": ["Features"],

@@ -35,7 +35,7 @@ TINY_10 = [(16, 3, 1), (16, 3, 1), (32, 3, 2), (32, 3, 1), (32, 3, 1), (64, 3, 2
 
 
 class Network(nn.Module):
-    """The "Tiny-10" of that paper (table E.1): convolutions with BatchNorm and ReLU, then the mean over space."""
+    """The "Tiny-10" of that paper, all of it padded: convolutions with BatchNorm and ReLU, then the mean over space."""
 
     def __init__(self, num_layers: int) -> None:
         super().__init__()

@@ -85,7 +85,7 @@ MUTANTS = [
         OF_CCA,
     ),
     Mutant(
-        "measures: rounding is a direction", (("functional/svcca.py", "int((S > smallest).sum())", "len(S)"),), OF_CCA
+        "measures: rounding is a direction", (("functional/svcca.py", "int((smallest < S).sum())", "len(S)"),), OF_CCA
     ),
     Mutant("measures: equal weights", (("functional/pwcca.py", "x.S[:, None] * x.Vh", "x.Vh"),), OF_CCA),
     Mutant(

@@ -13,7 +13,7 @@ from lit_cka.analysis.resampling import u_centred
 from lit_cka.analysis.rsa import pairwise_rsa
 from lit_cka.analysis.settings import Settings
 from lit_cka.functional.centring import double_centred
-from lit_cka.functional.cka import cka_from_gram, min_num_samples
+from lit_cka.functional.cka import cka_from_hsic, min_num_samples, pairwise_hsic, self_hsic
 from lit_cka.functional.cknna import cknna_weights
 from lit_cka.functional.kernels import linear_gram, rbf_gram
 from lit_cka.functional.matrix import cka_matrix
@@ -97,7 +97,11 @@ def _minibatch_cka(Xs: Sequence[Tensor], Ys: Sequence[Tensor], settings: Setting
 def _rbf_cka(Xs: Sequence[Tensor], Ys: Sequence[Tensor], settings: Settings) -> Tensor:
     Ks = gram_matrices(Xs, settings)
     Ls = Ks if Xs is Ys else gram_matrices(Ys, settings)
-    return every_pair(partial(cka_from_gram, debiased=settings.debiased), list(Ks), list(Ls))
+    cross, of_x, of_y = (
+        pairwise_hsic(Ks, Ls, unbiased=settings.debiased),
+        *(self_hsic(grams, unbiased=settings.debiased) for grams in (Ks, Ls)),
+    )
+    return cka_from_hsic(cross, of_x[:, None], of_y)
 
 
 def _sampled_features_cka(Xs: Sequence[Tensor], Ys: Sequence[Tensor], settings: Settings) -> Tensor:

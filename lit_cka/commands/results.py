@@ -80,7 +80,7 @@ def matrix_figure(comparison: Comparison, *, excess: bool = False) -> tuple[Any,
     mask = np.triu(np.ones(comparison.values.shape, dtype=bool), k=1) if comparison.is_with_itself else None
     return plots.heatmap(
         comparison.arrays()["excess" if excess else "values"], comparison.layers_a, comparison.layers_b, mask=mask,
-        label=f"{label(comparison)}, excess over chance" if excess else label(comparison),
+        label="excess over chance" if excess else label(comparison),
         title=f"{comparison.model_a} and {comparison.model_b}, {comparison.data}, n = {comparison.num_samples}",
         ylabel=comparison.model_a, xlabel=comparison.model_b, limits=(0.0, 1.0) if excess else limits(comparison),
     )  # fmt: skip
@@ -122,7 +122,7 @@ def label(comparison: Comparison) -> str:
         "minibatch_cka": f"minibatch CKA, batches of {settings.batch_size}",
         "rbf_cka": "RBF CKA, debiased" if settings.debiased else "RBF CKA",
         "rsa": f"RSA ({settings.distance}, {settings.comparison})",
-        "sampled_features_cka": "CKA, corrected for sampled features",
+        "sampled_features_cka": "CKA, sampled features",
         "procrustes": "Procrustes distance",
         "svcca": f"SVCCA, {settings.variance:g} of the variance",
         "pwcca": "PWCCA",

@@ -77,7 +77,7 @@ def _compare(options: Any, config: dict[str, Any]) -> list[Comparison]:
         text = [f"{label(comparison)}; n = {comparison.num_samples} samples.", *about_chance(comparison)]
         rows = comparison.diagonal() if comparison.has_counterparts and len(pictures) > 1 else []
         sections.append(Section(heading, text, rows, pictures))
-        for line in text[1:2]:
+        for line in text[1:2] if comparison.calibration is not None else []:
             console.print(f"{heading}: {line}")
         if rows:
             print_table(f"{heading}: {label(comparison)}, n = {comparison.num_samples}", rows, console)

@@ -15,6 +15,8 @@ from lit_cka.functional.cka import check_num_samples, hsic_from_sums, linear_cka
 from lit_cka.functional.moments import check_features
 from lit_cka.functional.units import in_usual_unit
 
+_ROWS = 256  # of a product at a time
+
 
 @takes_arrays
 def sampled_features_cka(X: Tensor, Y: Tensor) -> Tensor:
@@ -64,8 +66,10 @@ def feature_sampling_factor(X: Tensor) -> Tensor:
     n, d = x.shape
     num_samples = torch.tensor(n, dtype=torch.float64, device=x.device)
     a, squares = x.square().sum(dim=1), x.square()
-    product = x.T @ x if d <= n else x @ x.T
-    whole = hsic_from_sums(product.square().sum(), a @ a, a.sum(), a.sum(), num_samples, unbiased=True)
+    # ||Xc' Xc||_F^2, or the same of the samples' Gram matrix, some rows at a time.
+    left = x.T if d <= n else x
+    cross = torch.stack([(rows @ left.T).square().sum() for rows in left.split(_ROWS)]).sum()
+    whole = hsic_from_sums(cross, a @ a, a.sum(), a.sum(), num_samples, unbiased=True)
     # Of each feature with itself: the kernel x_a x_a' has the squares on its diagonal.
     sums, fourth = squares.sum(dim=0), squares.square().sum(dim=0)
     single = hsic_from_sums(sums.square(), fourth, sums, sums, num_samples, unbiased=True).sum()

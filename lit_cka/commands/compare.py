@@ -10,11 +10,20 @@ from rich.console import Console
 
 from lit_cka.analysis.comparison import Comparison, compare_features
 from lit_cka.analysis.features import Features
-from lit_cka.analysis.measures import Settings
 from lit_cka.analysis.page import Section, write_page
+from lit_cka.analysis.settings import Settings
 from lit_cka.commands.messages import is_first_rank
 from lit_cka.commands.parsing import Parser
-from lit_cka.commands.results import Data, Model, all_features, as_json, label, print_table, save_comparison
+from lit_cka.commands.results import (
+    Data,
+    Model,
+    about_chance,
+    all_features,
+    as_json,
+    label,
+    print_table,
+    save_comparison,
+)
 from lit_cka.commands.running import run
 from lit_cka.files import file_name, versions, write_json
 
@@ -65,9 +74,11 @@ def _compare(options: Any, config: dict[str, Any]) -> list[Comparison]:
         name = f"{number}_{file_name(comparison.model_a)}_{file_name(comparison.model_b)}_{file_name(comparison.data)}"
         pictures = save_comparison(comparison, folder, name)
         heading = f"{comparison.model_a} and {comparison.model_b} on {comparison.data}"
-        text = [f"{label(comparison)}; n = {comparison.num_samples} samples."]
+        text = [f"{label(comparison)}; n = {comparison.num_samples} samples.", *about_chance(comparison)]
         rows = comparison.diagonal() if comparison.has_counterparts and len(pictures) > 1 else []
         sections.append(Section(heading, text, rows, pictures))
+        for line in text[1:2] if comparison.calibration is not None else []:
+            console.print(f"{heading}: {line}")
         if rows:
             print_table(f"{heading}: {label(comparison)}, n = {comparison.num_samples}", rows, console)
     write_json(

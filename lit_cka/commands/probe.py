@@ -12,9 +12,9 @@ from rich.console import Console
 from lit_cka import plots
 from lit_cka.analysis.comparison import compare_features
 from lit_cka.analysis.linear_probe import ProbeSettings
-from lit_cka.analysis.measures import Settings
 from lit_cka.analysis.page import Section, write_page
 from lit_cka.analysis.probes import ProbeRow, advice, probe_layers
+from lit_cka.analysis.settings import Settings
 from lit_cka.commands.messages import is_first_rank
 from lit_cka.commands.parsing import Parser
 from lit_cka.commands.results import (

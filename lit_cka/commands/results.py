@@ -50,13 +50,16 @@ def _features(model: Model, samples: Any, folder: Path) -> Features:
 
 def save_comparison(comparison: Comparison, folder: Path, name: str) -> dict[str, str]:
     """Write the matrices as safetensors, and the heatmap; returns descriptions of pictures by file name."""
-    arrays = {"values": comparison.values, "low": comparison.low, "high": comparison.high, "p": comparison.p_values}
-    held = {key: np.ascontiguousarray(value) for key, value in arrays.items() if value is not None}
+    held = {key: np.ascontiguousarray(value) for key, value in comparison.arrays().items()}
     with written_whole(folder / f"{name}.safetensors") as partial:
         save_file(held, partial)
     figure, _ = matrix_figure(comparison)
     plots.save_figure(figure, folder / name, FORMATS)
     pictures = {f"{name}.png": f"{label(comparison)} of {comparison.model_a} and {comparison.model_b}, layer by layer"}
+    if comparison.calibration is not None:
+        figure, _ = matrix_figure(comparison, excess=True)
+        plots.save_figure(figure, folder / f"{name}_excess", FORMATS)
+        pictures[f"{name}_excess.png"] = f"{label(comparison)}: the excess over chance"
     if comparison.has_counterparts and not comparison.is_with_itself:
         rows = comparison.diagonal()
         bands = None
@@ -72,14 +75,43 @@ def save_comparison(comparison: Comparison, folder: Path, name: str) -> dict[str
     return pictures
 
 
-def matrix_figure(comparison: Comparison) -> tuple[Any, Any]:
-    """The heatmap; of a model with itself, the lower half."""
+def matrix_figure(comparison: Comparison, *, excess: bool = False) -> tuple[Any, Any]:
+    """The heatmap of the values, or of their excess over chance; of a model with itself, the lower half."""
     mask = np.triu(np.ones(comparison.values.shape, dtype=bool), k=1) if comparison.is_with_itself else None
     return plots.heatmap(
-        comparison.values, comparison.layers_a, comparison.layers_b, mask=mask, label=label(comparison),
+        comparison.arrays()["excess" if excess else "values"], comparison.layers_a, comparison.layers_b, mask=mask,
+        label="excess over chance" if excess else label(comparison),
         title=f"{comparison.model_a} and {comparison.model_b}, {comparison.data}, n = {comparison.num_samples}",
-        ylabel=comparison.model_a, xlabel=comparison.model_b, limits=limits(comparison),
+        ylabel=comparison.model_a, xlabel=comparison.model_b, limits=(0.0, 1.0) if excess else limits(comparison),
     )  # fmt: skip
+
+
+COLUMNS = {
+    "p": "p: how often unrelated samples would look as similar, of this pair of layers alone.",
+    "p_best": "p_best: how often the best of all pairs would, so that the search is accounted for.",
+    "excess": "excess: the value's excess over chance, 0 up to the null's quantile and 1 for equal features.",
+    "rank_a": "rank_a, rank_b: how many directions the layer uses (RankMe).",
+}
+
+
+def about_chance(comparison: Comparison) -> list[str]:
+    """Returns what is to be said of the calibrated scores: the best pair, and what the columns are."""
+    calibration, settings = comparison.calibration, comparison.settings
+    said = []
+    if calibration is not None and calibration.best is not None:
+        best = calibration.best
+        where = f"{comparison.layers_a[best.row]} with {comparison.layers_b[best.column]}"
+        null = "the moments of all permutations" if settings.null == "moments" else (
+            f"{settings.num_permutations} permutations"
+        )  # fmt: skip
+        value = comparison.values[best.row, best.column]
+        said.append(
+            f"Best of all pairs: {where}, {value:.4f}; p = {best.p_value:.4g} and excess {best.excess:.4f} against the "
+            f"best of all pairs by chance ({null}, quantile {settings.level:g})."
+        )
+    shown = [] if calibration is None else ["p", "p_best", "excess"]
+    shown += [] if comparison.ranks_a is None else ["rank_a"]
+    return [*said, *(COLUMNS[column] for column in shown)]
 
 
 def label(comparison: Comparison) -> str:
@@ -90,7 +122,12 @@ def label(comparison: Comparison) -> str:
         "minibatch_cka": f"minibatch CKA, batches of {settings.batch_size}",
         "rbf_cka": "RBF CKA, debiased" if settings.debiased else "RBF CKA",
         "rsa": f"RSA ({settings.distance}, {settings.comparison})",
+        "sampled_features_cka": "CKA, sampled features",
         "procrustes": "Procrustes distance",
+        "svcca": f"SVCCA, {settings.variance:g} of the variance",
+        "pwcca": "PWCCA",
+        "mutual_knn": f"mutual {settings.num_neighbours}-nearest neighbours",
+        "cknna": f"CKNNA, {settings.num_neighbours} neighbours",
     }[settings.measure]
 
 
@@ -104,9 +141,24 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     return {
         "model_a": comparison.model_a, "model_b": comparison.model_b, "data": comparison.data,
         "num_samples": comparison.num_samples, "settings": vars(comparison.settings),
-        "layers_a": comparison.layers_a, "layers_b": comparison.layers_b, "values": comparison.values,
-        "low": comparison.low, "high": comparison.high, "p": comparison.p_values,
+        "layers_a": comparison.layers_a, "layers_b": comparison.layers_b,
+        "low": None, "high": None, "p": None, **comparison.arrays(),
+        "best": None if comparison.calibration is None else _best_as_json(comparison),
+        "ranks_a": comparison.ranks_a, "ranks_b": comparison.ranks_b,
     }  # fmt: skip
+
+
+def _best_as_json(comparison: Comparison) -> dict[str, Any] | None:
+    best = comparison.calibration.best if comparison.calibration is not None else None
+    if best is None:
+        return None
+    layers = {"layer_a": comparison.layers_a[best.row], "layer_b": comparison.layers_b[best.column]}
+    return {
+        **layers,
+        "value": float(comparison.values[best.row, best.column]),
+        "p": best.p_value,
+        "excess": best.excess,
+    }
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]], console: Console) -> None:

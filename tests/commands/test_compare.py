@@ -117,7 +117,8 @@ def test_compare_two_models(checkpoints: Path, capsys: pytest.CaptureFixture[str
     assert isinstance(comparison, Comparison)
     name = "0_before_after_digits"
     stored = {"features_before_digits.safetensors", "features_after_digits.safetensors", f"{name}.safetensors"}
-    assert names() == {"index.html", "comparison.json", *stored, *with_formats(name, f"{name}_diagonal")}
+    figures = with_formats(name, f"{name}_diagonal", f"{name}_excess")
+    assert names() == {"index.html", "comparison.json", *stored, *figures}
     a, b = features("before"), features("after")
     assert list(a.layers) == ["model.blocks.0", "model.blocks.1"] == comparison.layers_a == comparison.layers_b
     expected = [[oracles.linear_cka(X, Y, True) for Y in b.layers.values()] for X in a.layers.values()]
@@ -125,8 +126,12 @@ def test_compare_two_models(checkpoints: Path, capsys: pytest.CaptureFixture[str
     arrays = load_file(f"out/{name}.safetensors")
     written = read_json("out/comparison.json")
     (said,) = written["comparisons"]
-    numbers = {"values": comparison.values, "low": comparison.low, "high": comparison.high, "p": comparison.p_values}
-    assert arrays.keys() == numbers.keys()
+    numbers = comparison.arrays()
+    assert arrays.keys() == numbers.keys() == {"values", "low", "high", "p", "p_best", "excess", "threshold"}
+    best = comparison.calibration.best if comparison.calibration else None
+    assert best is not None
+    assert said["best"]["layer_a"] == comparison.layers_a[best.row]
+    assert said["best"]["p"] == best.p_value == 0.05
     for key, held in numbers.items():
         np.testing.assert_array_equal(arrays[key], held)
         np.testing.assert_array_equal(said[key], held)
@@ -136,6 +141,8 @@ def test_compare_two_models(checkpoints: Path, capsys: pytest.CaptureFixture[str
     assert written["versions"]["torch"]
     html = check_page()
     assert "before and after on digits" in html
+    assert "p_best: how often the best of all pairs would" in html
+    assert f"Best of all pairs: {comparison.layers_a[best.row]} with {comparison.layers_b[best.column]}, " in html
     assert f"<td>{comparison.values[0, 0]:.4f}</td>" in html
     output = capsys.readouterr().out
     assert "before and after on digits: CKA, debiased, n = 71" in output
@@ -145,7 +152,7 @@ def test_compare_two_models(checkpoints: Path, capsys: pytest.CaptureFixture[str
     (again,) = run("compare", features=paths, output="again", settings={"measure": "rsa"})
     assert again.settings.measure == "rsa"
     np.testing.assert_array_equal(again.values, compare_features(a, b, again.settings).values)
-    assert names("again") == names() - {Path(path).name for path in paths}
+    assert names("again") == names() - {Path(path).name for path in paths} - with_formats(f"{name}_excess")
     (typed,) = lit_cka_command.run(["compare", "--features", *paths, "--settings.measure=rsa", "--output=typed"])
     np.testing.assert_array_equal(typed.values, again.values)
     check_page("again")
@@ -356,7 +363,8 @@ def test_ranks_share_the_batches(command: str, checkpoints: Path) -> None:
     models = [entry("before", checkpoints), entry("other", checkpoints, depth=3, embed_dim=24)]
     for model in models:
         model["init_args"]["batch_size"] = 9  # eight batches, of which the last is smaller
-    run(command, models=models, data=[DIGITS], output="out")
+    local = {"settings": {"measure": "cknna", "num_permutations": 19}} if command == "compare" else {}
+    run(command, models=models, data=[DIGITS], output="out", **local)
     done = under_torchrun(command, "--config=options.yaml", "--output=several")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Report: several/index.html") == 1
@@ -368,6 +376,10 @@ def test_ranks_share_the_batches(command: str, checkpoints: Path) -> None:
         assert (shared.ids, shared.labels) == (alone.ids, alone.labels)
         for layer, value in alone.layers.items():
             torch.testing.assert_close(shared.layers[layer], value, rtol=0, atol=1e-6)
+    if command == "compare":
+        one, several = (read_json(f"{folder}/comparison.json")["comparisons"][0] for folder in ("out", "several"))
+        for key in ("values", "p", "p_best", "excess"):
+            np.testing.assert_allclose(several[key], one[key], atol=1e-6)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 from rich.console import Console
@@ -19,6 +19,9 @@ from lit_cka.analysis.text_file import TextFile
 from lit_cka.analysis.text_model import TextModel
 from lit_cka.commands.messages import is_first_rank, num_ranks
 from lit_cka.files import file_name, written_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Model = Union[TextModel, ImageModel]
 Data = Union[TextFile, ImageFiles, Digits]
@@ -48,15 +51,15 @@ def _features(model: Model, samples: Any, folder: Path) -> Features:
     return features
 
 
-def save_comparison(comparison: Comparison, folder: Path, name: str) -> dict[str, str]:
+def save_comparison(comparison: Comparison, heatmap: Figure, folder: Path, name: str) -> dict[str, str]:
     """Write the matrices as safetensors, and the heatmap; returns descriptions of pictures by file name."""
     arrays = {"values": comparison.values, "low": comparison.low, "high": comparison.high, "p": comparison.p_values}
     held = {key: np.ascontiguousarray(value) for key, value in arrays.items() if value is not None}
     with written_whole(folder / f"{name}.safetensors") as partial:
         save_file(held, partial)
-    figure, _ = matrix_figure(comparison)
-    plots.save_figure(figure, folder / name, FORMATS)
-    pictures = {f"{name}.png": f"{label(comparison)} of {comparison.model_a} and {comparison.model_b}, layer by layer"}
+    plots.save_figure(heatmap, folder / name, FORMATS)
+    models = f"{comparison.model_a} (rows) and {comparison.model_b} (columns)"
+    pictures = {f"{name}.svg": f"{label(comparison)} of every layer of {models}"}
     if comparison.has_counterparts and not comparison.is_with_itself:
         rows = comparison.diagonal()
         bands = None
@@ -68,18 +71,9 @@ def save_comparison(comparison: Comparison, folder: Path, name: str) -> dict[str
             limits=limits(comparison),
         )  # fmt: skip
         plots.save_figure(figure, folder / f"{name}_diagonal", FORMATS)
-        pictures[f"{name}_diagonal.png"] = "The diagonal: each layer with its counterpart"
+        band = f"; the band is the {100 * comparison.settings.level:g} % interval" if bands else ""
+        pictures[f"{name}_diagonal.svg"] = f"The diagonal: each layer with its counterpart{band}"
     return pictures
-
-
-def matrix_figure(comparison: Comparison) -> tuple[Any, Any]:
-    """The heatmap; of a model with itself, the lower half."""
-    mask = np.triu(np.ones(comparison.values.shape, dtype=bool), k=1) if comparison.is_with_itself else None
-    return plots.heatmap(
-        comparison.values, comparison.layers_a, comparison.layers_b, mask=mask, label=label(comparison),
-        title=f"{comparison.model_a} and {comparison.model_b}, {comparison.data}, n = {comparison.num_samples}",
-        ylabel=comparison.model_a, xlabel=comparison.model_b, limits=limits(comparison),
-    )  # fmt: skip
 
 
 def label(comparison: Comparison) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_cka.plots.canvas import UNDEFINED, cut_names, new_axes, spread_ticks, undefined_note
+from lit_cka.plots.svg_theme import ON_DARK, ON_LIGHT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +61,7 @@ def layer_time_heatmap(
     if num_times <= 12 and num_layers <= 30:
         for (row, column), value in np.ndenumerate(values):
             if value == value:
-                color = "black" if value > 0.6 else "white"
+                color = ON_LIGHT if value > 0.6 else ON_DARK
                 axes.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=7, color=color)
     figure.colorbar(
         image,

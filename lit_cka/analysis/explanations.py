@@ -167,7 +167,7 @@ def common_beginning(names: Sequence[str], shown: Iterable[str]) -> str:
 
 
 def _left_out(beginning: str) -> str:
-    return f" Its whole name begins with {beginning}" if beginning else ""
+    return f' Its whole name begins with "{beginning}".' if beginning else ""
 
 
 def _chance(labels: Sequence[object]) -> str:

@@ -31,9 +31,11 @@ dt { font-weight: 600; overflow-wrap: anywhere; } dd { margin: 0; color: var(--s
 p, h1, h2, li, figcaption { overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; border-radius: 4px; }
 figure { margin: 1rem 0; } figcaption { color: var(--soft); font-size: .9rem; } ul { padding-left: 1.2rem; }
-iframe { display: block; border: 1px solid var(--line); border-radius: 6px; height: 52rem;
+iframe { display: block; border: 1px solid var(--line); border-radius: 6px; height: 54rem;
   --wide: min(100vw - 2rem, 90rem); width: var(--wide); margin: 1rem calc(50% - var(--wide) / 2); }
-@media (max-width: 44rem) { dl { grid-template-columns: minmax(0, 1fr); } dd { margin-bottom: .4rem; } }
+@media (max-width: 44rem) {
+  th, td { padding: .25rem .4rem; } dl { grid-template-columns: minmax(0, 1fr); } dd { margin-bottom: .4rem; }
+}
 """
 
 

@@ -91,24 +91,23 @@ def _compare(options: Any, config: dict[str, Any]) -> list[Comparison]:
 def _overview(comparisons: Sequence[Comparison], folder: Path, options: HeatmapOptions) -> Section:
     """Write the figure of all datasets, and return the part of the page that shows it."""
     plots.save_figure(matrices_figure(comparisons, options), folder / "all_datasets", FORMATS)
-    caption = f"{label(comparisons[0])} of every layer with every layer, on each dataset, by the same colours"
+    caption = f"{label(comparisons[0])}: every layer with every layer, on each dataset, by the same colours"
     return Section("All datasets side by side", images={"all_datasets.svg": caption})
 
 
 def _section(comparison: Comparison, pictures: dict[str, str]) -> Section:
     """Returns the part of the page on one dataset: each layer with its counterpart, and pictures."""
     settings, is_alone = comparison.settings, not comparison.has_counterparts or comparison.is_with_itself
-    text = [
-        f"{label(comparison)}; n = {comparison.num_samples} samples. "
-        + describe_measure(settings.measure, settings.debiased)
-    ]
+    text = [f"{label(comparison)}; n = {comparison.num_samples} samples."]
     rows: list[dict[str, Any]] = []
     beginning = ""
     if not is_alone:
         shown = whole_short_names(comparison.layers_a)
         beginning = common_beginning(comparison.layers_a, shown)
         rows = [{**row, "layer": name} for name, row in zip(shown, comparison.diagonal(), strict=True)]
-        text.append("The table is the diagonal of the matrix: each layer with its counterpart in the other model.")
+        text[0] += " The table is the diagonal of the matrix: each layer with its counterpart in the other model."
+    else:
+        text[0] += f" {describe_measure(settings.measure, settings.debiased)}"
     heading = f"{comparison.model_a} and {comparison.model_b} on {comparison.data}"
     return Section(heading, text, rows, pictures, explanations=comparison_columns(comparison, beginning))
 

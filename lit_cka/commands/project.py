@@ -15,6 +15,7 @@ from rich.console import Console
 from lit_cka import plots
 from lit_cka.analysis.explanations import COMPONENT_ROWS, PROCRUSTES_COLUMNS, pair_columns
 from lit_cka.analysis.features import Features
+from lit_cka.analysis.layer_ranges import whole_short_names
 from lit_cka.analysis.page import Section, write_page
 from lit_cka.analysis.projection import Projection, project
 from lit_cka.commands.messages import is_first_rank
@@ -89,9 +90,14 @@ def _project(options: Any, config: dict[str, Any]) -> Projection | None:
     tables = {"Components": components, **({"Pairs of datasets": pairs, "Procrustes": rotations} if pairs else {})}
     write_map(
         folder / "map.html",
-        [MapPoint(point.model, point.dataset, point.layer, point.depth, point.position) for point in projection.points],
+        _map_points(projection),
         title=options.title, explained=projection.explained, cka=np.asarray(projection.cka), matrices=_tabs(matrices),
         notes={"estimator": estimator}, tables=tables,
+        explanations={
+            **_component_rows(components),
+            **pair_columns(features[0].num_samples, options.debiased),
+            **PROCRUSTES_COLUMNS,
+        },
     )  # fmt: skip
     num_samples = features[0].num_samples
     sections = [
@@ -122,6 +128,19 @@ def _project(options: Any, config: dict[str, Any]) -> Projection | None:
     console.print(f"estimator: {estimator}")
     console.print(f"Map: {folder / 'map.html'}\nReport: {page}")
     return projection
+
+
+def _map_points(projection: Projection) -> list[MapPoint]:
+    """Points whose layers are named as in the figures, without what all of a model's names begin with."""
+    layers: dict[str, list[str]] = {}
+    for point in projection.points:
+        if point.layer not in layers.setdefault(point.model, []):
+            layers[point.model].append(point.layer)
+    short = {model: dict(zip(names, whole_short_names(names), strict=True)) for model, names in layers.items()}
+    return [
+        MapPoint(point.model, point.dataset, short[point.model][point.layer], point.depth, point.position)
+        for point in projection.points
+    ]
 
 
 def _matrices(projection: Projection) -> dict[str, dict[tuple[str, str], Matrix]]:
@@ -160,8 +179,7 @@ def _draw(matrices: dict[str, dict[tuple[str, str], Matrix]], folder: Path, labe
     for name, (title, shown) in figures.items():
         figure, _ = plots.side_by_side(shown, title=title, label=label, annotate=False)
         plots.save_figure(figure, folder / name, FORMATS)
-        pictures[f"{name}.svg"] = f"{label} of every layer on one dataset (rows) with every layer on the other: "
-        f"{title}"
+        pictures[f"{name}.svg"] = f"{label}: every layer on one dataset (rows) with every layer on the other, {title}"
     return pictures
 
 
@@ -171,7 +189,10 @@ def _tabs(matrices: dict[str, dict[tuple[str, str], Matrix]]) -> dict[str, Matri
     for model, by_pair in matrices.items():
         for (a, b), (values, rows, columns) in by_pair.items():
             starts = ("", "") if a == b else (f"{a}: ", f"{b}: ")
-            named = [f"{starts[0]}{layer}" for layer in rows], [f"{starts[1]}{layer}" for layer in columns]
+            named = (
+                [f"{starts[0]}{layer}" for layer in whole_short_names(rows)],
+                [f"{starts[1]}{layer}" for layer in whole_short_names(columns)],
+            )
             tabs[model if len(by_pair) == 1 else f"{model}: {a} and {b}"] = (values, *named)
     return tabs
 
@@ -221,4 +242,5 @@ def _component_table(projection: Projection) -> list[dict[str, str | float]]:
 def _component_rows(table: list[dict[str, str | float]]) -> dict[str, str]:
     """Returns a sentence for each row of `_component_table`."""
     within = "The same within one model."
-    return {str(row["axis"]): COMPONENT_ROWS.get(str(row["axis"]), within) for row in table}
+    axes = {"axis": "PC1 to PC3 are the three axes of the map."}
+    return axes | {str(row["axis"]): COMPONENT_ROWS.get(str(row["axis"]), within) for row in table}

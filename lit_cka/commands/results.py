@@ -59,7 +59,7 @@ def save_comparison(comparison: Comparison, heatmap: Figure, folder: Path, name:
         save_file(held, partial)
     plots.save_figure(heatmap, folder / name, FORMATS)
     models = f"{comparison.model_a} (rows) and {comparison.model_b} (columns)"
-    pictures = {f"{name}.svg": f"{label(comparison)} of every layer of {models}"}
+    pictures = {f"{name}.svg": f"{label(comparison)}: every layer of {models}"}
     if comparison.has_counterparts and not comparison.is_with_itself:
         rows = comparison.diagonal()
         bands = None

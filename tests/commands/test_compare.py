@@ -278,7 +278,7 @@ def test_probe(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert table_columns(html) == {
         "layer", "CKA", "accuracy, before", "accuracy, after", "difference", "verdict",
     } == explained(html)  # fmt: skip
-    assert "Its whole name begins with model." in html
+    assert "Its whole name begins with &quot;model.&quot;." in html
     assert "<td>model.blocks" not in html
     assert advice(rows) in capsys.readouterr().out
     assert f"<td>{rows[1].difference:+.3f} ± {rows[1].error_difference:.3f}</td>" in html

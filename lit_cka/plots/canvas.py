@@ -93,12 +93,14 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], formats: Sequence[
     return written
 
 
-def figure_pixels(figure: Figure) -> NDArray[np.uint8]:
-    """Returns the figure as an image (height, width, 3)."""
+def figure_pixels(figure: Figure, dpi: float | None = None) -> NDArray[np.uint8]:
+    """Returns the figure as an image (height, width, 3), at so many dots per inch, or at those it has."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
+    if dpi is not None:
+        figure.set_dpi(dpi)
     canvas.draw()
     pixels: NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
     return pixels

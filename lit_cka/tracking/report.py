@@ -6,15 +6,16 @@ import csv
 import io
 import json
 import os
-import re
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,22 +24,27 @@ from lit_cka import plots
 from lit_cka.features.lightning_private import logging_step, note_same_on_all_ranks
 from lit_cka.files import visible, write_bytes
 from lit_cka.parallel.warning import warn
-from lit_cka.tracking.history import Record, first_series, mean_score, verdict
+from lit_cka.tracking.artifacts import log_charts, log_files, log_images, takes_files, takes_images
+from lit_cka.tracking.history import THRESHOLDS, Record, first_series, mean_score, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DRAWING_SHARE = 0.01
+_LOGGED_DPI = 200  # of pictures in loggers, which show them large
+_STEPS = "optimizer steps taken"
 _STYLES = {"untouched": "green", "refined": "yellow", "rewritten": "red", "undefined": "magenta"}
 
 
-def heatmap(history: Sequence[Record]) -> Figure:
-    """The layers-by-time heatmap of `first_series`."""
+def heatmap(history: Sequence[Record], thresholds: tuple[float, float] = THRESHOLDS) -> Figure:
+    """The layers-by-time heatmap of `first_series`, with the verdict on each layer's last value beside its row."""
     records = first_series(history)
     layer_names = list(records[-1]["scores"])
     values = np.array([[record["scores"].get(name, np.nan) for record in records] for name in layer_names])
     times = [str(record["step"]) for record in records]
-    return plots.layer_time_heatmap(values, layer_names, times, title="CKA of each layer", xlabel="optimizer step")[0]
+    words = [verdict(records[-1]["scores"][name], thresholds) for name in layer_names]
+    title = f"CKA of each layer with the reference, n = {records[-1]['n']}"
+    return plots.layer_time_heatmap(values, layer_names, times, title=title, xlabel=_STEPS, row_notes=words)[0]
 
 
 def curves(history: Sequence[Record]) -> Figure:
@@ -47,13 +53,14 @@ def curves(history: Sequence[Record]) -> Figure:
     layer_names = list(records[-1]["scores"])
     values = [[record["scores"].get(name, np.nan) for record in records] for name in layer_names]
     title = "CKA of each layer, from the first (dark) to the last (light)"
-    return plots.epoch_trend(values, layer_names, [record["step"] for record in records], title=title, limits=None)[0]
+    steps = [record["step"] for record in records]
+    return plots.epoch_trend(values, layer_names, steps, title=title, xlabel=_STEPS, limits=None)[0]
 
 
 def log_records(
     trainer: pl.Trainer, pl_module: pl.LightningModule, records: Sequence[Record], prefix: str, *, on_step: bool
 ) -> list[str]:
-    """Log an evaluation's records, one per dataloader; the keys of the scores and their means, for the chart.
+    """Log an evaluation's records, one per dataloader; the keys of the scores and their means, for the charts.
 
     Args:
         trainer: that the module is in.
@@ -92,65 +99,55 @@ def log_records(
 
 
 class LoggedFigures:
-    """Gives the heatmap, and once per run the chart of all layers, to the loggers that can show them.
+    """Gives heatmap and curves, and once per run the charts of layers, to the loggers that can show them.
 
-    Within `fit` the heatmap is drawn as often as takes at most a hundredth of the time: at the first evaluation, later
-    ones as time allows, and the last.
+    Within `fit` pictures are drawn as often as takes at most a hundredth of the time: at the first evaluation, later ones
+    as time allows, and the last.
+
+    Attributes:
+        step: that the loggers have for the last evaluation; None before the first.
     """
 
-    def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
+    def __init__(self, prefix: str, thresholds: tuple[float, float]) -> None:
+        self._prefix, self._thresholds = prefix, thresholds
+        self.step: int | None = None
         self.restart()
 
     def restart(self) -> None:
         """A new `fit` begins."""
         self._start, self._spent = time.monotonic(), 0.0
-        self._waiting: tuple[list[str], int] | None = None  # keys and step of what has not been drawn
+        self._waiting = False  # for what has not been drawn
 
     def update(self, trainer: pl.Trainer, history: Sequence[Record], keys: list[str]) -> None:
         """Draw the history, now or later; `keys` are those of the scalars."""
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                log_charts(logger, self._prefix, keys)
         # The step that Lightning gives the scalars of this evaluation, so that both align.
-        self._waiting = (keys, logging_step(trainer))
+        self._waiting, self.step = True, logging_step(trainer)
         if trainer.state.fn != "fit" or self._spent <= _DRAWING_SHARE * (time.monotonic() - self._start):
             self.finish(trainer, history)
 
     def finish(self, trainer: pl.Trainer, history: Sequence[Record]) -> None:
         """Draw what has been left for later."""
-        if self._waiting is None or not trainer.is_global_zero:
+        if not self._waiting or self.step is None or not trainer.is_global_zero:
             return
         start = time.monotonic()
-        (keys, step), self._waiting = self._waiting, None
-        _draw(trainer, history, self._prefix, keys, step)
+        self._waiting = False
+        _draw(trainer, history, self._prefix, self._thresholds, self.step)
         self._spent += time.monotonic() - start
 
 
-def _draw(trainer: pl.Trainer, history: Sequence[Record], prefix: str, keys: list[str], step: int) -> None:
-    pixels = None
-    for logger in trainer.loggers:
-        # By what they can do: TensorBoard's writer, and W&B's logger. Others have the scalars.
-        writer: Any = getattr(logger, "experiment", None)
-        takes_charts, takes_images = hasattr(writer, "add_custom_scalars"), hasattr(writer, "add_image")
-        if not (takes_images or hasattr(logger, "log_image")):
-            continue
-        if pixels is None:
-            pixels = plots.figure_pixels(heatmap(history))
-        if takes_charts:
-            _add_chart(writer, prefix, keys)
-        if takes_images:
-            writer.add_image(f"{prefix}/heatmap", pixels, step, dataformats="HWC")
-        else:
-            logger.log_image(  # type: ignore[attr-defined]  # W&B's own
-                key=f"{prefix}/heatmap", images=[pixels]
-            )
-
-
-def _add_chart(writer: Any, prefix: str, keys: Sequence[str]) -> None:
-    """Put the chart of all layers into TensorBoard's layout, of which the last one written replaces all earlier."""
-    layout = vars(writer).setdefault("_lit_cka_layout", {})
-    if prefix not in layout:
-        # Tags are regular expressions there, matched as prefixes: unanchored, blocks.1 would show blocks.10 too.
-        layout[prefix] = {f"{prefix} of all layers": ["Multiline", [f"^{re.escape(key)}$" for key in keys]]}
-        writer.add_custom_scalars(layout)
+def _draw(
+    trainer: pl.Trainer, history: Sequence[Record], prefix: str, thresholds: tuple[float, float], step: int
+) -> None:
+    loggers = [logger for logger in trainer.loggers if takes_images(logger)]
+    if not loggers:  # which have the scalars
+        return
+    figures = {"heatmap": heatmap(history, thresholds), "curves": curves(history)}
+    images = {f"{prefix}/{name}": plots.figure_pixels(figure, dpi=_LOGGED_DPI) for name, figure in figures.items()}
+    for logger in loggers:
+        log_images(logger, images, step)
 
 
 def print_table(
@@ -160,6 +157,7 @@ def print_table(
     *,
     reference: str = "",
     prefix: str = "",
+    logged_step: int | None = None,
 ) -> None:
     """Print a table of layers, without what all their names begin with: first, lowest and last CKA, with a verdict on
     the last.
@@ -170,6 +168,8 @@ def print_table(
         console: where to print; None for the standard output.
         reference: a few words on how it came to be.
         prefix: that the scores are logged under.
+        logged_step: that loggers have for the last evaluation, said where it is another: the table has the number of
+            optimizer steps taken, as `trainer.global_step` and checkpoints do.
     """
     records = first_series(history)
     if not records:
@@ -184,7 +184,8 @@ def print_table(
         caption=Text(
             f"untouched >= {thresholds[0]:g} > refined >= {thresholds[1]:g} > rewritten"
             + (f"\nreference: {reference}" if reference else "")
-            + (f"\nlogged as {visible(prefix)}/{visible(common)}<layer>" if prefix else ""),
+            + (f"\nlogged as {visible(prefix)}/{visible(common)}<layer>" if prefix else "")
+            + _counting(last["step"], logged_step),
             style="table.caption",
         ),
     )
@@ -200,6 +201,13 @@ def print_table(
         values = [series[0], lowest, cka] if columns else [cka]
         table.add_row(Text(visible(short[name])), *(f"{value:.4f}" for value in values), Text(word, _STYLES[word]))
     (console or Console()).print(table)
+
+
+def _counting(step: int, logged_step: int | None) -> str:
+    """Returns a line on how loggers count steps, where they have another number for the same moment."""
+    if logged_step is None or logged_step == step:
+        return ""
+    return f"\nstep {step} is {logged_step} in loggers, which count from 0"
 
 
 def write_report(folder: str | os.PathLike[str], history: Sequence[Record], thresholds: tuple[float, float]) -> None:
@@ -227,17 +235,38 @@ def write_report(folder: str | os.PathLike[str], history: Sequence[Record], thre
         for name, cka in record["scores"].items():
             writer.writerow([*values, name, cka, verdict(cka, thresholds)])
     write_bytes(folder / "cka_history.csv", rows.getvalue().encode())
-    plots.save_figure(heatmap(history), folder / "cka_heatmap.png")
+    plots.save_figure(heatmap(history, thresholds), folder / "cka_heatmap.png")
     plots.save_figure(curves(history), folder / "cka_curves.png")
 
 
 def leave_report(
-    folder: str | os.PathLike[str], history: Sequence[Record], thresholds: tuple[float, float], console: Console
+    folder: Path | None,
+    history: Sequence[Record],
+    thresholds: tuple[float, float],
+    console: Console,
+    loggers: Sequence[Logger],
+    prefix: str,
 ) -> None:
-    """Write the report to the folder of a run that has ended well, and say where; that it can't is a warning."""
-    try:
-        write_report(folder, history, thresholds)
-    except OSError as error:
-        warn(f"The report on CKA could not be written to {str(folder)!r}: {error}.")
+    """Write the report to the folder of a run that has ended well, say where, and give it to loggers that keep files.
+
+    Args:
+        folder: of the run and this callback; None where the run has none, as with a server of MLflow's.
+        history: to report.
+        thresholds: of the verdicts.
+        console: where to say it.
+        loggers: of the run.
+        prefix: of the logged keys, which the files have with those loggers, too.
+    """
+    if folder is None and not any(map(takes_files, loggers)):
         return
-    console.print(f"CKA of each layer over time: {Path(folder) / 'cka_heatmap.png'}", soft_wrap=True, markup=False)
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary) if folder is None else folder
+        try:
+            write_report(place, history, thresholds)
+        except OSError as error:  # a warning, and no end of a training that went well
+            warn(f"The report on CKA could not be written to {str(place)!r}: {error}.")
+            return
+        if folder is not None:
+            shown = folder / "cka_heatmap.png"
+            console.print(f"CKA of each layer over time: {shown}", soft_wrap=True, markup=False)
+        log_files(loggers, place, prefix)

@@ -101,8 +101,8 @@ def log_records(
 class LoggedFigures:
     """Gives heatmap and curves, and once per run the charts of layers, to the loggers that can show them.
 
-    Within `fit` pictures are drawn as often as takes at most a hundredth of the time: at the first evaluation, later ones
-    as time allows, and the last.
+    Within `fit` pictures are drawn as often as takes at most a hundredth of the time: at the first evaluation, later
+    ones as time allows, and the last.
 
     Attributes:
         step: that the loggers have for the last evaluation; None before the first.

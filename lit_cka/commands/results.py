@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 from rich.console import Console
@@ -19,6 +19,9 @@ from lit_cka.analysis.text_file import TextFile
 from lit_cka.analysis.text_model import TextModel
 from lit_cka.commands.messages import is_first_rank, num_ranks
 from lit_cka.files import file_name, written_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Model = Union[TextModel, ImageModel]
 Data = Union[TextFile, ImageFiles, Digits]
@@ -48,18 +51,19 @@ def _features(model: Model, samples: Any, folder: Path) -> Features:
     return features
 
 
-def save_comparison(comparison: Comparison, folder: Path, name: str) -> dict[str, str]:
+def save_comparison(comparison: Comparison, heatmaps: Mapping[str, Figure], folder: Path, name: str) -> dict[str, str]:
     """Write the matrices as safetensors, and the heatmap; returns descriptions of pictures by file name."""
     held = {key: np.ascontiguousarray(value) for key, value in comparison.arrays().items()}
     with written_whole(folder / f"{name}.safetensors") as partial:
         save_file(held, partial)
-    figure, _ = matrix_figure(comparison)
-    plots.save_figure(figure, folder / name, FORMATS)
-    pictures = {f"{name}.png": f"{label(comparison)} of {comparison.model_a} and {comparison.model_b}, layer by layer"}
-    if comparison.calibration is not None:
-        figure, _ = matrix_figure(comparison, excess=True)
-        plots.save_figure(figure, folder / f"{name}_excess", FORMATS)
-        pictures[f"{name}_excess.png"] = f"{label(comparison)}: the excess over chance"
+    plots.save_figure(heatmaps["values"], folder / name, FORMATS)
+    models = f"{comparison.model_a} (rows) and {comparison.model_b} (columns)"
+    pictures = {f"{name}.svg": f"{label(comparison)}: every layer of {models}"}
+    if "excess" in heatmaps:
+        plots.save_figure(heatmaps["excess"], folder / f"{name}_excess", FORMATS)
+        pictures[f"{name}_excess.svg"] = (
+            f"{label(comparison)}: the excess over chance, 0 up to what unrelated samples reach, 1 for equal features"
+        )
     if comparison.has_counterparts and not comparison.is_with_itself:
         rows = comparison.diagonal()
         bands = None
@@ -71,47 +75,25 @@ def save_comparison(comparison: Comparison, folder: Path, name: str) -> dict[str
             limits=limits(comparison),
         )  # fmt: skip
         plots.save_figure(figure, folder / f"{name}_diagonal", FORMATS)
-        pictures[f"{name}_diagonal.png"] = "The diagonal: each layer with its counterpart"
+        band = f"; the band is the {100 * comparison.settings.level:g} % interval" if bands else ""
+        pictures[f"{name}_diagonal.svg"] = f"The diagonal: each layer with its counterpart{band}"
     return pictures
 
 
-def matrix_figure(comparison: Comparison, *, excess: bool = False) -> tuple[Any, Any]:
-    """The heatmap of the values, or of their excess over chance; of a model with itself, the lower half."""
-    mask = np.triu(np.ones(comparison.values.shape, dtype=bool), k=1) if comparison.is_with_itself else None
-    return plots.heatmap(
-        comparison.arrays()["excess" if excess else "values"], comparison.layers_a, comparison.layers_b, mask=mask,
-        label="excess over chance" if excess else label(comparison),
-        title=f"{comparison.model_a} and {comparison.model_b}, {comparison.data}, n = {comparison.num_samples}",
-        ylabel=comparison.model_a, xlabel=comparison.model_b, limits=(0.0, 1.0) if excess else limits(comparison),
-    )  # fmt: skip
-
-
-COLUMNS = {
-    "p": "p: how often unrelated samples would look as similar, of this pair of layers alone.",
-    "p_best": "p_best: how often the best of all pairs would, so that the search is accounted for.",
-    "excess": "excess: the value's excess over chance, 0 up to the null's quantile and 1 for equal features.",
-    "rank_a": "rank_a, rank_b: how many directions the layer uses (RankMe).",
-}
-
-
-def about_chance(comparison: Comparison) -> list[str]:
-    """Returns what is to be said of the calibrated scores: the best pair, and what the columns are."""
+def best_by_chance(comparison: Comparison) -> list[str]:
+    """Returns a sentence on the best pair of layers, where scores are calibrated."""
     calibration, settings = comparison.calibration, comparison.settings
-    said = []
-    if calibration is not None and calibration.best is not None:
-        best = calibration.best
-        where = f"{comparison.layers_a[best.row]} with {comparison.layers_b[best.column]}"
-        null = "the moments of all permutations" if settings.null == "moments" else (
-            f"{settings.num_permutations} permutations"
-        )  # fmt: skip
-        value = comparison.values[best.row, best.column]
-        said.append(
-            f"Best of all pairs: {where}, {value:.4f}; p = {best.p_value:.4g} and excess {best.excess:.4f} against the "
-            f"best of all pairs by chance ({null}, quantile {settings.level:g})."
-        )
-    shown = [] if calibration is None else ["p", "p_best", "excess"]
-    shown += [] if comparison.ranks_a is None else ["rank_a"]
-    return [*said, *(COLUMNS[column] for column in shown)]
+    if calibration is None or calibration.best is None:
+        return []
+    best = calibration.best
+    where = f"{comparison.layers_a[best.row]} with {comparison.layers_b[best.column]}"
+    by_moments = settings.null == "moments"
+    null = "the moments of all permutations" if by_moments else f"{settings.num_permutations} permutations"
+    value = comparison.values[best.row, best.column]
+    return [
+        f"Best of all pairs: {where}, {value:.4f}; p = {best.p_value:.4g} and excess {best.excess:.4f} against the "
+        f"best of all pairs by chance ({null}, quantile {settings.level:g})."
+    ]
 
 
 def label(comparison: Comparison) -> str:

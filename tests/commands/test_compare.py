@@ -21,6 +21,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from lit_cka import __main__ as lit_cka_command
+from lit_cka import plots
 from lit_cka.analysis.comparison import Comparison, compare_features
 from lit_cka.analysis.features import Features
 from lit_cka.analysis.linear_probe import ProbeSettings
@@ -103,6 +104,17 @@ def check_page(folder: str = "out") -> str:
     return html
 
 
+def table_columns(html: str) -> set[str]:
+    return {unescape(name) for name in re.findall(r'<th scope="col"[^>]*>([^<]*)</th>', html)}
+
+
+def explained(html: str) -> set[str]:
+    """What has a sentence below a table."""
+    assert "<dd></dd>" not in html
+    assert not re.search(r"<dd>[^<]*[{}]", html)  # a place that nothing was filled into
+    return {unescape(name) for name in re.findall(r"<dt>([^<]*)</dt>", html)}
+
+
 def features(model: str, data: str = "digits") -> Features:
     return Features.load(f"out/features_{model}_{data}.safetensors")
 
@@ -141,9 +153,12 @@ def test_compare_two_models(checkpoints: Path, capsys: pytest.CaptureFixture[str
     assert written["versions"]["torch"]
     html = check_page()
     assert "before and after on digits" in html
-    assert "p_best: how often the best of all pairs would" in html
+    assert "How often the best of all pairs of layers does, at random" in html
     assert f"Best of all pairs: {comparison.layers_a[best.row]} with {comparison.layers_b[best.column]}, " in html
     assert f"<td>{comparison.values[0, 0]:.4f}</td>" in html
+    for said_of_it in ("on average, whatever n", "95 % interval", "30 resamples", "19 permutations, so that", "below 0.05"):
+        assert said_of_it in html
+    assert table_columns(html) == {"layer", "value", "low", "high", "p", "verdict"} == explained(html)
     output = capsys.readouterr().out
     assert "before and after on digits: CKA, debiased, n = 71" in output
     assert "Report: out/index.html" in output
@@ -162,7 +177,7 @@ def test_compare_another_architecture_on_two_sets(checkpoints: Path) -> None:
     models = [entry("before", checkpoints), entry("other", checkpoints, depth=3, embed_dim=24)]
     found = run("compare", models=models, data=[DIGITS, NOISY], output="out", title="<b>Both</b>")
     assert [(each.data, each.values.shape) for each in found] == [("digits", (2, 3)), ("noisy", (2, 3))]
-    pictures = ("0_before_other_digits", "1_before_other_noisy")
+    pictures = ("0_before_other_digits", "1_before_other_noisy", "all_datasets")
     assert {name for name in names() if name.endswith("g") or name.endswith("pdf")} == with_formats(*pictures)
     html = check_page()
     assert "<h1>&lt;b&gt;Both&lt;/b&gt;</h1>" in html
@@ -173,7 +188,7 @@ def test_compare_one_model_on_two_datasets(checkpoints: Path) -> None:
     found = run("compare", models=[entry("before", checkpoints)], data=[DIGITS, NOISY], output="out")
     for each in found:
         np.testing.assert_allclose(np.diagonal(each.values), 1)
-    pictures = ("0_before_before_digits", "1_before_before_noisy")
+    pictures = ("0_before_before_digits", "1_before_before_noisy", "all_datasets")
     assert {name for name in names() if name.endswith("g") or name.endswith("pdf")} == with_formats(*pictures)
     check_page()
     # One dataset with the other: the matrix is not symmetric, so none of it is hidden.
@@ -183,6 +198,59 @@ def test_compare_one_model_on_two_datasets(checkpoints: Path) -> None:
     assert not other.is_with_itself
     assert "0_before_before_digits_and_noisy_diagonal.png" in names("again")
     check_page("again")
+
+
+def test_the_options_of_the_heatmap_reach_the_pictures(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: dict[str, Any] = {}
+
+    def keep(figure: Any, path: Any, formats: Any = ()) -> list[Path]:
+        figures[Path(path).name] = figure
+        return save(figure, path, formats)
+
+    save = plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", keep)
+    models = [entry("before", checkpoints), entry("after", checkpoints)]
+    heatmap = {"mask_upper": True, "annot_fmt": ".1f", "cmap": "magma", "figsize": [5, 3], "layer_name_depth": 1}
+    run("compare", "--heatmap.ncols=1", models=models, data=[DIGITS, NOISY], heatmap=heatmap, output="out")
+    written = read_json("out/comparison.json")["config"]["heatmap"]
+    assert written == {**heatmap, "ncols": 1}
+    one = figures["0_before_after_digits"]
+    assert tuple(one.get_size_inches()) == (5, 3)
+    for figure, num in ((one, 1), (figures["all_datasets"], 2)):
+        drawn = [ax for ax in figure.axes if ax.texts]
+        assert len(drawn) == num
+        for ax in drawn:
+            assert [tick.get_text() for tick in ax.get_yticklabels()] == ["0", "1"]
+            assert len(ax.texts) == 3  # of four cells, without the one above the diagonal
+            assert all(re.fullmatch(r"[01]\.\d", text.get_text()) for text in ax.texts)
+            assert ax.images[0].get_cmap().name == "magma"
+    places = [ax.get_position().y0 for ax in figures["all_datasets"].axes if ax.texts]
+    assert places[0] != places[1]  # one below the other
+    assert "all_datasets.svg" in check_page()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cmap": "magmaa"}, "did you mean magma"),
+        ({"annot_fmt": ".2q"}, "`annot_fmt` to be a number's format"),
+        ({"layer_name_depth": 0}, "`layer_name_depth` to be at least 1, but got 0"),
+        ({"figsize": [0, 3]}, "`figsize` of a width and a height in inches"),
+        ({"ncols": 0}, "`ncols` to be at least 1, but got 0"),
+    ],
+)
+def test_options_of_the_heatmap_are_checked_before_a_model_runs(
+    options: dict[str, Any], message: str, checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, said = refused(capsys, "compare", models=[entry("before", checkpoints)], data=DIGITS, heatmap=options)
+    assert message in said
+    assert not Path("out").exists()
+
+
+def test_half_of_a_matrix_that_is_not_square(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = [entry("before", checkpoints), entry("other", checkpoints, depth=3, embed_dim=24)]
+    _, said = refused(capsys, "compare", models=models, data=DIGITS, heatmap={"mask_upper": True})
+    assert "as many layers for `mask_upper`, but before has 2 and other 3" in said
 
 
 def test_undefined_values_are_null() -> None:
@@ -213,7 +281,12 @@ def test_probe(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert written["comparison"]["values"][1][1] == pytest.approx(rows[1].cka)
     html = check_page()
     assert advice(rows) in html
-    assert "accuracy, before" in html
+    assert "3 folds of 71 samples" in html
+    assert table_columns(html) == {
+        "layer", "CKA", "accuracy, before", "accuracy, after", "difference", "verdict",
+    } == explained(html)  # fmt: skip
+    assert "Its whole name begins with &quot;model.&quot;." in html
+    assert "<td>model.blocks" not in html
     assert advice(rows) in capsys.readouterr().out
     assert f"<td>{rows[1].difference:+.3f} ± {rows[1].error_difference:.3f}</td>" in html
     assert [list(choice) for choice in rows[0].chosen_after] == written["layers"][0]["chosen_after"]
@@ -246,6 +319,11 @@ def test_project(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
     html = check_page()
     assert "<h1>A &lt;script&gt;</h1>" in html
     assert 'href="map.html"' in html
+    assert '<iframe src="map.html"' in html
+    assert table_columns(html) <= explained(html) | {"axis", "PC1", "PC2", "PC3"}
+    for row in ("explained variance", "correlation with the dataset", "correlation with the model"):
+        assert row in explained(html)
+    assert "<td>explained variance</td>" not in html  # on hover, too
     assert "correlation with the dataset, other" in html
     assert "estimator: CKA, debiased" in html
     layers = [features("before", data).layers["model.blocks.1"] for data in ("digits", "noisy")]

@@ -25,12 +25,13 @@ def require_known_strategy(trainer: pl.Trainer, who: str) -> None:
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise ValueError(
             f"Expected {who} to run on one device or under DDP, but got {type(strategy).__name__}, where sharded "
-            "parameters and their gradients are bound to what was trained at first: use strategy='ddp', or leave it out."
+            "parameters and gradients are bound to what was trained at first: use strategy='ddp', or leave it out."
         )
-    if getattr(strategy, "_ddp_comm_state", None) is not None:
+    state = getattr(strategy, "_ddp_comm_state", None)
+    if state is not None:
         raise ValueError(
-            f"Expected DDP without a `ddp_comm_state` for {who}, but got "
-            f"{type(strategy._ddp_comm_state).__name__}, which remembers gradients by their place: leave one of them out."
+            f"Expected DDP without a `ddp_comm_state` for {who}, but got {type(state).__name__}, which remembers "
+            "gradients by their place: leave one of them out."
         )
 
 

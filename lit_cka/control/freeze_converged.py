@@ -1,4 +1,4 @@
-"""`FreezeConverged`: a Lightning callback that freezes the first blocks of a network once they have stopped changing."""
+"""`FreezeConverged`: in any Lightning training, freezes the first blocks once they have stopped changing."""
 
 from __future__ import annotations
 
@@ -10,21 +10,16 @@ import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
-from lit_cka.control.activation_store import ActivationStore
-from lit_cka.control.convergence import LossWatch, num_converged
-from lit_cka.control.data_parallel import rebuild_ddp, require_known_strategy, require_whole_parameters
+from lit_cka.control.data_parallel import require_known_strategy, require_whole_parameters
+from lit_cka.control.freeze_decision import FreezeDecision, FreezeEvent
 from lit_cka.control.freeze_options import Cache, FreezeOptions, OptimizerState, Policy
-from lit_cka.control.freeze_report import FreezeEvent, log_scalars, print_events
-from lit_cka.control.frozen_prefix import FrozenPrefix
+from lit_cka.control.freeze_report import log_scalars, print_events
+from lit_cka.control.freezing_steps import FreezingSteps
 from lit_cka.control.measurement import found_or_added, training_records
 from lit_cka.control.plan import FreezePlan
 from lit_cka.control.savings import Savings
-from lit_cka.control.skipping import PrefixCache
-from lit_cka.control.step_trace import StepTrace
-from lit_cka.features.compiled import is_compiled
 from lit_cka.features.layers import Layers, select_layers
 from lit_cka.parallel.warning import warn
-from lit_cka.samples.batch_rows import rows_of
 from lit_cka.tracking.callback import CKACallback
 
 PREVIOUS = "previous"
@@ -33,8 +28,8 @@ PREVIOUS = "previous"
 class FreezeConverged(pl.Callback):
     """Freezes the first blocks of a network once their representations have stopped changing, and saves their backward.
 
-    `Trainer(callbacks=[FreezeConverged()])` is enough: it reads a `CKACallback(reference="previous")` of the trainer, and
-    adds one where there is none. After each validation, a block counts as converged if the CKA
+    `Trainer(callbacks=[FreezeConverged()])` is enough: it reads a `CKACallback(reference="previous")` of the trainer,
+    and adds one where there is none. After each validation, a block counts as converged if the CKA
     between what it gives now and what it gave at the validation before is close to 1, with its interval, several times
     in a row (`lit_cka.control.convergence.num_converged`). A high CKA with the initial weights alone does not say that:
     a layer that has hardly moved may have just begun to. The blocks before the first that has not converged are
@@ -73,9 +68,6 @@ class FreezeConverged(pl.Callback):
             its reference, oldest first, and of the blocks' names, to how many of them to freeze. Blocks that are frozen
             stay so.
         prefix: of the logged keys: `freeze/num_frozen` and `freeze/flops_saved`, the part of all FLOPs so far.
-
-    Attributes:
-        history: what was frozen when: a list of `FreezeEvent`.
 
     Raises:
         ValueError: before the first optimizer step: for blocks that do not run one after the other, if nothing would be
@@ -117,33 +109,31 @@ class FreezeConverged(pl.Callback):
             policy=policy,
             prefix=prefix,
         )
-        self._measurement: CKACallback | None = None
         self._stage = ""
-        self._trace: StepTrace | None = None
-        self._prefix: FrozenPrefix | None = None
-        self._cache: PrefixCache | None = None
+        self._measurement: CKACallback | None = None
+        self._steps: FreezingSteps | None = None
         self._start_anew()
 
     def _start_anew(self) -> None:
-        self.history: list[FreezeEvent] = []
+        self._decision = FreezeDecision(self.options)
         self.savings = Savings()
         self._plan: FreezePlan | None = None
-        self._watch = LossWatch(self.options.patience, self.options.min_delta, self.options.mode)
-        self._num_frozen = self._target = self._most = 0
-        self._waits_for_best = False
-        self._num_seen = 0  # records
-        self._why = ""
+
+    @property
+    def history(self) -> list[FreezeEvent]:
+        """What was frozen when: the step, the epoch, how many blocks from then on, which ones came or went, and why."""
+        return self._decision.history
 
     @property
     def num_frozen(self) -> int:
         """How many blocks are frozen, or were at the end of the training."""
-        return self._num_frozen
+        return self._decision.num_frozen
 
     # Set-up.
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._release()
+        self._close()
         self._stage = stage
         if stage != "fit":
             return
@@ -155,8 +145,8 @@ class FreezeConverged(pl.Callback):
         self._measurement = found_or_added(trainer, self, self._can_be_read, new)
         if self.options.policy is None and not getattr(self._measurement.options, "intervals", True):
             raise ValueError(
-                "Expected the CKACallback that FreezeConverged reads to have intervals, but it has "
-                "`intervals=False`: leave that out, so that it is known how much a block has changed at most."
+                "Expected the CKACallback that FreezeConverged reads to have intervals, but it has `intervals=False`: "
+                "leave that out, so that it is known how much a block has changed at most."
             )
 
     def _can_be_read(self, callback: CKACallback) -> bool:
@@ -172,100 +162,46 @@ class FreezeConverged(pl.Callback):
                 f"Expected {type(pl_module).__name__} to have blocks that run one after the other, to freeze the first "
                 f"of them, but found {', '.join(map(repr, blocks))} alone: pass `blocks=` with their names."
             )
-        if self._plan is not None:
-            self._have(trainer, pl_module, self._plan)
-            self._freeze(trainer, self._num_frozen)
-        else:
-            self._trace = StepTrace(pl_module, blocks)
-
-    def _have(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: FreezePlan) -> None:
-        """Get ready to freeze by this plan."""
-        options = self.options
-        self._plan, self._most = plan, plan.most_frozen(options.max_frozen)
-        keeps = options.optimizer_state == "keep"
-        self._prefix = FrozenPrefix(pl_module, plan, options.norm_in_eval, options.dropout_in_eval, keeps)
-        if options.cache is None:
+        self._steps = FreezingSteps(pl_module, self.options, Path(trainer.default_root_dir), self.savings)
+        if self._plan is None:
+            self._steps.watch_first(blocks)
             return
-        folder = Path(trainer.default_root_dir) if options.cache == "disk" else None
-        new_store = partial(ActivationStore, options.cache_memory * 2**30, folder)
-        self._cache = PrefixCache(self._prefix, new_store)
-        if is_compiled(pl_module):
-            self._cache.switch_off("compiled code does not notice that a block is left out")
-        elif plan.recomputes:
-            self._cache.switch_off("reentrant checkpointing runs the blocks without gradients, as an evaluation does")
-        elif not any(part.can_skip for part in plan.parts[: self._most]):
-            self._cache.switch_off(
-                "what is behind the blocks needs more than what the last frozen one returns, or they run several times "
-                "in a step"
-            )
+        self._steps.follow(self._plan)
+        if self.num_frozen:
+            self._steps.freeze(trainer, self.num_frozen)
 
     # Training steps.
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._cache is not None:
-            self._cache.begin_epoch()
+        assert self._steps is not None
+        self._steps.begin_epoch()
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._trace is not None:
-            self._num_samples = rows_of(batch).num_samples or 0
-            self._trace.start()
-            return
-        assert self._prefix is not None
+        assert self._steps is not None
+        decision = self._decision
         # Gradients that were accumulated are applied first.
-        if self._target != self._num_frozen and batch_idx % trainer.accumulate_grad_batches == 0:
-            self._change(trainer)
-        self._prefix.hold()
-        if self._cache is not None:
-            self._cache.begin_step()
-        self.savings.begin_step()
+        if decision.target != decision.num_frozen and batch_idx % trainer.accumulate_grad_batches == 0:
+            assert self._plan is not None
+            self._steps.freeze(trainer, decision.target)
+            decision.carried_out(trainer.global_step, trainer.current_epoch, self._plan.blocks)
+        self._steps.begin(batch)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        if self._trace is not None and self._trace.has_run:
-            trace, self._trace = self._trace, None
-            self._have(trainer, pl_module, trace.plan(loss, self._num_samples))
+        assert self._steps is not None
+        self._steps.have_loss(loss)
+        self._plan = self._steps.plan
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._trace is not None:  # the step had no loss
-            self._trace.stop()
-            return
-        num_skipped = 0
-        if self._cache is not None:
-            num_skipped = self._cache.num_skipped
-            self._cache.end_step()
-        self.savings.end_step(self._num_frozen, num_skipped)
-
-    def _change(self, trainer: pl.Trainer) -> None:
-        """Freeze, or train again, what was decided after the last evaluation."""
-        assert self._plan is not None
-        before, after = self._num_frozen, self._target
-        self._freeze(trainer, after)
-        self._watch.num_worse = 0
-        if after < before and self._cache is not None:
-            self._cache.forget()
-        self.history.append(
-            FreezeEvent(
-                step=trainer.global_step,
-                epoch=trainer.current_epoch,
-                num_frozen=after,
-                blocks=list(self._plan.blocks[min(before, after) : max(before, after)]),
-                why=self._why,
-            )
-        )
-
-    def _freeze(self, trainer: pl.Trainer, num_frozen: int) -> None:
-        assert self._prefix is not None
-        self._prefix.freeze(num_frozen, trainer.optimizers)
-        if num_frozen != 0 or self._num_frozen != 0:
-            rebuild_ddp(trainer)
-        self._num_frozen = num_frozen
+        assert self._steps is not None
+        self._steps.end()
 
     # Decisions.
 
@@ -275,7 +211,7 @@ class FreezeConverged(pl.Callback):
             return
         saved = 0.0 if self._plan is None else self.savings.share_of_flops(self._plan)
         prefix = self.options.prefix
-        log_scalars(pl_module, {f"{prefix}/num_frozen": self._num_frozen, f"{prefix}/flops_saved": saved})
+        log_scalars(pl_module, {f"{prefix}/num_frozen": self.num_frozen, f"{prefix}/flops_saved": saved})
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -285,98 +221,64 @@ class FreezeConverged(pl.Callback):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._decide(trainer)  # where there is no validation, but a probe
-        if self._cache is not None:
-            self._cache.end_epoch()
+        assert self._steps is not None
+        self._steps.end_epoch()
 
     def _decide(self, trainer: pl.Trainer) -> None:
         """After an evaluation that was tracked, on all ranks: decide what is to be frozen from the next step on."""
         assert self._measurement is not None
+        assert self._steps is not None
         records = training_records(self._measurement)
-        if self._plan is None or len(records) <= self._num_seen:
+        if self._plan is None or not self._decision.has_to_look(records):
             return
-        self._num_seen = len(records)
-        has_turned = self._has_turned(trainer)
-        target, why = self._target, self._why
-        if has_turned and target:
-            target, why, self._waits_for_best = 0, "the loss turned", True
-        elif not self._waits_for_best:
-            policy = self.options.policy
-            count = (
-                num_converged(records, self._plan.blocks, self.options.limit, self.options.num_evaluations)
-                if policy is None
-                else policy(records, self._plan.blocks)
-            )
-            target, why = max(target, min(count, self._most)), "converged"
+        decided = self._decision.update(records, self._plan.blocks, self._steps.most, self._monitored(trainer))
         # The monitored value may be each rank's own.
-        self._target, self._why = trainer.strategy.broadcast((target, why))
+        self._decision.target, self._decision.why = trainer.strategy.broadcast(decided)
 
-    def _has_turned(self, trainer: pl.Trainer) -> bool:
-        monitor = self.options.monitor
-        if monitor is None:
-            return False
-        if monitor not in trainer.callback_metrics:
-            warn(
-                f"FreezeConverged does not find {monitor!r} among the logged values, to see whether it turns, so what "
-                f"is frozen stays frozen. It could monitor {', '.join(map(repr, trainer.callback_metrics)) or 'none'}; "
-                "monitor=None for no warning."
-            )
-            return False
-        value = float(trainer.callback_metrics[monitor])
-        has_turned = self._watch.update(value)
-        self._waits_for_best = self._waits_for_best and value != self._watch.best
-        return has_turned
+    def _monitored(self, trainer: pl.Trainer) -> float | None:
+        monitor, logged = self.options.monitor, trainer.callback_metrics
+        if monitor is None or monitor in logged:
+            return None if monitor is None else float(logged[monitor])
+        warn(
+            f"FreezeConverged does not find {monitor!r} among the logged values, to see whether it turns, so what is "
+            f"frozen stays so. It could monitor {', '.join(map(repr, logged)) or 'none'}; monitor=None for no warning."
+        )
+        return None
 
     # The end, good or bad.
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._plan is not None and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            print_events(self.history, self._plan, self.savings, 0 if self._cache is None else self._cache.num_samples)
+        if self._plan is None or self._steps is None or not trainer.is_global_zero:
+            return
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+            cache = self._steps.cache
+            print_events(self.history, self._plan, self.savings, 0 if cache is None else cache.num_samples)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._release()
+        self._close()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._release()
+        self._close()
 
-    def _release(self) -> None:
-        """Leave the module as it was: everything trainable, no hook."""
-        if self._trace is not None:
-            self._trace.stop()
-        if self._cache is not None:
-            self._cache.end_step()
-        if self._prefix is not None:
-            self._prefix.release()
-        self._trace = self._cache = self._prefix = None
+    def _close(self) -> None:
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
 
     # State: primitives alone, so that checkpoints load with `weights_only`.
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "plan": None if self._plan is None else self._plan.state(),
-            "num_frozen": self._num_frozen,
-            "target": self._target,
-            "why": self._why,
-            "num_seen": self._num_seen,
-            "waits_for_best": self._waits_for_best,
-            "watch": self._watch.state(),
-            "savings": self.savings.state(),
-            "history": [dict(event) for event in self.history],
-        }
+        plan = None if self._plan is None else self._plan.state()
+        return {"plan": plan, "decision": self._decision.state(), "savings": self.savings.state()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._stage != "fit":
             return  # `test(ckpt_path="best")` after `fit`
-        plan = state_dict["plan"]
-        self._plan = None if plan is None else FreezePlan.of(plan)
-        self._num_frozen, self._target = state_dict["num_frozen"], state_dict["target"]
-        self._why, self._num_seen = state_dict["why"], state_dict["num_seen"]
-        self._waits_for_best = state_dict["waits_for_best"]
-        self._watch.load(state_dict["watch"])
+        self._plan = None if state_dict["plan"] is None else FreezePlan.of(state_dict["plan"])
+        self._decision.load(state_dict["decision"])
         self.savings.load(state_dict["savings"])
-        self.history = [FreezeEvent(**event) for event in state_dict["history"]]
-

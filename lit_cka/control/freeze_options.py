@@ -36,14 +36,14 @@ class FreezeOptions:
     def __post_init__(self) -> None:
         if not 0 < self.limit < 1:
             raise ValueError(f"Expected `limit`, of the change 1 - CKA, to be between 0 and 1, but got {self.limit}.")
-        for name, value in {"num_evaluations": self.num_evaluations, "patience": self.patience}.items():
-            if value < 1:
-                raise ValueError(f"Expected `{name}` to be at least 1, but got {value}.")
+        for name, number in {"num_evaluations": self.num_evaluations, "patience": self.patience}.items():
+            if number < 1:
+                raise ValueError(f"Expected `{name}` to be at least 1, but got {number}.")
         if self.max_frozen is not None and self.max_frozen < 1:
             raise ValueError(f"Expected `max_frozen` to be at least 1, or None, but got {self.max_frozen}.")
         if not self.min_delta >= 0:
             raise ValueError(f"Expected `min_delta` to be 0 or more, but got {self.min_delta}.")
-        choices = {
+        choices: dict[str, tuple[str | None, tuple[str | None, ...]]] = {
             "mode": (self.mode, ("min", "max")),
             "optimizer_state": (self.optimizer_state, ("drop", "keep")),
             "cache": (self.cache, (None, "memory", "disk")),
@@ -53,6 +53,6 @@ class FreezeOptions:
                 raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, allowed))}, but got {value!r}.")
         if self.cache is not None and not (self.norm_in_eval and self.dropout_in_eval):
             raise ValueError(
-                "Expected `norm_in_eval` and `dropout_in_eval` with `cache`, since activations can only be kept if they "
-                "are the same every time: leave out `cache`, or have both."
+                "Expected `norm_in_eval` and `dropout_in_eval` with `cache`, since activations can only be kept if "
+                "they are the same every time: leave out `cache`, or have both."
             )

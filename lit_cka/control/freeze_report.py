@@ -9,22 +9,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from typing_extensions import TypedDict
 
+from lit_cka.control.freeze_decision import FreezeEvent
 from lit_cka.control.plan import FreezePlan
 from lit_cka.control.savings import Savings
 from lit_cka.features.lightning_private import note_same_on_all_ranks
 from lit_cka.files import visible
 
-
-class FreezeEvent(TypedDict):
-    """A change of what is frozen: an entry of `FreezeConverged.history`."""
-
-    step: int  # optimizer steps taken before
-    epoch: int
-    num_frozen: int  # blocks, from then on
-    blocks: list[str]  # that were frozen, or are trained again
-    why: str  # "converged", or "the loss turned"
+_WIDTH = 72  # has room for the lines of the caption
 
 
 def log_scalars(pl_module: pl.LightningModule, values: dict[str, float]) -> None:
@@ -54,7 +46,11 @@ def print_events(
         num_cached: the number of samples whose activations are kept.
         console: where to print; None for the standard output.
     """
-    table = Table(title=f"Frozen blocks, of {len(plan.parts)}", caption=Text(_caption(plan, savings, num_cached)))
+    table = Table(
+        title=f"Frozen blocks, of {len(plan.parts)}",
+        caption=Text(_caption(plan, savings, num_cached), style="table.caption"),
+        min_width=_WIDTH,
+    )
     for column in ("step", "epoch", "frozen"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("blocks", overflow="fold")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -53,6 +53,7 @@ class PrefixCache:
         self._stores: dict[int, ActivationStore] = {}  # by the number of blocks whose output it holds
         self._returned: dict[tuple[int, int, torch.Size], _Returned] = {}
         self._checked: set[int] = set()
+        self._said: set[int] = set()
         self._patched: list[tuple[Any, Any]] = []
         self._keys: list[bytes] | None = None
         self._known: Tensor | None = None
@@ -88,7 +89,12 @@ class PrefixCache:
         if self.why_off or not num_frozen:
             return
         if not self._prefix.plan.parts[num_frozen - 1].can_skip:
-            # Those behind may need more than the last frozen block returns: so for this number, not for others.
+            if num_frozen not in self._said:
+                warn(
+                    f"FreezeConverged runs the {num_frozen} frozen blocks in all steps, without cached activations: what "
+                    "is behind them needs more than what the last of them returns. With another number it may not."
+                )
+            self._said.add(num_frozen)
             return
         for number in range(num_frozen):
             block = self._prefix.block(number)
@@ -181,7 +187,7 @@ class PrefixCache:
             self._checked.add(self._boundary)
             return
         self.switch_off(
-            f"the frozen blocks return something else for the same samples, by {error:.2g} where the largest activation "
+            f"the frozen blocks return something else for the same samples, by {error:.2g} where the largest value "
             f"is {scale:.2g}: they draw random numbers, or depend on the other samples of a batch"
         )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
+import lightning.pytorch as pl
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,7 +36,7 @@ class StepTrace:
         blocks: names of the blocks, in the order in which they should run.
     """
 
-    def __init__(self, model: nn.Module, blocks: list[str]) -> None:
+    def __init__(self, model: pl.LightningModule, blocks: list[str]) -> None:
         self._model, self._blocks = model, blocks
         self._calls: list[_Call] = []
         self._undo = ExitStack()
@@ -46,14 +48,32 @@ class StepTrace:
         eager = Uncompiled()
         eager.start()
         self._undo.callback(eager.stop)
-        counter = self._undo.enter_context(FlopCounterMode(display=False))
-        self._flops = counter.get_total_flops
+        self._undo.callback(self._count_flops())
         layers = named_layers(self._model)
         self._flops_stem: int | None = None
         self._undo.callback(layers[self._blocks[0]].register_forward_pre_hook(self._note_stem).remove)
         for name, module in layers.items():
             handle = module.register_forward_hook(partial(self._note, name))
             self._undo.callback(handle.remove)
+
+    def _count_flops(self) -> Callable[[], None]:
+        """Have FLOPs counted, within the training step alone, since such modes end in the order of a stack."""
+        counter, step = FlopCounterMode(display=False), self._model.training_step
+        before = vars(self._model).get("training_step")
+        self._flops = counter.get_total_flops
+
+        @wraps(step)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            with counter:
+                return step(*args, **kwargs)
+
+        def undo() -> None:
+            del self._model.training_step
+            if before is not None:
+                self._model.training_step = before  # type: ignore[method-assign]
+
+        self._model.training_step = counted  # type: ignore[method-assign]
+        return undo
 
     def stop(self) -> None:
         """Leave no hook behind."""

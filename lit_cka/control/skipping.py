@@ -91,8 +91,8 @@ class PrefixCache:
         if not self._prefix.plan.parts[num_frozen - 1].can_skip:
             if num_frozen not in self._said:
                 warn(
-                    f"FreezeConverged runs the {num_frozen} frozen blocks in all steps, without cached activations: what "
-                    "is behind them needs more than what the last of them returns. With another number it may not."
+                    f"FreezeConverged runs the {num_frozen} frozen blocks in all steps, without cached activations: "
+                    "what is behind them needs more than what the last of them returns. With another number it may not."
                 )
             self._said.add(num_frozen)
             return

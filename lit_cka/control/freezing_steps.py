@@ -65,8 +65,6 @@ class FreezingSteps:
         self.cache = PrefixCache(self._prefix, partial(ActivationStore, options.cache_memory * 2**30, folder))
         if is_compiled(self._module):
             self.cache.switch_off("compiled code does not notice that a block is left out")
-        elif plan.recomputes:
-            self.cache.switch_off("reentrant checkpointing runs the blocks without gradients, as an evaluation does")
         elif not any(part.can_skip for part in plan.parts[: self.most]):
             self.cache.switch_off(
                 "what is behind the blocks needs more than what the last frozen one returns, or they run several times "

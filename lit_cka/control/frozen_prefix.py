@@ -101,19 +101,18 @@ class FrozenPrefix:
         """Cut the graph behind the last frozen block: weights that later layers use too would keep it alive."""
         if not torch.is_grad_enabled():
             return output
-        return _detached(output, needs_grad=self.plan.recomputes)
+        return _detached(output)
 
 
-def _detached(value: Any, needs_grad: bool) -> Any:
+def _detached(value: Any) -> Any:
     if isinstance(value, Tensor):
-        is_cut = value.requires_grad or (needs_grad and value.is_floating_point())
-        return value.detach().requires_grad_(needs_grad and value.is_floating_point()) if is_cut else value
+        return value.detach() if value.requires_grad else value
     if isinstance(value, dict):
         for key, item in value.items():  # in place: it may be of a class of the model's own
-            value[key] = _detached(item, needs_grad)
+            value[key] = _detached(item)
         return value
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_detached(item, needs_grad) for item in value))
+        return type(value)(*(_detached(item) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(_detached(item, needs_grad) for item in value)
+        return type(value)(_detached(item) for item in value)
     return value

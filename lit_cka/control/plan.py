@@ -34,8 +34,6 @@ class FreezePlan(NamedTuple):
         flops_behind: that it takes behind the last block.
         num_samples: that the batch held; 0 if that can't be told.
         num_trained_behind: how many parameters with gradients are frozen with none of the blocks.
-        recomputes: whether blocks are recomputed in the backward by reentrant checkpointing, which gives no gradients
-            to a block whose input needs none.
     """
 
     parts: tuple[BlockParts, ...]
@@ -43,7 +41,6 @@ class FreezePlan(NamedTuple):
     flops_behind: int
     num_samples: int
     num_trained_behind: int
-    recomputes: bool
 
     @property
     def blocks(self) -> tuple[str, ...]:

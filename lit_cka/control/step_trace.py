@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from lit_cka.control.counted_flops import CountedFlops
 from lit_cka.control.plan import BlockParts, FreezePlan
 from lit_cka.control.step_graph import BEHIND, StepGraph, nodes_of
 from lit_cka.features.compiled import Uncompiled
@@ -48,6 +48,7 @@ class StepTrace:
         eager = Uncompiled()
         eager.start()
         self._undo.callback(eager.stop)
+        self._flops = CountedFlops()
         self._undo.callback(self._count_flops())
         layers = named_layers(self._model)
         self._flops_stem: int | None = None
@@ -58,9 +59,8 @@ class StepTrace:
 
     def _count_flops(self) -> Callable[[], None]:
         """Have FLOPs counted, within the training step alone, since such modes end in the order of a stack."""
-        counter, step = FlopCounterMode(display=False), self._model.training_step
+        counter, step = self._flops, self._model.training_step
         before = vars(self._model).get("training_step")
-        self._flops = counter.get_total_flops
 
         @wraps(step)
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -81,10 +81,10 @@ class StepTrace:
 
     def _note_stem(self, module: nn.Module, args: Any) -> None:
         if self._flops_stem is None:
-            self._flops_stem = self._flops()
+            self._flops_stem = self._flops.total
 
     def _note(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        self._calls.append(_Call(name, nodes_of(output), self._flops()))
+        self._calls.append(_Call(name, nodes_of(output), self._flops.total))
 
     @property
     def has_run(self) -> bool:
@@ -99,9 +99,10 @@ class StepTrace:
             num_samples: of its batch.
 
         Raises:
-            ValueError: if the blocks did not run one after the other, each on what the one before it returned.
+            ValueError: if the blocks did not run one after the other, each on what the one before it returned, or are
+                checkpointed in the reentrant way.
         """
-        flops = self._flops()
+        flops = self._flops.total
         self.stop()
         self._check_order()
         graph = StepGraph()
@@ -110,6 +111,12 @@ class StepTrace:
             graph.add_block(node for call in self._calls if call.name == block for node in call.nodes)
         self._check_links(graph)
         graph.add_rest([] if loss.grad_fn is None else [loss.grad_fn])
+        if graph.recomputes:
+            raise ValueError(
+                "Expected blocks that are not checkpointed in the reentrant way, which gives no gradients to a block "
+                "behind frozen ones, but found some: pass `use_reentrant=False` to `checkpoint` (in transformers, "
+                "gradient_checkpointing_enable({'use_reentrant': False}))."
+            )
         parameters, num_behind = self._parameters(graph)
         modules = self._modules(graph, ends)
         runs_once = len(self._sequence()) == len(self._blocks)
@@ -125,7 +132,7 @@ class StepTrace:
             )
             for number, block in enumerate(self._blocks)
         ]
-        return FreezePlan(tuple(parts), stem, flops - totals[-1], num_samples, num_behind, graph.recomputes)
+        return FreezePlan(tuple(parts), stem, flops - totals[-1], num_samples, num_behind)
 
     def _sequence(self) -> list[str]:
         chosen = set(self._blocks)
@@ -167,7 +174,7 @@ class StepTrace:
         for name, parameter in self._model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            # Recomputed blocks have no parameters in the graph.
+            # Of a block, this step may not have used all, such as experts.
             number = graph.last_use.get(id(parameter), inside.get(id(parameter), BEHIND))
             if number == BEHIND:
                 num_behind += 1

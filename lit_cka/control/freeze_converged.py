@@ -129,6 +129,11 @@ class FreezeConverged(pl.Callback):
         """How many blocks are frozen, or were at the end of the training."""
         return self._decision.num_frozen
 
+    @property
+    def flops_saved(self) -> float:
+        """The part of all steps' FLOPs that was saved so far, in [0, 1), if a backward takes twice its forward."""
+        return 0.0 if self._plan is None else self.savings.share_of_flops(self._plan)
+
     # Set-up.
 
     @override
@@ -209,9 +214,8 @@ class FreezeConverged(pl.Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.barebones:
             return
-        saved = 0.0 if self._plan is None else self.savings.share_of_flops(self._plan)
         prefix = self.options.prefix
-        log_scalars(pl_module, {f"{prefix}/num_frozen": self.num_frozen, f"{prefix}/flops_saved": saved})
+        log_scalars(pl_module, {f"{prefix}/num_frozen": self.num_frozen, f"{prefix}/flops_saved": self.flops_saved})
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

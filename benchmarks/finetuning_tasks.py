@@ -1,8 +1,8 @@
 """Two small fine-tunings, of a text encoder and of a vision transformer, each pretrained on something else.
 
 Nothing is downloaded. The text is made: sentences of words with a topic, of which the encoder is first trained to fill
-in words left out; then it is to say whether a sentence is good or bad, where a "not" turns a word around. The images are
-the digits of scikit-learn: the transformer first reads them as they are, then rotated, noisy and blurred ones.
+in words left out; then it is to say whether a sentence is good or bad, where a "not" turns a word around. The images
+are the digits of scikit-learn: the transformer first reads them as they are, then rotated, noisy and blurred ones.
 """
 
 from __future__ import annotations

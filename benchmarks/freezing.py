@@ -20,7 +20,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl

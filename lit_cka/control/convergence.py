@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+_ROUNDING = 1e-9  # of a score, in float64
+
 
 def num_converged(
     records: Sequence[Mapping[str, Any]], blocks: Sequence[str], limit: float, num_evaluations: int
@@ -17,7 +19,8 @@ def num_converged(
 
         1 - low_i,t <= limit    for the last `num_evaluations` evaluations t,
 
-    and counted are the blocks before the first that has not. A score that is undefined (NaN) is no convergence.
+    and counted are the blocks before the first that has not. Where a score is undefined, or has no interval, it is not
+    known that a block has converged, unless the score is 1: the block gives what it gave before.
 
     Args:
         records: entries of the history of a `CKACallback(reference="previous", intervals=True)`, oldest first.
@@ -44,18 +47,19 @@ def num_converged(
 
 
 def _low(record: Mapping[str, Any], block: str) -> float:
-    if not record.get("low"):
+    if "low" not in record:
         raise ValueError(
             "Expected the history of CKACallback to have intervals, to know how much a block has changed at most, but "
             "its records have none: pass CKACallback(reference='previous', intervals=True)."
         )
-    if block not in record["low"]:
+    scores, low = record["scores"], record["low"]
+    if block not in scores:
         raise ValueError(
-            f"Expected CKACallback to track block {block!r}, but it tracks {', '.join(list(record['low'])[:6])}: pass "
-            "the same layers to both."
+            f"Expected CKACallback to track block {block!r}, but it tracks {', '.join(list(scores)[:6])}: pass the "
+            "same layers to both."
         )
-    low: float = record["low"][block]
-    return low
+    is_same = abs(1 - scores[block]) <= _ROUNDING
+    return 1.0 if is_same else float(low.get(block, math.nan))
 
 
 class LossWatch:

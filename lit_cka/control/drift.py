@@ -22,7 +22,7 @@ def layers_beyond(record: Mapping[str, Any], budget: float) -> list[str]:
         >>> layers_beyond({"scores": {"0": 0.95, "1": 0.85}, "high": {"0": 0.97, "1": 0.88}}, budget=0.1)
         ['1']
     """
-    if not record.get("high"):
+    if "high" not in record:
         raise ValueError(
             "Expected the history of CKACallback to have intervals, to know which layers have drifted for sure, but "
             "its records have none: leave out `intervals=False`."

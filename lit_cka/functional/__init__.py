@@ -1,9 +1,12 @@
-"""Pure tensor mathematics: similarity of representations, and the split of weight updates; imports torch alone.
+"""Pure tensor mathematics: similarity of representations, and the split of weight updates; takes torch alone
+(and, of SciPy, a quantile or two).
 
 State over batches is `lit_cka.metrics`; whole models and files are elsewhere.
 """
 
 from lit_cka.functional.cka import cka_from_gram, cka_from_moments, cka_from_terms, hsic, linear_cka, pairwise_hsic
+from lit_cka.functional.intervals import change_interval, cka_interval
+from lit_cka.functional.jackknife import Jackknife, jackknife_cka, linear_jackknife
 from lit_cka.functional.kernels import linear_gram, rbf_gram
 from lit_cka.functional.matrix import cka_matrix
 from lit_cka.functional.moments import (
@@ -14,6 +17,7 @@ from lit_cka.functional.moments import (
     paired_moments,
     recentre_moments,
 )
+from lit_cka.functional.planning import SamplePlan, plan_samples
 from lit_cka.functional.precision import has_fast_float64
 from lit_cka.functional.procrustes import procrustes_distance
 from lit_cka.functional.rows import Rows
@@ -27,26 +31,33 @@ from lit_cka.functional.update_spectrum import effective_rank, stable_rank, upda
 
 __all__ = [
     "CKATerms",
+    "Jackknife",
     "PairedMoments",
     "Rows",
+    "SamplePlan",
     "UpdateProducts",
     "add_samples",
+    "change_interval",
     "cheaper_in_sample_space",
     "cka_from_gram",
     "cka_from_moments",
     "cka_from_terms",
+    "cka_interval",
     "cka_matrix",
     "effective_rank",
     "empty_moments",
     "has_fast_float64",
     "hsic",
+    "jackknife_cka",
     "kernel_pca",
     "linear_cka",
     "linear_gram",
+    "linear_jackknife",
     "low_rank_split",
     "merge_moments",
     "paired_moments",
     "pairwise_hsic",
+    "plan_samples",
     "procrustes_distance",
     "rbf_gram",
     "rdm",

@@ -34,9 +34,15 @@ class Group(NamedTuple):
         if self.size == 1:
             return [[list(row) for row in mine]]
         integers = torch.tensor(mine, dtype=torch.int64, device=device)
-        gathered = [torch.empty_like(integers) for _ in range(self.size)]
-        dist.all_gather(gathered, integers, group=self.handle)
-        return [each.tolist() for each in gathered]
+        return [each.tolist() for each in self.gather(integers)]
+
+    def gather(self, mine: Tensor) -> list[Tensor]:
+        """Returns what each rank has given, by rank: on all of them tensors of one shape and dtype."""
+        if self.size == 1:
+            return [mine]
+        gathered = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(gathered, mine, group=self.handle)
+        return gathered
 
     def agree_on_exponents(self, exponents: Tensor, spreads: Tensor) -> Tensor:
         """Returns what all ranks agree on, see there."""

@@ -79,6 +79,7 @@ def epoch_trend(
     layer_names: Sequence[str],
     times: Sequence[float],
     *,
+    bands: tuple[ArrayLike, ArrayLike] | None = None,
     title: str = "",
     xlabel: str = "optimizer step",
     ylabel: str = "CKA",
@@ -91,6 +92,7 @@ def epoch_trend(
         values: (layers, times).
         layer_names: for the legend, as many as fit.
         times: of the measurements.
+        bands: lower and upper ends of intervals, (layers, times) each; NaN where there are none.
         title: of the axes.
         xlabel: what the times are.
         ylabel: what the values are.
@@ -98,13 +100,16 @@ def epoch_trend(
         ax: axes to draw on; None for a new figure.
 
     Raises:
-        ValueError: if `values` doesn't have a row for each layer and a column for each time, or there are none.
+        ValueError: if `values` or `bands` don't have a row for each layer and a column for each time, or there is none.
     """
     from matplotlib import colormaps
 
     values = np.asarray(values, dtype=np.float64)
     if values.shape != (len(layer_names), len(times)):
         raise ValueError(f"Expected values of shape {(len(layer_names), len(times))}, but got {values.shape}.")
+    ends = [np.asarray(end, dtype=np.float64) for end in bands or ()]
+    if any(end.shape != values.shape for end in ends):
+        raise ValueError(f"Expected bands of shape {values.shape}, but got {[end.shape for end in ends]}.")
     if not values.size:
         raise ValueError(f"Expected a layer and a time at least, but got {len(layer_names)} and {len(times)}.")
     figure, ax = new_axes(ax, 6.6, 3.8)
@@ -113,6 +118,8 @@ def epoch_trend(
     for index, (name, row) in enumerate(zip(short_names(layer_names), values, strict=True)):
         marker = "o" if len(times) < 30 else None
         ax.plot(times, row, color=colors[index], marker=marker, markersize=3, label=name if index in named else None)
+        if ends:
+            ax.fill_between(times, ends[0][index], ends[1][index], color=colors[index], alpha=0.15, linewidth=0)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     if limits is not None:
         ax.set_ylim(limits[0] - 0.03, limits[1] + 0.03)

@@ -27,11 +27,12 @@ _SAME = 1e-6  # how much `b` may change, relative, by the rounding of rows
 
 
 class Score(NamedTuple):
-    """CKA, the number of samples behind it, and whether all of their features were finite."""
+    """CKA, the number of samples behind it, whether all of their features were finite, and the debiased CKA."""
 
     cka: float
     n: int
     finite: bool
+    debiased: float
 
     def why_undefined(self, *, debiased: bool) -> str:
         """Why `cka` is NaN, in words."""
@@ -159,7 +160,9 @@ def _exact_scores(
         terms = layer.terms
         if terms is None:
             each.space, each.reference_terms = None, each.reference
-            values.append(torch.tensor([torch.nan, True], dtype=torch.float64, device=float64_device(device)))
+            values.append(
+                torch.tensor([torch.nan, True, torch.nan], dtype=torch.float64, device=float64_device(device))
+            )
             continue
         each.space = "samples" if layer.in_sample_space else "features"
         if each.reference is None:
@@ -168,21 +171,22 @@ def _exact_scores(
             each.reference_terms = each.reference
             terms = _with_reference(terms, layer, each.reference, name)
         rounding = _FLOAT32_ROUNDING if layer.in_sample_space and layer.products == "float32" else 0.0
-        cka = cka_from_terms(terms, debiased=debiased, rounding=rounding)
-        values.append(torch.stack([cka, (terms.a.isfinite() & terms.b.isfinite()).to(torch.float64)]))
+        unbiased = cka_from_terms(terms, debiased=True, rounding=rounding)
+        cka = unbiased if debiased else cka_from_terms(terms, debiased=False, rounding=rounding)
+        values.append(torch.stack([cka, (terms.a.isfinite() & terms.b.isfinite()).to(torch.float64), unbiased]))
     return {
-        name: Score(cka, layer.n, bool(finite))
-        for (name, layer), (cka, finite) in zip(layers.items(), torch.stack(values).tolist(), strict=True)
+        name: Score(cka, layer.n, bool(finite), unbiased)
+        for (name, layer), (cka, finite, unbiased) in zip(layers.items(), torch.stack(values).tolist(), strict=True)
     }
 
 
 def scores_of_first_rank(scores: Mapping[str, Score], device: torch.device) -> dict[str, Score]:
     """The scores that the first process of all has; each of them has to call this, with the same layers."""
-    values = torch.tensor([list(map(float, score)) for score in scores.values()], dtype=torch.float64).reshape(-1, 3)
+    values = torch.tensor([list(map(float, score)) for score in scores.values()], dtype=torch.float64).reshape(-1, 4)
     values = values.to(float64_device(device))
     dist.broadcast(values, 0)
     told = zip(scores, values.tolist(), strict=True)
-    return {name: Score(cka, int(n), bool(finite)) for name, (cka, n, finite) in told}
+    return {name: Score(cka, int(n), bool(finite), debiased) for name, (cka, n, finite, debiased) in told}
 
 
 def _reference_terms(terms: CKATerms, layer: Layer) -> ReferenceTerms:
@@ -221,5 +225,6 @@ def _minibatch_scores(
     scores = {}
     for name, (xy, xx, yy, n), unit in zip(statistics, totals, units, strict=True):
         sums = HSICSums(xy[None, None], xx[None], yy[None], n, unit[:1], unit[1:])
-        scores[name] = Score(cka_from_hsic_sums(sums).item(), int(n), bool(xx.isfinite() & yy.isfinite()))
+        cka = cka_from_hsic_sums(sums).item()
+        scores[name] = Score(cka, int(n), bool(xx.isfinite() & yy.isfinite()), cka)
     return scores

@@ -22,10 +22,12 @@ from lit_cka.tracking.evaluation import TrackedEvaluation, record_of
 from lit_cka.tracking.evaluation_loops import is_empty
 from lit_cka.tracking.hints import warn_bias, warn_empty, warn_monitors, warn_no_validation, warn_nothing_tracked
 from lit_cka.tracking.history import THRESHOLDS, Record, Stage, checked_history, latest_scores
+from lit_cka.tracking.intervals import Intervals
 from lit_cka.tracking.options import TrackingOptions
 from lit_cka.tracking.probe import Probe
 from lit_cka.tracking.recorder import Recorder
-from lit_cka.tracking.report import LoggedFigures, leave_report, log_records, print_table, write_report
+from lit_cka.tracking.report import LoggedFigures, leave_report, log_records, write_report
+from lit_cka.tracking.table import print_table
 from lit_cka.tracking.tracker import Estimator, LayerScore
 
 
@@ -58,6 +60,9 @@ class CKACallback(pl.Callback):
             2021), for features too wide for exact statistics.
         debiased: of the exact estimator: use the unbiased HSIC. The plain one is too high for fewer than about 5
             samples per feature.
+        intervals: with the exact estimator, give every score a 95 % confidence interval for the population's CKA
+            (`lit_cka.functional.cka_interval`), about the debiased estimate, from at most 256 of the samples: in
+            `history`, and logged as `cka_low/<layer>` and `cka_high/<layer>`. The samples must be independent.
         stages: any of "validate" and "test". The validations within `fit` count as "validate".
         dataloaders: indices of the dataloaders to track; None for all.
         every_n_validations: track the first, and then each n-th validation of a `fit`.
@@ -90,6 +95,7 @@ class CKACallback(pl.Callback):
         mask: Mask | None = None,
         estimator: Estimator = "exact",
         debiased: bool = True,
+        intervals: bool = True,
         stages: Sequence[Stage] = ("validate", "test"),
         dataloaders: Sequence[int] | None = None,
         every_n_validations: int = 1,
@@ -109,6 +115,7 @@ class CKACallback(pl.Callback):
             mask=mask,
             estimator=estimator,
             debiased=debiased,
+            intervals=intervals,
             stages=stages,
             dataloaders=dataloaders,
             every_n_validations=every_n_validations,
@@ -133,6 +140,7 @@ class CKACallback(pl.Callback):
         self._hinted = False
         self._has_warned = False  # that there is nothing to track
         self._figures = LoggedFigures(prefix)
+        self._intervals = Intervals() if intervals and estimator == "exact" else None
 
     @property
     def scores(self) -> dict[str, float]:
@@ -279,7 +287,8 @@ class CKACallback(pl.Callback):
         on_step: bool = False,
     ) -> None:
         """Give the scores to the history, the loggers, and whoever monitors them."""
-        records = [record_of(trainer, stage, dataloader, layers) for dataloader, layers in scores.items()]
+        of_dataloaders = scores.items()
+        records = [record_of(trainer, stage, number, layers, self._intervals) for number, layers in of_dataloaders]
         for layers in scores.values():
             if not self._hinted and not self.options.uses_unbiased_hsic:
                 self._hinted = warn_bias(layers)
@@ -368,7 +377,8 @@ class CKACallback(pl.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         history = [dict(record) for record in self.history]
-        return {"history": history, "num_validations": self._num_validations, **self._recorder.start.state()}
+        state = {"history": history, "num_validations": self._num_validations, **self._recorder.start.state()}
+        return state if self._intervals is None else {**state, "intervals": self._intervals.state()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -377,6 +387,8 @@ class CKACallback(pl.Callback):
         self.history = checked_history(state_dict.get("history"))
         self._num_validations = state_dict.get("num_validations", 0)
         self._recorder.start.load(state_dict)
+        if self._intervals is not None:
+            self._intervals.load(state_dict.get("intervals", {}))
 
     @override
     def on_save_checkpoint(

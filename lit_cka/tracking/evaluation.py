@@ -13,6 +13,7 @@ from lit_cka.samples.samples import EvaluationSamples, content_keys
 from lit_cka.tracking.dataloaders import tracked_dataloaders
 from lit_cka.tracking.evaluation_loops import changed_by_steps, is_last_batch, repeat_step, unnoticed_step
 from lit_cka.tracking.history import Record, Stage
+from lit_cka.tracking.intervals import Intervals
 from lit_cka.tracking.options import TrackingOptions
 from lit_cka.tracking.preserved_state import preserved_state
 from lit_cka.tracking.recording_pass import RecordingPass
@@ -118,10 +119,10 @@ class TrackedEvaluation:
 
 
 def record_of(
-    trainer: pl.Trainer, stage: Stage, dataloader: int, layers: dict[str, LayerScore], *, note: str | None = None
+    trainer: pl.Trainer, stage: Stage, dataloader: int, layers: dict[str, LayerScore], intervals: Intervals | None
 ) -> Record:
-    """Return the entry of the history for the scores of one dataloader."""
-    return Record(
+    """Return the entry of the history for the scores of one dataloader, with intervals if there are to be some."""
+    record = Record(
         step=trainer.global_step,
         epoch=trainer.current_epoch,
         stage=stage,
@@ -129,3 +130,6 @@ def record_of(
         n=min(layer.n for layer in layers.values()),
         scores={name: layer.cka for name, layer in layers.items()},
     )
+    if intervals is not None:
+        record.update(intervals.of(f"{stage} {dataloader}", layers))  # type: ignore[typeddict-item]
+    return record

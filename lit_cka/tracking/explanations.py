@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lit_cka.parallel.warning import warn
 from lit_cka.reference.recorded_dataloader import RecordedDataloader
 from lit_cka.reference.rounding import MAX_ROUNDING_COST
+from lit_cka.statistics.subsample import SampledLayer
 from lit_cka.tracking.pairing import PairedPass
 
 
@@ -39,6 +42,17 @@ class Explanations:
             f"Keeping the reference's features in bfloat16 can change CKA by {cost:.1e}, more than "
             f"{MAX_ROUNDING_COST:g}: they are kept in float32.",
         )
+
+    def of_repeated(self, where: str, layers: Mapping[str, SampledLayer]) -> None:
+        """Warn of samples that come up more than once, which the intervals take for different ones."""
+        if layers and (num_repeated := min(layer.num_repeated for layer in layers.values())):
+            m = max(len(layer.hashes) for layer in layers.values())
+            self.once(
+                where,
+                "repeated",
+                f"{num_repeated} of {m} samples of {where} have the features of another one in every layer of the "
+                "reference. If they repeat it, the intervals of CKA are too narrow: they are for independent samples.",
+            )
 
     def of_missing(self, where: str, paired: PairedPass, *, is_undefined: bool) -> bool:
         """Warn of samples that could not be compared.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, NotRequired, cast
 
 from typing_extensions import TypedDict
 
@@ -21,6 +21,15 @@ class Record(TypedDict):
     dataloader: int  # its index
     n: int  # samples; the fewest of any layer where some layers skipped batches
     scores: dict[str, float]  # layer -> CKA, NaN where undefined
+    # With `intervals`, 95 % intervals for the population's CKA, and for its difference to the last evaluation of the
+    # same samples, of those layers that have one.
+    low: NotRequired[dict[str, float]]
+    high: NotRequired[dict[str, float]]
+    change_low: NotRequired[dict[str, float]]
+    change_high: NotRequired[dict[str, float]]
+
+
+BOUNDS = ("low", "high", "change_low", "change_high")
 
 
 def checked_history(value: Any) -> list[Record]:
@@ -32,9 +41,28 @@ def checked_history(value: Any) -> list[Record]:
     kinds = {"step": int, "epoch": int, "stage": str, "dataloader": int, "n": int, "scores": Mapping}
     for record in value if isinstance(value, list) else [value]:
         is_whole = isinstance(record, Mapping) and all(isinstance(record.get(key), kinds[key]) for key in kinds)
-        if not is_whole or not all(isinstance(score, (int, float)) for score in record["scores"].values()):
+        by_layer = [record[key] for key in _by_layer(record)] if is_whole else []
+        if not is_whole or not all(isinstance(each, Mapping) and _holds_numbers(each) for each in by_layer):
             raise ValueError(f"Expected the checkpoint to hold a history of CKACallback, but it holds {record!r:.80}.")
-    return [cast(Record, {**record, "scores": dict(record["scores"])}) for record in value]
+    return [cast(Record, {**record, **{key: dict(record[key]) for key in _by_layer(record)}}) for record in value]
+
+
+def _by_layer(record: Mapping[str, Any]) -> list[str]:
+    return [key for key in ("scores", *BOUNDS) if key in record]
+
+
+def _holds_numbers(layers: Mapping[str, Any]) -> bool:
+    return all(isinstance(value, (int, float)) for value in layers.values())
+
+
+def change_mark(record: Record, layer: str) -> str:
+    """Returns an arrow for a layer whose CKA differs from that of the last evaluation by more than chance, and "=" for
+    one of which that can't be said; "" where there was none.
+    """
+    low, high = (record.get(key, {}).get(layer, float("nan")) for key in ("change_low", "change_high"))  # type: ignore[attr-defined]
+    if low != low:
+        return ""
+    return "\u2193" if high < 0 else "\u2191" if low > 0 else "="
 
 
 def latest_scores(history: Sequence[Record]) -> dict[str, float]:
@@ -73,3 +101,9 @@ def verdict(cka: float, thresholds: tuple[float, float] = THRESHOLDS) -> str:
         return "undefined"
     untouched, refined = thresholds
     return "untouched" if cka >= untouched else "refined" if cka >= refined else "rewritten"
+
+
+def is_doubtful(record: Record, layer: str, thresholds: tuple[float, float] = THRESHOLDS) -> bool:
+    """Returns whether the interval of a layer's CKA has ends of different verdicts: n is too small to tell which."""
+    ends = (record.get(end, {}).get(layer, float("nan")) for end in ("low", "high"))  # type: ignore[attr-defined]
+    return len({verdict(end, thresholds) for end in ends}) > 1

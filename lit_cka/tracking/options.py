@@ -29,6 +29,7 @@ class TrackingOptions:
     mask: Mask | None
     estimator: Estimator
     debiased: bool
+    intervals: bool
     stages: Sequence[Stage]
     dataloaders: Sequence[int] | None
     every_n_validations: int

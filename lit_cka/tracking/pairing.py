@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,13 @@ from lit_cka.statistics.layer import (
     Score,
     score_layers,
     scores_of_first_rank,
+)
+from lit_cka.statistics.subsample import (
+    SampledLayer,
+    Subsample,
+    jackknives_of_all_ranks,
+    jackknives_of_first_rank,
+    sample_hashes,
 )
 
 
@@ -63,6 +71,13 @@ class _BatchRows:
             run = range(int(self.positions[0]), int(self.positions[0]) + len(self.positions))
             self.run = run if torch.equal(self.positions, torch.arange(run.start, run.stop)) else None
 
+    @cached_property
+    def hashes(self) -> Tensor:
+        """Of the rows that count, after `look_up` where there is one."""
+        assert self.keys is not None
+        is_of_all = self.kept is not None and len(self.keys) == len(self.kept)
+        return sample_hashes(self.keys[self.kept] if is_of_all else self.keys)
+
     def counted(self, rows: Tensor) -> Tensor:
         """Return those of a layer's rows that count."""
         return rows if self.all_count or self.kept is None else rows[self.kept.to(rows.device)]
@@ -77,10 +92,14 @@ class PairedPass:
     Args:
         statistics: empty ones, by layer.
         recorded: what was recorded of the dataloader; None where the reference runs.
+        subsamples: empty ones, by layer, from which errors are told; None where they are not asked for.
     """
 
     def __init__(
-        self, statistics: Mapping[str, ExactStatistics | MinibatchStatistics], recorded: RecordedDataloader | None
+        self,
+        statistics: Mapping[str, ExactStatistics | MinibatchStatistics],
+        recorded: RecordedDataloader | None,
+        subsamples: Mapping[str, Subsample] | None = None,
     ) -> None:
         self.statistics = dict(statistics)
         self.widths: dict[str, int] = {}
@@ -89,7 +108,7 @@ class PairedPass:
         self.has_small_batches = False  # too small for the minibatch estimator
         self.num_changed = 0  # samples that are not what they were when they were recorded
         self.num_passed_otherwise = 0  # samples for which the step passes something else to the model than then
-        self._recorded = recorded
+        self._recorded, self._subsamples = recorded, subsamples
         self._waiting: dict[str, list[_Waiting]] = {name: [] for name in statistics}
 
     def add(self, samples: BatchSamples, live: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, str]:
@@ -138,7 +157,7 @@ class PairedPass:
                 )
             self._waiting[name].append(_Waiting(X, Y, rows.keys, samples))
         elif Y is not None:
-            self._pair(name, rows.counted(X), rows.counted(Y))
+            self._pair(name, rows.counted(X), rows.counted(Y), hashes=self._hashes(rows))
         else:
             assert self._recorded is not None
             if is_new:
@@ -149,9 +168,9 @@ class PairedPass:
         """Pair the rows with what this process has recorded of them; the others wait for the end of the pass."""
         assert self._recorded is not None
         assert rows.keys is not None
-        store, positions = self._recorded.stores[name], rows.positions
+        store, positions, hashes = self._recorded.stores[name], rows.positions, self._hashes(rows)
         if rows.run is not None and store.has_all(rows.run):
-            self._pair(name, X, store.offsets(rows.run).to(X.device), store.pivot)
+            self._pair(name, X, store.offsets(rows.run).to(X.device), store.pivot, hashes)
             return
         positions = store.mask_gaps(positions, GAP)
         found, unknown = positions >= 0, positions == UNKNOWN
@@ -161,13 +180,21 @@ class PairedPass:
                 found = torch.zeros_like(found)
             self._waiting[name].append(_Waiting(X[unknown.to(X.device)], None, rows.keys[unknown], None))
             X, positions = X[found.to(X.device)], positions[found]
+            hashes = None if hashes is None else hashes[found]
         if len(positions):
-            self._pair(name, X, store.offsets(positions).to(X.device), store.pivot)
+            self._pair(name, X, store.offsets(positions).to(X.device), store.pivot, hashes)
 
-    def _pair(self, name: str, X: Tensor, Y: Tensor, origin: Tensor | None = None) -> None:
+    def _hashes(self, rows: _BatchRows) -> Tensor | None:
+        return None if self._subsamples is None else rows.hashes
+
+    def _pair(
+        self, name: str, X: Tensor, Y: Tensor, origin: Tensor | None = None, hashes: Tensor | None = None
+    ) -> None:
         """Add rows of the live model, and the reference's of the same samples, measured from the origin if there is
-        one.
+        one, with the hashes of what they are if that can be told.
         """
+        if self._subsamples is not None:
+            self._subsamples[name].add(hashes, X, Y, origin)
         statistics, num_rows = self.statistics[name], X.shape[0]
         if isinstance(statistics, ExactStatistics):
             statistics.add(X, Y, origin)
@@ -194,14 +221,21 @@ class PairedPass:
         # Processes that hold the same samples may round in other ways.
         return scores if ranks.replicas is None else scores_of_first_rank(scores, ranks.device)
 
+    def sampled(self, ranks: DataRanks) -> dict[str, SampledLayer]:
+        """Return what tells the errors of the scores, after `scores`; every process has to call it."""
+        if self._subsamples is None:
+            return {}
+        layers = jackknives_of_all_ranks(self._subsamples, ranks.device, Group(ranks.rank, ranks.size, ranks.group))
+        return layers if ranks.replicas is None else jackknives_of_first_rank(layers, ranks.device)
+
     def _finish(self, device: torch.device, group: Group) -> None:
         """Add what has waited for the end of the pass, when all batches know which of their samples count."""
         for name, waiting in self._waiting.items():
             rows = [_counted_rows(each) for each in waiting]
             self._waiting[name] = []
-            for X, Y, _ in rows:
+            for X, Y, keys in rows:
                 if Y is not None and len(X):
-                    self._pair(name, X, Y)
+                    self._pair(name, X, Y, hashes=sample_hashes(keys))
             if self._recorded is not None:
                 self._look_up(name, self._recorded, [(X, keys) for X, Y, keys in rows if Y is None], device, group)
 
@@ -233,9 +267,10 @@ class PairedPass:
                 sizes, asked = [len(keys)], [(torch.cat([X for X, _ in asked]), keys)]
             of_batches = found.split(sizes)
             rows = Y.split([int(each.sum()) for each in of_batches])
-            for (X, _), known, of_batch in zip(asked, of_batches, rows, strict=True):
+            for (X, of_X), known, of_batch in zip(asked, of_batches, rows, strict=True):
                 if len(of_batch):
-                    self._pair(name, X[known.to(X.device)], of_batch.to(X.device))
+                    hashes = sample_hashes(of_X[known])
+                    self._pair(name, X[known.to(X.device)], of_batch.to(X.device), hashes=hashes)
 
 
 def _with_content(keys: Tensor) -> Tensor:

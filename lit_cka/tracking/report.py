@@ -1,4 +1,4 @@
-"""What a tracked training leaves to look at: pictures in the loggers, a table, and files."""
+"""What a tracked training leaves to look at: scalars and pictures in the loggers, and files."""
 
 from __future__ import annotations
 
@@ -16,20 +16,17 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from lit_cka import plots
 from lit_cka.features.lightning_private import logging_step, note_same_on_all_ranks
-from lit_cka.files import visible, write_bytes
+from lit_cka.files import write_bytes
 from lit_cka.parallel.warning import warn
-from lit_cka.tracking.history import Record, first_series, mean_score, verdict
+from lit_cka.tracking.history import BOUNDS, Record, first_series, mean_score, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DRAWING_SHARE = 0.01
-_STYLES = {"untouched": "green", "refined": "yellow", "rewritten": "red", "undefined": "magenta"}
 
 
 def heatmap(history: Sequence[Record]) -> Figure:
@@ -47,7 +44,14 @@ def curves(history: Sequence[Record]) -> Figure:
     layer_names = list(records[-1]["scores"])
     values = [[record["scores"].get(name, np.nan) for record in records] for name in layer_names]
     title = "CKA of each layer, from the first (dark) to the last (light)"
-    return plots.epoch_trend(values, layer_names, [record["step"] for record in records], title=title, limits=None)[0]
+    bands = [
+        [[record.get(end, {}).get(name, np.nan) for record in records] for name in layer_names]  # type: ignore[attr-defined]
+        for end in ("low", "high")
+    ]
+    times = [record["step"] for record in records]
+    return plots.epoch_trend(
+        values, layer_names, times, bands=(bands[0], bands[1]), title=title, ylabel="CKA, 95 % intervals", limits=None
+    )[0]
 
 
 def log_records(
@@ -63,6 +67,9 @@ def log_records(
         on_step: within a training epoch, at once, whatever `log_every_n_steps` is.
     """
     values: dict[str, float] = {}
+    ends: dict[
+        str, float
+    ] = {}  # of intervals: for loggers alone, since a progress bar and a table of results have enough
     charted: list[str] = []
     for record in records:
         suffix = f"/dataloader_idx_{record['dataloader']}" if len(records) > 1 else ""
@@ -70,6 +77,8 @@ def log_records(
         charted += [f"{prefix}/{name}{suffix}" for name in named]
         values.update({f"{prefix}/{name}{suffix}": value for name, value in named.items()})
         values[f"{prefix}/num_samples{suffix}"] = record["n"]
+        for end, bounds in (("low", record.get("low", {})), ("high", record.get("high", {}))):
+            ends.update({f"{prefix}_{end}/{name}{suffix}": value for name, value in bounds.items()})
     if trainer.barebones:  # which logs nothing, and warns of each attempt
         return charted
     # All ranks have the same values already, so there is nothing to synchronise.
@@ -86,8 +95,9 @@ def log_records(
             batch_size=1,
             rank_zero_only=False,
         )
-    for logger in trainer.loggers if on_step else ():
-        logger.log_metrics(values, step=logging_step(trainer))
+    at_once = {**values, **ends} if on_step else ends
+    for logger in trainer.loggers if at_once else ():
+        logger.log_metrics(at_once, step=logging_step(trainer))
     return charted
 
 
@@ -153,55 +163,6 @@ def _add_chart(writer: Any, prefix: str, keys: Sequence[str]) -> None:
         writer.add_custom_scalars(layout)
 
 
-def print_table(
-    history: Sequence[Record],
-    thresholds: tuple[float, float],
-    console: Console | None = None,
-    *,
-    reference: str = "",
-    prefix: str = "",
-) -> None:
-    """Print a table of layers, without what all their names begin with: first, lowest and last CKA, with a verdict on
-    the last.
-
-    Args:
-        history: its `first_series` is shown.
-        thresholds: of the verdicts.
-        console: where to print; None for the standard output.
-        reference: a few words on how it came to be.
-        prefix: that the scores are logged under.
-    """
-    records = first_series(history)
-    if not records:
-        return
-    last = records[-1]
-    names = list(last["scores"])
-    short_names = plots.short_names(names, max(map(len, names))) if len(names) > 1 else names
-    short = dict(zip(names, short_names, strict=True))
-    common = names[0].removesuffix(short[names[0]]) if names else ""
-    table = Table(
-        title=f"CKA with the reference, n = {last['n']} samples",
-        caption=Text(
-            f"untouched >= {thresholds[0]:g} > refined >= {thresholds[1]:g} > rewritten"
-            + (f"\nreference: {reference}" if reference else "")
-            + (f"\nlogged as {visible(prefix)}/{visible(common)}<layer>" if prefix else ""),
-            style="table.caption",
-        ),
-    )
-    table.add_column("layer", overflow="fold")
-    columns = [f"step {records[0]['step']}", "lowest"] if len(records) > 1 else []
-    for column in (*columns, f"step {last['step']}"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    for name, cka in last["scores"].items():
-        word = verdict(cka, thresholds)
-        series = [record["scores"].get(name, np.nan) for record in records]
-        lowest = min((value for value in series if value == value), default=np.nan)
-        values = [series[0], lowest, cka] if columns else [cka]
-        table.add_row(Text(visible(short[name])), *(f"{value:.4f}" for value in values), Text(word, _STYLES[word]))
-    (console or Console()).print(table)
-
-
 def write_report(folder: str | os.PathLike[str], history: Sequence[Record], thresholds: tuple[float, float]) -> None:
     """Write `cka_history.json`, `cka_history.csv` (a row per record and layer), `cka_heatmap.png` and `cka_curves.png`,
     each whole or not at all.
@@ -221,11 +182,13 @@ def write_report(folder: str | os.PathLike[str], history: Sequence[Record], thre
     write_bytes(folder / "cka_history.json", json.dumps(cleaned, indent=2).encode())
     rows = io.StringIO()
     writer = csv.writer(rows)
-    writer.writerow(["step", "epoch", "stage", "dataloader", "n", "layer", "cka", "verdict"])
+    about = ("step", "epoch", "stage", "dataloader", "n")
+    writer.writerow([*about, "layer", "cka", "verdict", *BOUNDS])
     for record in history:
-        values = [value for key, value in record.items() if key != "scores"]
+        of_layers: Any = record
         for name, cka in record["scores"].items():
-            writer.writerow([*values, name, cka, verdict(cka, thresholds)])
+            bounds = [of_layers.get(key, {}).get(name) for key in BOUNDS]
+            writer.writerow([*(of_layers[key] for key in about), name, cka, verdict(cka, thresholds), *bounds])
     write_bytes(folder / "cka_history.csv", rows.getvalue().encode())
     plots.save_figure(heatmap(history), folder / "cka_heatmap.png")
     plots.save_figure(curves(history), folder / "cka_curves.png")

@@ -67,6 +67,7 @@ class TrackedModel:
             options.estimator,
             options.debiased,
             options.mask,
+            options.intervals,
         )
 
     @property

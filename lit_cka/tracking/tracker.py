@@ -19,6 +19,7 @@ from lit_cka.reference.running import RunningReference
 from lit_cka.samples.counting import DataRanks
 from lit_cka.samples.sample_keys import BatchSamples
 from lit_cka.statistics.layer import ExactStatistics, MinibatchStatistics
+from lit_cka.statistics.subsample import SampledLayer, Subsample
 from lit_cka.tracking.explanations import Explanations
 from lit_cka.tracking.pairing import PairedPass
 from lit_cka.tracking.step import StepFeatures, WatchedStep
@@ -27,11 +28,16 @@ Estimator = Literal["exact", "minibatch"]
 
 
 class LayerScore(NamedTuple):
-    """CKA of one layer, the number of samples `n` behind it, and `d`, the larger of the two feature widths."""
+    """CKA of one layer, the number of samples `n` behind it, and `d`, the larger of the two feature widths.
+
+    `debiased` is the debiased CKA, and `sampled` tells its error: None if that was not asked for, or can't be told.
+    """
 
     cka: float
     n: int
     d: int
+    debiased: float
+    sampled: SampledLayer | None
 
 
 class Tracker:
@@ -47,6 +53,7 @@ class Tracker:
         debiased: as for `LinearCKA`.
         mask: which tokens count, by a name in the batch or in the model's call, or by a callable of the step's batch;
             None for the mask that the model is called with.
+        with_errors: keep what tells the errors of the exact estimator.
     """
 
     def __init__(
@@ -59,6 +66,7 @@ class Tracker:
         estimator: Estimator = "exact",
         debiased: bool = False,
         mask: Mask | None = None,
+        with_errors: bool = False,
     ) -> None:
         self.layer_names = layer_names
         self.recording = recording
@@ -66,6 +74,7 @@ class Tracker:
         self.can_record = True  # unless the data differ at every pass
         self._estimator = estimator
         self._debiased = debiased
+        self._with_errors = with_errors and estimator == "exact"
         self._step = WatchedStep(live, layer_names, pooling, running, mask)
         self._passes: list[PairedPass] = []
         self._stage = ""
@@ -91,7 +100,8 @@ class Tracker:
             if record:
                 self.recording.start(Dataloader(stage, number))
             statistics = {name: self._new() for name in self.layer_names}
-            self._passes.append(PairedPass(statistics, self.recorded(number)))
+            subsamples = {name: Subsample() for name in self.layer_names} if self._with_errors else None
+            self._passes.append(PairedPass(statistics, self.recorded(number), subsamples))
         self._step.open(ranks.replicas)
 
     def _new(self) -> ExactStatistics | MinibatchStatistics:
@@ -233,6 +243,8 @@ class Tracker:
         """
         paired = self._passes[dataloader]
         layers = paired.scores(self._ranks, debiased=self._debiased)
+        sampled = paired.sampled(self._ranks)
+        self._explanations.of_repeated(f"{self._stage} dataloader {dataloader}", sampled)
         is_undefined = not any(score.n for score in layers.values())
         where = f"{self._stage} dataloader {dataloader}"
         is_explained = self._explanations.of_missing(where, paired, is_undefined=is_undefined)
@@ -242,5 +254,6 @@ class Tracker:
                 debiased = self._debiased or self._estimator != "exact"
                 text = f"CKA of layer {name!r} is undefined (NaN): {score.why_undefined(debiased=debiased)}."
                 self._explanations.once(name, "nan", text)
-            scores[name] = LayerScore(score.cka, score.n, paired.widths.get(name, 0))
+            width = paired.widths.get(name, 0)
+            scores[name] = LayerScore(score.cka, score.n, width, score.debiased, sampled.get(name))
         return scores

@@ -18,7 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_cka.functional.precision import Products
+from lit_cka.parallel.exchange import Group
 from lit_cka.statistics.layer import ExactStatistics, MinibatchStatistics, ReferenceTerms, score_layers
+from lit_cka.statistics.subsample import Subsample, jackknives_of_all_ranks, sample_hashes
 from tests.oracles import paired_features
 from tests.sync_worker import Seen, _peak_kilobytes, fork_ranks, work
 
@@ -102,6 +104,26 @@ def scored(rank: int, world_size: int) -> Seen:
             values = [*together[name], *(scores[name].cka for scores in (alone, *others))]
             seen[f"{name} {debiased}"] = torch.tensor(values, dtype=torch.float64)
     seen.update({f"{name} space": str(each.space) for name, each in layers.items()})
+    return seen
+
+
+def subsamples(rank: int, world_size: int) -> Seen:
+    """What the drawn samples of every case say, with keys, and by arrival without."""
+    known, unknown = {}, {}
+    for name, case in CASES.items():
+        known[name], unknown[name] = Subsample(), Subsample()
+        X, Y = features(case)
+        for rows in shares(case, world_size)[rank]:
+            keys = torch.stack([rows, torch.full_like(rows, 7)], dim=1)
+            known[name].add(
+                sample_hashes(keys), X[rows], Y[rows].double() - 1, torch.ones(case.d_y, dtype=torch.float64)
+            )
+            unknown[name].add(None, X[rows], Y[rows])
+    seen: Seen = {}
+    for kind, layers in (("known", known), ("unknown", unknown)):
+        for name, layer in jackknives_of_all_ranks(layers, CPU, Group.of()).items():
+            seen[f"{name} {kind}"] = torch.cat([layer.samples.value[None], layer.samples.without])
+            seen[f"{name} {kind} hashes"] = layer.hashes
     return seen
 
 
@@ -210,7 +232,7 @@ def memory(rank: int, world_size: int) -> Seen:
 
 def main(folder: Path) -> None:
     world_sizes = {unequal: (2, 3), groups: (3,), memory: (2, 3), collectives: (1, 3)}
-    for job in (scored, degenerate, unequal, minibatches, groups, collectives, memory):
+    for job in (scored, subsamples, degenerate, unequal, minibatches, groups, collectives, memory):
         for world_size in world_sizes.get(job, (1, 2, 3, 4)):
             fork_ranks(work, job, world_size, folder, SECONDS)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_cka.functional import linear_jackknife
 from lit_cka.metrics import MinibatchCKA
 from lit_cka.statistics.layer import (
     ExactStatistics,
@@ -22,6 +23,7 @@ from lit_cka.statistics.layer import (
     Score,
     score_layers,
 )
+from lit_cka.statistics.subsample import sample_hashes
 from tests import oracles, sync_worker
 from tests.oracles import paired_features
 from tests.statistics import statistics_worker
@@ -193,7 +195,7 @@ def test_a_pass_without_samples(sizes: list[int], remembers: bool, debiased: boo
     statistics = ExactStatistics(reference=known) if not sizes else passed(X, Y, sizes, reference=known)
     score = statistics.score(CPU, debiased=debiased)
     assert math.isnan(score.cka)
-    assert score[1:] == (0, True)
+    assert score[1:3] == (0, True)
     assert statistics.space is None
     assert statistics.reference_terms == known
 
@@ -244,7 +246,7 @@ def test_non_finite_features_are_nan_and_said_to_be(
     (X if where == "live" else Y)[-2, 1] = value
     score = passed(X, Y, sizes).score(CPU, debiased=False)
     assert math.isnan(score.cka)
-    assert score[1:] == (sum(sizes), False)
+    assert score[1:3] == (sum(sizes), False)
 
 
 @ESTIMATORS
@@ -339,17 +341,17 @@ def test_minibatches_come_to_the_metric_s_value() -> None:
     for _ in range(2):
         score = statistics.score(CPU, debiased=False)
         assert score.cka == pytest.approx(metric.compute().item(), abs=1e-14)
-        assert score[1:] == (44, True)
+        assert score[1:3] == (44, True)
 
 
 def test_degenerate_minibatches() -> None:
-    assert str(MinibatchStatistics().score(CPU, debiased=False)) == str(Score(math.nan, 0, True))
+    assert str(MinibatchStatistics().score(CPU, debiased=False)) == str(Score(math.nan, 0, True, math.nan))
     X, Y = paired_features(28, 3, 4)
     X[18, 1] = torch.nan
     statistics = MinibatchStatistics()
     for rows in (slice(0, 16), slice(16, 28)):
         statistics.add(X[rows], Y[rows])
-    assert str(statistics.score(CPU, debiased=False)) == str(Score(math.nan, 28, False))
+    assert str(statistics.score(CPU, debiased=False)) == str(Score(math.nan, 28, False, math.nan))
     with pytest.raises(ValueError, match="Expected at least 4 samples"):
         statistics.add(X[:3], Y[:3])
     with pytest.raises(ValueError, match="Expected `X` and `Y` to hold the same samples"):
@@ -378,7 +380,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_ranks_have_the_value_of_all_samples(folder: Path, name: str, world_size: int, debiased: bool) -> None:
     case = CASES[name]
     for seen in seen_by_ranks(folder, "scored", world_size):
-        cka, n, finite, alone, in_float32, with_known = seen[f"{name} {debiased}"].tolist()
+        cka, n, finite, unbiased, alone, in_float32, with_known = seen[f"{name} {debiased}"].tolist()
         assert (n, finite) == (case.n, True)
         if case.n < (4 if debiased else 2):
             assert all(map(math.isnan, (cka, alone, in_float32, with_known)))
@@ -386,9 +388,32 @@ def test_all_ranks_have_the_value_of_all_samples(folder: Path, name: str, world_
         expected = expected_of_case(name, debiased)
         exact = case.dtype != torch.float64 or case.n * (case.d_x + case.d_y) < 2**17
         assert cka == pytest.approx(expected, abs=1e-10 if exact else 2e-9)
+        if case.n >= 4:
+            assert unbiased == pytest.approx(expected_of_case(name, True), abs=1e-10 if exact else 2e-9)
         assert alone == pytest.approx(cka, abs=1e-12)
         assert with_known == pytest.approx(cka, abs=1e-12)
         assert in_float32 == pytest.approx(expected, abs=1e-6)
+
+
+@WORLD_SIZES
+@pytest.mark.parametrize("name", CASES)
+def test_all_ranks_draw_the_same_samples_whoever_has_them(folder: Path, name: str, world_size: int) -> None:
+    case = CASES[name]
+    X, Y = statistics_worker.features(case)
+    (alone,) = seen_by_ranks(folder, "subsamples", 1)
+    for seen in seen_by_ranks(folder, "subsamples", world_size):
+        if case.n < 8:
+            assert f"{name} known" not in seen
+            continue
+        keys = torch.stack([torch.arange(case.n), torch.full((case.n,), 7)], dim=1)
+        drawn = sample_hashes(keys).argsort()[:256]
+        assert torch.equal(seen[f"{name} known hashes"], sample_hashes(keys)[drawn])
+        expected = linear_jackknife(X[drawn], Y[drawn])
+        found = seen[f"{name} known"]
+        assert torch.equal(found, alone[f"{name} known"])  # to the bit, on any number of ranks
+        torch.testing.assert_close(found[0], expected.value, rtol=0, atol=1e-9)
+        torch.testing.assert_close(found[1:], expected.without, rtol=0, atol=1e-9)
+        assert len(seen[f"{name} unknown"]) == 1 + min(case.n, 256)
 
 
 @WORLD_SIZES
@@ -439,8 +464,8 @@ def test_minibatches_of_all_ranks(folder: Path, world_size: int) -> None:
     for x, y in zip(X.split(8), Y.split(8), strict=True):
         metric.update([x], [y])
     for seen in seen_by_ranks(folder, "minibatches", world_size):
-        assert seen["one"].tolist() == pytest.approx([metric.compute().item(), 80, 1], abs=1e-14)
-        assert str(seen["none"].tolist()) == str([math.nan, 0.0, 1.0])
+        assert seen["one"][:3].tolist() == pytest.approx([metric.compute().item(), 80, 1], abs=1e-14)
+        assert str(seen["none"][:3].tolist()) == str([math.nan, 0.0, 1.0])
 
 
 def test_only_the_ranks_of_a_group_count(folder: Path) -> None:

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lit_cka.functional import cka_interval, linear_jackknife
+from lit_cka.functional.jackknife import MIN_SAMPLES
 from tests import sync_worker
 from tests.tracking import ranks_worker
-from tests.tracking.helpers import BLOCKS, dataset, hand_cka
+from tests.tracking.helpers import BLOCKS, dataset, features, hand_cka
 from tests.tracking.ranks_worker import CASES, NUM_UNEVEN, OPTIONS, Case
 
 WORLD_SIZES = pytest.mark.parametrize("world_size", [2, 3])
@@ -35,6 +38,23 @@ def by_hand(batches: list[Any], **options: Any) -> Any:
     reference, module = ranks_worker.models()
     doubled = [[x.double(), y] for x, y in batches]
     return pytest.approx(hand_cka(reference, module, BLOCKS, doubled, **options), abs=1e-9)
+
+
+def check_intervals(record: Any, batches: list[Any], *, is_exact: bool) -> None:
+    """Those of all samples in one process; none of fewer than an interval takes, nor of batches' estimates."""
+    n = sum(len(batch[0]) for batch in batches)
+    if not is_exact or n < MIN_SAMPLES:
+        assert not record.get("low")
+        return
+    reference, module = ranks_worker.models()
+    doubled = [[x.double(), y] for x, y in batches]
+    before, after = features(reference, BLOCKS, doubled), features(module, BLOCKS, doubled)
+    for name in BLOCKS:
+        X, Y = torch.cat(before[name]), torch.cat(after[name])
+        samples = linear_jackknife(Y, X)
+        low, high = cka_interval(samples.value, n, samples)
+        found = record["low"][name], record["high"][name]
+        assert found == pytest.approx((low.item(), high.item()), abs=1e-6), (name, n)
 
 
 def own_batches(case: Case, world_size: int) -> list[Any]:
@@ -64,6 +84,7 @@ def test_a_validation_has_the_scores_of_one_process_twice(folder: Path, case: Ca
         for record in seen["history"]:
             assert record["n"] == sum(len(batch[0]) for batch in batches)
             assert record["scores"] == expected
+            check_intervals(record, batches, is_exact=case.kind != "minibatch")
         assert len(seen["history"]) == 2
         assert seen["history"][0]["scores"] == seen["history"][1]["scores"]
         assert seen["num_calls"] == 0  # its weights are exchanged into the live model, which runs

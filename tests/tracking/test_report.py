@@ -24,7 +24,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lit_cka import CKACallback
 from lit_cka.files import file_name
 from lit_cka.plots import figure_pixels
-from lit_cka.tracking.report import curves, first_series, heatmap, print_table, verdict, write_report
+from lit_cka.tracking.history import first_series, is_doubtful, verdict
+from lit_cka.tracking.report import curves, heatmap, write_report
+from lit_cka.tracking.table import print_table
 from tests.tracking.helpers import BLOCKS, Classifier, loader, train_loader, trainer
 
 NAN = math.nan
@@ -186,7 +188,18 @@ def test_the_table_at_the_end_of_fit(tmp_path: Path, capsys: pytest.CaptureFixtu
     for name, cells in shown.items():
         series = [record["scores"][f"net.{name}"] for record in callback.history]
         word = "untouched" if series[-1] >= 0.95 else "refined" if series[-1] >= 0.7 else "rewritten"
-        assert cells == [f"{series[0]:.4f}", f"{min(series):.4f}", f"{series[-1]:.4f}", word]
+        last, layer = callback.history[-1], f"net.{name}"
+        low, high = last["low"][layer], last["high"][layer]
+        low_change, high_change = last["change_low"][layer], last["change_high"][layer]
+        mark = "\u2193" if high_change < 0 else "\u2191" if low_change > 0 else "="
+        is_sure = (low >= 0.95) == (high >= 0.95) and (low >= 0.7) == (high >= 0.7)
+        assert is_doubtful(last, layer, (0.95, 0.7)) is not is_sure
+        assert cells == [
+            f"{series[0]:.4f}", f"{min(series):.4f}", f"{series[-1]:.4f} {mark}", f"{low:.4f}-{high:.4f}",
+            word if is_sure else f"{word} ?",
+        ]  # fmt: skip
+    assert "changed since the last evaluation" in text
+    assert "too few samples for this verdict" in text
 
 
 # The files.

@@ -1,0 +1,132 @@
+"""The debiased CKA of m samples without each of them in turn, from which its error is told: the jackknife.
+
+CKA is a ratio of U-statistics, sums over pairs of samples. Its variance has a part of single samples, which falls as
+1 / n, and a part of pairs, which falls as 1 / n^2 and is all that there is where features are unrelated (Hoeffding
+1948).
+Leaving samples out shows the sum of both, and the HSIC of the pairs' contributions with themselves the second alone.
+Deleting is exact: it takes one pass over the Gram matrices for all samples at once, not m computations of CKA.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_cka.functional.cka import is_hsic_rounding
+from lit_cka.functional.kernels import linear_gram
+from lit_cka.functional.units import in_usual_unit
+
+MIN_SAMPLES = 8  # below, deleting one is no small change
+_POWER_STEPS = 8
+
+
+class Jackknife(NamedTuple):
+    """What m samples tell of the error of one layer's CKA, or of many layers' at once (...)."""
+
+    value: Tensor  # (...) their own CKA, T
+    without: Tensor  # (..., m) it without each of them, T_i
+    pairs: Tensor  # (...) the variance of the pairs' contributions Q to it, tau^2 = HSIC(Q, Q)
+    concentration: Tensor  # (...) how much of both sides is in one direction: largest eigenvalue / Frobenius norm
+
+
+def jackknife_cka(K: Tensor, L: Tensor) -> Jackknife:
+    """Returns the jackknife of the debiased CKA of Gram matrices, any kernel, (..., m, m) each, of the same m samples.
+
+    They have to be float64, and centred: else their digits are lost. NaN where CKA is undefined, also without a sample.
+
+    Raises:
+        ValueError: for fewer than `MIN_SAMPLES` samples.
+
+    Example:
+        >>> X = torch.linspace(-1, 1, 8, dtype=torch.float64)
+        >>> K, L = torch.outer(X, X), torch.outer(X.square() - X.square().mean(), X.square() - X.square().mean())
+        >>> [round(value, 3) for value in jackknife_cka(K, L).without.tolist()]
+        [-0.022, -0.427, -0.301, -0.302, -0.302, -0.301, -0.427, -0.022]
+    """
+    m = K.shape[-1]
+    if m < MIN_SAMPLES:
+        raise ValueError(f"Expected at least {MIN_SAMPLES} samples for an interval of CKA, but got {m}.")
+    K, L = without_diagonal(K), without_diagonal(L)
+    xy, xx, yy = _Sums(K, L), _Sums(K, K), _Sums(L, L)
+    value = _ratio(xy.all(), xx.all(), yy.all())
+    without = _ratio(xy.without_each(), xx.without_each(), yy.without_each())
+    A, B = u_centred(K), u_centred(L)
+    x, y, cross = A.square().sum((-2, -1)), B.square().sum((-2, -1)), (A * B).sum((-2, -1))
+    T, scale = (cross / (x * y).sqrt())[..., None, None], (x * y).sqrt()[..., None, None]
+    Q = A * B / scale - T / 2 * (A.square() / x[..., None, None] + B.square() / y[..., None, None])
+    # Where pairs say no more than single samples do, it is what rounding leaves of 0, and may be negative.
+    pairs = (_Sums(Q, Q).all() * (m * (m - 3)) ** 2).clamp(min=0)
+    return Jackknife(value, without, pairs, _concentration(A, x) * _concentration(B, y))
+
+
+def linear_jackknife(X: Tensor, Y: Tensor) -> Jackknife:
+    """Returns the `jackknife_cka` of linear CKA, of features (..., m, d_x) and (..., m, d_y) in any floating dtype."""
+    return jackknife_cka(unit_gram(X), unit_gram(Y))
+
+
+def unit_gram(X: Tensor) -> Tensor:
+    """Returns linear Gram matrices (..., m, m) of features (..., m, d), in a unit in which squares do not overflow."""
+    return linear_gram(in_usual_unit(X))
+
+
+def without_diagonal(K: Tensor) -> Tensor:
+    """Returns matrices (..., m, m) with zeros on their diagonals."""
+    return K - torch.diag_embed(K.diagonal(dim1=-2, dim2=-1))
+
+
+def u_centred(K: Tensor) -> Tensor:
+    """Returns the U-centring (Szekely & Rizzo 2014, arXiv 1310.2926) of matrices (..., m, m) with zero diagonals: rows
+    that sum to 0, and zeros on the diagonal still.
+    """
+    m, rows = K.shape[-1], K.sum(-1)
+    shift = (rows - rows.sum(-1, keepdim=True) / (2 * (m - 1))) / (m - 2)
+    return without_diagonal(K - shift[..., :, None] - shift[..., None, :])
+
+
+class _Sums:
+    """The sums of eq. 5 of Song et al. 2012 for two stacks of matrices (..., m, m) with zero diagonals."""
+
+    def __init__(self, K: Tensor, L: Tensor) -> None:
+        self.m = K.shape[-1]
+        self.rows_K, self.rows_L = K.sum(-1), L.sum(-1)
+        self.products = (K * L).sum(-1)  # of each row with its own
+        self.across = (K @ self.rows_L[..., None] + L @ self.rows_K[..., None])[..., 0]
+
+    def _hsic(self, m: int, trace: Tensor, totals: Tensor, rows: Tensor) -> Tensor:
+        hsic = trace + totals / ((m - 1) * (m - 2)) - 2 / (m - 2) * rows
+        size = trace.abs() + totals.abs() / (m * m) + rows.abs() / m
+        rounding = is_hsic_rounding(hsic.abs(), size, m)
+        return hsic.masked_fill(rounding, 0.0) / (m * (m - 3))
+
+    def all(self) -> Tensor:
+        """Returns the unbiased HSIC (...)."""
+        totals = self.rows_K.sum(-1) * self.rows_L.sum(-1)
+        return self._hsic(self.m, self.products.sum(-1), totals, (self.rows_K * self.rows_L).sum(-1))
+
+    def without_each(self) -> Tensor:
+        """Returns it without each sample (..., m): a row and a column less in each sum."""
+        trace = self.products.sum(-1, keepdim=True) - 2 * self.products
+        total_K, total_L = (each.sum(-1, keepdim=True) - 2 * each for each in (self.rows_K, self.rows_L))
+        both = self.rows_K * self.rows_L
+        rows = both.sum(-1, keepdim=True) - both - self.across + self.products
+        return self._hsic(self.m - 1, trace, total_K * total_L, rows)
+
+
+def _ratio(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
+    value: Tensor = (xy / (xx.sqrt() * yy.sqrt())).clamp(-1, 1)
+    return value.masked_fill(~((xx > 0) & (yy > 0)), torch.nan)
+
+
+def _concentration(A: Tensor, square: Tensor) -> Tensor:
+    """Returns the largest eigenvalue of matrices over their Frobenius norm, at least nearly: by the power method, from
+    the longest row, which is the same in any order of the samples.
+    """
+    longest = A.square().sum(-1).argmax(-1)[..., None, None]
+    vector = A.take_along_dim(longest, dim=-2).mT
+    for _ in range(_POWER_STEPS):
+        vector = vector / vector.norm(dim=-2, keepdim=True).clamp(min=1e-300)
+        vector = A @ vector
+    largest: Tensor = vector.norm(dim=-2)[..., 0]
+    return largest / square.sqrt()

@@ -3,7 +3,7 @@
 A small vision transformer learns the digits 0 to 4, then 5 to 9, each from another start for each seed. A task's
 accuracy, on its test part, is among its own five digits. Compared are: fine-tuning as it is; early stopping by the
 new task's validation loss; L2-SP (Li et al. 2018, arXiv 1802.01483: a penalty on the distance from the old weights);
-WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903: interpolation with the old weights after the training); and DriftBudget,
+WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903: interpolation with the old weights afterwards); and DriftBudget,
 which is given images of the old task without their labels. Each at several strengths, since all trade one accuracy
 for the other.
 """

@@ -22,6 +22,7 @@ from lit_cka.reference.snapshot import snapshot
 ReferenceLike: TypeAlias = Union[str, "os.PathLike[str]", nn.Module, Mapping[str, Tensor]]
 INITIAL = "initial"
 ADAPTER_OFF = "adapter-off"
+PREVIOUS, BEST = "previous", "best"  # evaluations, whose features take the place of the initial model's
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ def make_reference(
 
     Args:
         live: the model in training, whose layers are `layer_names`.
-        spec: "initial" for the weights as they are at the recording; "adapter-off" for a PEFT model itself, its
-            adapters switched off; a module, which has the layers under the same names, or under those they have in a
-            submodule of `live`; the path of a checkpoint, see `lit_cka.checkpoints.load_state_dict`; or a state dict.
+        spec: "initial" for the weights as they are at the recording, and so "previous" and "best"; "adapter-off" for a
+            PEFT model itself, its adapters switched off; a module, which has the layers under the same names, or under
+            those they have in a submodule of `live`; the path of a checkpoint, see
+            `lit_cka.checkpoints.load_state_dict`; or a state dict.
         layer_names: the layers to compare, as in `live.named_modules()`.
         pooling: as for `FeatureExtractor`.
 
@@ -56,7 +58,7 @@ def make_reference(
     if spec == ADAPTER_OFF:
         check_adapters(live, layer_names)
         return LiveReference(adapters_off=True)
-    if spec == INITIAL:
+    if spec in (INITIAL, PREVIOUS, BEST):
         return LiveReference()
     return LiveReference(own_shards(live, weights_for(live, load_state_dict(spec), layer_names)))
 
@@ -117,3 +119,13 @@ def _settings(module: nn.Module) -> dict[str, Any]:
         if name != "training" and name[0] != "_" and (is_plain or callable(value)):
             settings[name] = value
     return settings
+
+
+def starts_from_initial(spec: ReferenceLike) -> bool:
+    """Whether the reference is what the training begins with, to begin with."""
+    return isinstance(spec, str) and spec in (INITIAL, PREVIOUS, BEST)
+
+
+def moves(spec: ReferenceLike) -> bool:
+    """Whether the reference is that of an earlier evaluation, and so another one from time to time."""
+    return isinstance(spec, str) and spec in (PREVIOUS, BEST)

@@ -17,12 +17,13 @@ from lit_cka.features.layers import Layers
 from lit_cka.features.pooling import Pooling
 from lit_cka.files import file_name
 from lit_cka.reference.recording import CacheDtype
-from lit_cka.reference.reference import INITIAL
+from lit_cka.reference.reference import INITIAL, moves
 from lit_cka.tracking.evaluation import TrackedEvaluation, record_of
 from lit_cka.tracking.evaluation_loops import is_empty
 from lit_cka.tracking.hints import warn_bias, warn_empty, warn_monitors, warn_no_validation, warn_nothing_tracked
 from lit_cka.tracking.history import THRESHOLDS, Record, Stage, checked_history, latest_scores
 from lit_cka.tracking.intervals import Intervals
+from lit_cka.tracking.moving import MovingReference
 from lit_cka.tracking.options import TrackingOptions
 from lit_cka.tracking.probe import Probe
 from lit_cka.tracking.recorder import Recorder
@@ -48,8 +49,9 @@ class CKACallback(pl.Callback):
         reference: what to compare with. "initial": the weights at the start of `fit`, also after it is resumed from a
             checkpoint; where only `validate` or `test` is called, those of the training that wrote their `ckpt_path`
             if it was tracked, else those before `ckpt_path` is loaded. "adapter-off": a PEFT model without
-            its adapters. Or a module, the path of a checkpoint (Lightning, safetensors, state dict), or a state dict.
-            A module of another architecture, or any reference where the data differ at every pass, runs beside the
+            its adapters. "previous": the model at the evaluation before, and "best": at the best one so far, by what
+            the trainer's `ModelCheckpoint` monitors; the first reference is the initial weights, and tests are not
+            tracked. Or a module, the path of a checkpoint (Lightning, safetensors, state dict), or a state dict. A module of another architecture, or any reference where the data differ at every pass, runs beside the
             live model.
         pooling: from a layer's output to one vector per sample: "mean" over tokens (as the attention mask says) or
             space, "last" token, "cls" token, "flatten", or a callable. "mean:NCHW" states the layout.
@@ -133,6 +135,7 @@ class CKACallback(pl.Callback):
         self._recorder = Recorder(self, self.options, self._is_tracked)
         self._evaluation: TrackedEvaluation | None = None
         self._is_probe_due = False  # whether the evaluation that runs ends with a measurement on the probe
+        self._has_probed = False  # whether it has
         self._is_set_up = False
         self._num_validations = 0
         self._probed_step = 0
@@ -141,6 +144,7 @@ class CKACallback(pl.Callback):
         self._has_warned = False  # that there is nothing to track
         self._figures = LoggedFigures(prefix)
         self._intervals = Intervals() if intervals and estimator == "exact" else None
+        self._moving = MovingReference(reference)
 
     @property
     def scores(self) -> dict[str, float]:
@@ -179,6 +183,7 @@ class CKACallback(pl.Callback):
         if self.options.every_n_validations > 1:
             warn_monitors(trainer, self.options.prefix, self.options.every_n_validations)
         self._figures.restart()
+        self._moving.start(trainer)
 
     @override
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -276,6 +281,7 @@ class CKACallback(pl.Callback):
         elif self._is_probe_due:
             self._is_probe_due = False
             self._measure(trainer, pl_module, "test" if stage == "test" else "probe")
+            self._has_probed = True
 
     def _log(
         self,
@@ -307,12 +313,14 @@ class CKACallback(pl.Callback):
         if every is not None and step > self._probed_step and step % every == 0:
             self._probed_step = step
             self._measure(trainer, pl_module, "probe", on_step=True)
+            self._adopt(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         is_due = self.options.probe_every_n_steps is None and not trainer.enable_validation
         if self._probe is not None and is_due:
             self._measure(trainer, pl_module, "probe")
+            self._adopt(trainer)
 
     def _measure(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, *, on_step: bool = False
@@ -326,7 +334,16 @@ class CKACallback(pl.Callback):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        is_compared = self._has_probed or (self._evaluation is not None and not self._evaluation.records)
+        self._has_probed = False
         self._close_evaluation()
+        if is_compared:  # now it is known whether it is the best one
+            self._adopt(trainer)
+
+    def _adopt(self, trainer: pl.Trainer) -> None:
+        """Make the evaluation that has ended the reference, if it is to take its place."""
+        if self._recorder.model is not None and self._moving.takes_place(trainer):
+            self._recorder.model.tracker.adopt()
 
     @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -396,6 +413,6 @@ class CKACallback(pl.Callback):
     ) -> None:
         """Put the recording and the initial weights next to the first checkpoint, for all of them to refer to."""
         model, start = self._recorder.model, self._recorder.start
-        if self._stage == "fit" and model is not None:
+        if self._stage == "fit" and model is not None and not moves(self.options.reference):
             start.write(trainer, model.recording)
             checkpoint["callbacks"][self.state_key].update(start.state())

@@ -10,7 +10,7 @@ from lit_cka.features.layers import Layers
 from lit_cka.features.pooling import Pooling, parse_pooling
 from lit_cka.functional.cka import min_num_samples
 from lit_cka.reference.recording import CacheDtype
-from lit_cka.reference.reference import ReferenceLike
+from lit_cka.reference.reference import BEST, ReferenceLike, moves
 from lit_cka.tracking.history import Stage
 from lit_cka.tracking.tracker import Estimator
 
@@ -63,6 +63,7 @@ class TrackingOptions:
         _check_one_of("cache_dtype", self.cache_dtype, ("auto", "float64", "bfloat16"))
         parse_pooling(self.pooling)
         self._check_probe()
+        self._check_moving()
         object.__setattr__(self, "stages", tuple(self.stages))
         object.__setattr__(self, "dataloaders", None if self.dataloaders is None else tuple(self.dataloaders))
 
@@ -71,6 +72,22 @@ class TrackingOptions:
             raise ValueError("Expected `probe`, batches to measure on, together with `probe_every_n_steps`.")
         if self.has_probe and (self.dataloaders is not None or self.max_batches is not None):
             raise ValueError("Expected no `dataloaders` or `max_batches` with `probe`: its own batches are all used.")
+
+    def _check_moving(self) -> None:
+        """Of a test there is no earlier one in a training, and steps between evaluations have no best."""
+        if not moves(self.reference):
+            return
+        if "validate" not in self.stages:
+            raise ValueError(
+                f'Expected `stages` to have "validate" with reference={self.reference!r}, an earlier evaluation of the '
+                f"training, but got {self.stages!r}."
+            )
+        if self.reference == BEST and self.probe_every_n_steps is not None:
+            raise ValueError(
+                'Expected reference="best" without `probe_every_n_steps`: which model is the best one is known at the '
+                "end of a validation."
+            )
+        object.__setattr__(self, "stages", ("validate",))
 
     @property
     def how_pooled(self) -> str:

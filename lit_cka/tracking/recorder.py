@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lit_cka.features.sharded_modules import is_sharded
 from lit_cka.parallel.ranks import agreed
 from lit_cka.parallel.warning import warn
-from lit_cka.reference.reference import INITIAL
+from lit_cka.reference.reference import moves, starts_from_initial
 from lit_cka.reference.storage import TrainingStart
 from lit_cka.samples.drawing import unread
 from lit_cka.samples.sampler_indices import evaluated_loaders
@@ -68,7 +68,7 @@ class Recorder:
             else:  # say, the best checkpoint loaded into another module: compare it with what the training began from
                 self.model = self.model.of(pl_module)
         is_built = not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model"))
-        if stage in self._options.stages and is_built and self._options.reference == INITIAL:
+        if stage in self._options.stages and is_built and starts_from_initial(self._options.reference):
             self.start.keep(pl_module)
             self.start.are_live = False
         if stage not in ("fit", *self._options.stages):
@@ -92,10 +92,13 @@ class Recorder:
             # A file with the reference may be missing for one process alone, for which the others would wait.
             build = partial(TrackedModel, pl_module, self._options, trainer.default_root_dir)
             self.model = agreed(build)
-            is_initial = self._options.reference == INITIAL
+            reference = self._options.reference
+            if moves(reference):  # and is recorded anew: the weights that are resumed are those of an evaluation
+                self.start.start_fit()
+            is_initial = starts_from_initial(reference) and not moves(reference)
             self.start.find(trainer, pl_module, self.model.recording, is_initial=is_initial)
             self.start.begin(trainer)
-            if is_initial:
+            if starts_from_initial(reference):
                 self.start.keep(pl_module)
         return self.model
 
@@ -178,10 +181,16 @@ class Recorder:
         # Together, since what follows takes all ranks.
         if trainer.strategy.reduce_boolean_decision(self.model.is_recorded(stage, words), all=True):
             return False
-        if options.reference == INITIAL:
+        if starts_from_initial(options.reference):
             self.start.require()
         is_fixed = not self._samples.changing(dataloaders)
         if not trainer.strategy.reduce_boolean_decision(is_fixed, all=True):
+            if moves(options.reference):
+                raise ValueError(
+                    f"Expected the same data at every pass with reference={options.reference!r}, which is what the "
+                    "model gave for them in an earlier one, but they differ (augmentation, random crops, a collation "
+                    "that draws). Pass fixed batches as `probe=`."
+                )
             self.model.run_reference_beside(self.start.to_exchange)
         return self.model.tracker.can_record
 
@@ -189,7 +198,8 @@ class Recorder:
         """Return what follows the evaluation that starts now."""
         assert self.model is not None
         self._pass = self.model.recording_pass(self.start.to_exchange) if self.is_recording_due else None
-        can_repeat = self._options.reference != INITIAL or self.start.are_live or self.start.weights is not None
+        is_there = self.start.are_live or (self.start.weights is not None and not moves(self._options.reference))
+        can_repeat = not starts_from_initial(self._options.reference) or is_there
         again = partial(self.model.recording_pass, self.start.to_exchange) if can_repeat else None
         return TrackedEvaluation(
             trainer, self._callback, self.model, self._samples, stage, self._options, self._pass, again

@@ -15,7 +15,7 @@ from lit_cka.parallel.warning import warn
 from lit_cka.reference.adapters import switch_off_adapters
 from lit_cka.reference.exchange import WeightExchange, Weights
 from lit_cka.reference.recording import Dataloader, Recording
-from lit_cka.reference.reference import LiveReference, make_reference, running_copy
+from lit_cka.reference.reference import PREVIOUS, LiveReference, make_reference, moves, running_copy
 from lit_cka.reference.running import RunningReference
 from lit_cka.tracking.options import TrackingOptions
 from lit_cka.tracking.other_batches import OtherBatches
@@ -50,11 +50,15 @@ class TrackedModel:
         self._options = options
         self._layer_names = select_layers(module, options.layers)
         self._reference = make_reference(module, options.reference, self._layer_names, options.pooling)
-        self.recording = recording or Recording(
-            self._layer_names, options.cache_memory * 2**30, options.cache_dtype, folder, options.how_pooled
-        )
+        self._folder = folder
+        self.recording = recording or self._new_recording()
         self.other_batches = OtherBatches()
         self.tracker = self._new_tracker(self._reference if isinstance(self._reference, RunningReference) else None)
+
+    def _new_recording(self) -> Recording:
+        options = self._options
+        max_bytes = options.cache_memory * 2**30
+        return Recording(self._layer_names, max_bytes, options.cache_dtype, self._folder, options.how_pooled)
 
     def _new_tracker(self, running: RunningReference | None) -> Tracker:
         options = self._options
@@ -68,6 +72,7 @@ class TrackedModel:
             options.debiased,
             options.mask,
             options.intervals,
+            self._new_recording() if moves(options.reference) else None,
         )
 
     @property
@@ -78,6 +83,9 @@ class TrackedModel:
     @property
     def how_compared(self) -> str:
         """A few words on how the reference came to be, for people."""
+        if moves(self._options.reference):
+            which = "one before" if self._options.reference == PREVIOUS else "best one so far"
+            return f"the model at the evaluations' {which}"
         return "recorded before the first step" if self.tracker.can_record else "run beside the model at every pass"
 
     def is_recorded(self, stage: str, words: Mapping[int, set[int]]) -> bool:
@@ -140,7 +148,7 @@ class TrackedModel:
         other = TrackedModel.__new__(TrackedModel)
         other.module, other._options, other._layer_names = module, self._options, self._layer_names
         other._reference, other.recording = self._reference, self.recording
-        other.other_batches = self.other_batches
+        other.other_batches, other._folder = self.other_batches, self._folder
         running = self.tracker.running
         other.tracker = other._new_tracker(None if running is None else running.of(module))
         other.tracker.can_record = self.tracker.can_record

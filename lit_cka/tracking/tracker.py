@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -54,6 +54,8 @@ class Tracker:
         mask: which tokens count, by a name in the batch or in the model's call, or by a callable of the step's batch;
             None for the mask that the model is called with.
         with_errors: keep what tells the errors of the exact estimator.
+        upcoming: an empty recording, to be filled with what the live model gives in each pass, which `adopt` then makes
+            the reference; None where the reference stays what it is.
     """
 
     def __init__(
@@ -67,10 +69,12 @@ class Tracker:
         debiased: bool = False,
         mask: Mask | None = None,
         with_errors: bool = False,
+        upcoming: Recording | None = None,
     ) -> None:
         self.layer_names = layer_names
         self.recording = recording
         self.running = running
+        self._upcoming = upcoming
         self.can_record = True  # unless the data differ at every pass
         self._estimator = estimator
         self._debiased = debiased
@@ -99,6 +103,8 @@ class Tracker:
         for number in range(num_dataloaders):
             if record:
                 self.recording.start(Dataloader(stage, number))
+            elif self._upcoming is not None:
+                self._upcoming.start(Dataloader(stage, number))
             statistics = {name: self._new() for name in self.layer_names}
             subsamples = {name: Subsample() for name in self.layer_names} if self._with_errors else None
             self._passes.append(PairedPass(statistics, self.recorded(number), subsamples))
@@ -145,9 +151,22 @@ class Tracker:
         Raises:
             ValueError: as `compare` does.
         """
+        self._report(shown.problems, self._keep(self.recording, samples, self.of_reference(shown)))
+
+    def _keep(self, recording: Recording, samples: BatchSamples, features: Mapping[str, Tensor]) -> dict[str, str]:
         dataloader = Dataloader(self._stage, self._dataloader)
-        self._report(shown.problems, self.recording.add(dataloader, samples, self.of_reference(shown)))
-        self.recording.dataloaders[dataloader].note_passed(samples, str(self._step.passed))
+        problems = recording.add(dataloader, samples, features)
+        recording.dataloaders[dataloader].note_passed(samples, str(self._step.passed))
+        return problems
+
+    def adopt(self) -> None:
+        """Make what the live model gave in the pass that has ended the reference; all ranks call it."""
+        if self._upcoming is not None:
+            for dataloader, recorded in self._upcoming.dataloaders.items():
+                if len(self._passes) > dataloader.number and dataloader.stage == self._stage:
+                    self._conclude(recorded)
+                    self.recording.dataloaders[dataloader] = recorded
+            self._upcoming.dataloaders.clear()
 
     def conclude_recording(self) -> None:
         """Say what is wrong with what was recorded, and keep it in the type that was asked for; all ranks call it."""
@@ -161,14 +180,17 @@ class Tracker:
                 f"{' that this rank has' if self._ranks.size > 1 else ''} of {dataloader.stage} dataloader "
                 f"{dataloader.number} in {len(self.layer_names)} layers ({recorded.nbytes / 2**20:.1f} MiB)."
             )
-            recorded.is_complete = True
-            self._explanations.of_recording(recorded)
-            if self.recording.dtype == "bfloat16":
-                cost = rounding_cost(recorded.stores.values(), torch.bfloat16, self._ranks.device, self._ranks.group)
-                if cost <= MAX_ROUNDING_COST:
-                    recorded.round_to(torch.bfloat16)
-                else:
-                    self._explanations.of_rounding(cost)
+            self._conclude(recorded)
+
+    def _conclude(self, recorded: RecordedDataloader) -> None:
+        recorded.is_complete = True
+        self._explanations.of_recording(recorded)
+        if self.recording.dtype == "bfloat16":
+            cost = rounding_cost(recorded.stores.values(), torch.bfloat16, self._ranks.device, self._ranks.group)
+            if cost <= MAX_ROUNDING_COST:
+                recorded.round_to(torch.bfloat16)
+            else:
+                self._explanations.of_rounding(cost)
 
     def needs_content(self, dataloader: int, samples: BatchSamples) -> bool:
         """Whether samples have to be known by what the batch holds of them: to be found in other datasets, too."""
@@ -218,6 +240,10 @@ class Tracker:
         if recorded is not None and recorded.was_passed_otherwise(samples, str(self._step.passed)):
             paired.num_passed_otherwise += len(samples)
             return
+        if self._upcoming is not None:
+            if samples.content is not None:
+                self._upcoming.dataloaders[Dataloader(self._stage, self._dataloader)].note_content(samples)
+            self._keep(self._upcoming, samples, usable)
         self._report(shown.problems, paired.add(samples, usable, shown.reference))
         if paired.has_small_batches:
             self._explanations.once(

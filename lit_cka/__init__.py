@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING, Any
 import lazy_loader
 
 if TYPE_CHECKING:
+    from lit_cka.control.drift_budget import DriftBudget
+    from lit_cka.control.freeze_converged import FreezeConverged
     from lit_cka.editing.editor import MonoSoupEditor
     from lit_cka.metrics import LinearCKA, MinibatchCKA
     from lit_cka.tracking.callback import CKACallback
 
 __version__: str
-__all__ = ["CKACallback", "LinearCKA", "MinibatchCKA", "MonoSoupEditor"]
+__all__ = ["CKACallback", "DriftBudget", "FreezeConverged", "LinearCKA", "MinibatchCKA", "MonoSoupEditor"]
 
 # Imported when asked for: one name should not load what another needs.
 _public, __dir__, _ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "control.drift_budget": ["DriftBudget"],
+        "control.freeze_converged": ["FreezeConverged"],
         "editing.editor": ["MonoSoupEditor"],
         "metrics": ["LinearCKA", "MinibatchCKA"],
         "tracking.callback": ["CKACallback"],

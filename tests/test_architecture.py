@@ -14,7 +14,7 @@ ROWS = [
     {"samples", "statistics"},
     {"reference"},
     {"tracking"},
-    {"editing", "analysis"},
+    {"editing", "analysis", "control"},
     {"study"},
     {"commands", "tensorboard"},
     {"__init__", "__main__"},

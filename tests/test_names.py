@@ -8,7 +8,7 @@ from importlib import import_module
 
 import pytest
 
-LAZY = ["analysis", "checkpoints", "data", "editing", "features", "models", "tracking"]
+LAZY = ["analysis", "checkpoints", "control", "data", "editing", "features", "models", "tracking"]
 PACKAGES = ["lit_cka", *(f"lit_cka.{package}" for package in (*LAZY, "functional", "plots"))]
 NAMES = [(package, name) for package in PACKAGES for name in import_module(package).__all__]
 

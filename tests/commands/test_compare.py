@@ -158,7 +158,8 @@ def test_compare_two_models(checkpoints: Path, capsys: pytest.CaptureFixture[str
     assert f"<td>{comparison.values[0, 0]:.4f}</td>" in html
     for said_of_it in ("on average, whatever n", "95 % interval", "30 resamples", "19 permutations, so that", "below 0.05"):
         assert said_of_it in html
-    assert table_columns(html) == {"layer", "value", "low", "high", "p", "verdict"} == explained(html)
+    columns = {"layer", "value", "low", "high", "p", "p_best", "excess", "verdict"}
+    assert table_columns(html) == columns == explained(html)
     output = capsys.readouterr().out
     assert "before and after on digits: CKA, debiased, n = 71" in output
     assert "Report: out/index.html" in output

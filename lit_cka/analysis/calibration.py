@@ -18,11 +18,13 @@ from torch import Tensor
 
 from lit_cka.analysis.measures import centred_grams, sampling_factors
 from lit_cka.analysis.permuted import permuted_similarity
-from lit_cka.analysis.settings import Settings
+from lit_cka.analysis.settings import WITH_MOMENTS, Settings
 from lit_cka.functional.permutation_moments import permutation_moments
 from lit_cka.functional.permutations import draw_orders
 
-_TIE = 1e-6  # scores that are closer are equal: products of permuted matrices are in float32
+_TIE = 1e-10  # scores that are closer are equal
+_FLOAT32_TIE = 1e-6  # where products of permuted matrices are in float32
+_IN_FLOAT32 = (*WITH_MOMENTS, "rsa")
 
 Array = NDArray[np.float64]
 
@@ -102,9 +104,10 @@ def calibrate(Xs: Sequence[Tensor], Ys: Sequence[Tensor], values: Tensor, settin
     null = sign * permuted_similarity(Xs, Ys, settings, orders).cpu()  # the first is the observed order
     scores, equal = sign * values.cpu(), sign * settings.equal
     undefined = ~values.isfinite().cpu()
-    p_values = (null >= null[0] - _TIE).double().mean(dim=0).masked_fill(undefined, torch.nan)
+    reached = null[0] - (_FLOAT32_TIE if settings.measure in _IN_FLOAT32 else _TIE)
+    p_values = (null >= reached).double().mean(dim=0).masked_fill(undefined, torch.nan)
     maxima = null.masked_fill(~considered.cpu(), -torch.inf).flatten(1).amax(dim=1)
-    adjusted = (maxima[:, None, None] >= null[0] - _TIE).double().mean(dim=0).masked_fill(undefined, torch.nan)
+    adjusted = (maxima[:, None, None] >= reached).double().mean(dim=0).masked_fill(undefined, torch.nan)
     rank = math.ceil(settings.level * len(orders) - 1e-9) - 1
     thresholds = null.sort(dim=0).values[rank].masked_fill(undefined, torch.nan)
     best = _best(scores, considered.cpu(), adjusted, maxima.sort().values[rank].expand_as(scores), equal)
@@ -125,7 +128,7 @@ def _by_moments(
         sizes = sizes / sampling_factors(Xs, Ys)
     mean, deviation = moments.mean / sizes, moments.variance.sqrt() / sizes
     # Where all orders are alike, all are as good as the observed one.
-    fixed = deviation <= _TIE
+    fixed = deviation <= _FLOAT32_TIE
     skewness, spread = moments.skewness.masked_fill(fixed, 0.0), deviation.masked_fill(fixed, 1.0)
     null = pearson3(skewness.numpy(), mean.numpy(), spread.numpy())
     p_values = torch.from_numpy(np.asarray(null.sf(values.numpy()))).masked_fill(fixed, 1.0)
@@ -154,4 +157,4 @@ def _excess(scores: Tensor, thresholds: Tensor, equal: float) -> Tensor:
     room = equal - thresholds
     excess = ((scores - thresholds) / room).clamp(min=0)
     # No room: chance reaches as far as equal features do.
-    return excess.masked_fill(room <= _TIE, 0.0).masked_fill(scores.isnan() | thresholds.isnan(), torch.nan)
+    return excess.masked_fill(room <= _FLOAT32_TIE, 0.0).masked_fill(scores.isnan() | thresholds.isnan(), torch.nan)

@@ -41,6 +41,10 @@ class Settings:
 
     Raises:
         ValueError: if an option is unknown or out of range, or intervals are asked for where there are none.
+
+    Example:
+        >>> Settings("rsa", distance="cosine").comparison
+        'spearman'
     """
 
     measure: Measure = "cka"

@@ -59,6 +59,10 @@ class Settings:
 
     Raises:
         ValueError: if an option is unknown or out of range, or asked for where there is no such thing.
+
+    Example:
+        >>> Settings("rsa", distance="cosine").comparison
+        'spearman'
     """
 
     measure: Measure = "cka"

@@ -54,8 +54,81 @@ FUNCTIONS, BY_NAME = ("tests/functional/test_edits.py",), ("tests/editing/test_e
 STATISTICS, SUMMARY = "study/statistics.py", "study/summary.py"
 OF_STATISTICS, OF_SUMMARY = ("tests/study/test_statistics.py",), ("tests/study/test_summary.py",)
 OF_STUDY, OF_STUDY_EDITS = ("tests/study/test_study.py",), ("tests/study/test_edits.py",)
+NEAREST, MOMENTS = "functional/nearest_neighbours.py", "functional/permutation_moments.py"
+CALIBRATION, PERMUTED = "analysis/calibration.py", "functional/permutations.py"
+OF_NEAREST, OF_CCA = ("tests/functional/test_nearest_neighbours.py",), ("tests/functional/test_svcca.py",)
+OF_PERMUTED, OF_CALIBRATION = ("tests/functional/test_permutations.py",), ("tests/analysis/test_calibration.py",)
+OF_SAMPLED, OF_RANKME = ("tests/functional/test_sampled_features.py",), ("tests/functional/test_rankme.py",)
 
 MUTANTS = [
+    # Measures of `compare`, and what they are by chance.
+    Mutant(
+        "measures: a sample is its own neighbour",
+        ((NEAREST, "scatter_(1, itself, torch.inf)", "scatter_(1, itself, 0.0)"),),
+        OF_NEAREST,
+    ),
+    Mutant("measures: no ties", ((NEAREST, "farthest + tie", "farthest"),), OF_NEAREST),
+    Mutant("measures: cosines not from the mean", ((NEAREST, "    u = u - u.mean(dim=0)\n", ""),), OF_NEAREST),
+    Mutant(
+        "measures: no centring of kernels",
+        ((NEAREST, "((mean - nearest.values) / 2)", "(1 - nearest.values / 2)"),),
+        OF_NEAREST,
+    ),
+    Mutant(
+        "measures: the wrong way round",
+        ((NEAREST, "torch.argsort(orders.to(indices.device), dim=1)", "orders"),),
+        OF_NEAREST,
+    ),
+    Mutant(
+        "measures: singular values for variance",
+        (("functional/svcca.py", "S.square().cumsum(0) / S.square().sum()", "S.cumsum(0) / S.sum()"),),
+        OF_CCA,
+    ),
+    Mutant(
+        "measures: rounding is a direction", (("functional/svcca.py", "int((smallest < S).sum())", "len(S)"),), OF_CCA
+    ),
+    Mutant("measures: equal weights", (("functional/pwcca.py", "x.S[:, None] * x.Vh", "x.Vh"),), OF_CCA),
+    Mutant(
+        "measures: weights of squares",
+        (("functional/pwcca.py", ".abs().sum(dim=-1)", ".square().sum(dim=-1)"),),
+        OF_CCA,
+    ),
+    Mutant(
+        "measures: features with themselves",
+        (("functional/sampled_features.py", "(whole - single)", "whole"),),
+        OF_SAMPLED,
+    ),
+    Mutant("measures: no share of features", (("functional/sampled_features.py", " * (d / (d - 1))", ""),), OF_SAMPLED),
+    Mutant("measures: ranks from 0", (("functional/rankme.py", "    if centre:\n", "    if False:\n"),), OF_RANKME),
+    Mutant(
+        "chance: a triangle counted once",
+        ((PERMUTED, "(block.triu(1) + block.triu(0))", "block.triu(0)"),),
+        OF_PERMUTED,
+    ),
+    Mutant(
+        "chance: TF32 and bfloat16",
+        ((PERMUTED, "    with FullFloat32(Ks.device.type):\n", "    if True:\n"),),
+        OF_PERMUTED,
+        survives="this CPU may have no bfloat16 products",
+    ),
+    Mutant("chance: traces", ((MOMENTS, "A = matrix - trace / (n - 1) * (eye - 1 / n)", "A = matrix"),), OF_PERMUTED),
+    Mutant("chance: a coefficient", ((MOMENTS, "26 * n - 22", "26 * n - 21"),), OF_PERMUTED),
+    Mutant(
+        "chance: the diagonals' variance",
+        ((MOMENTS, "2 * (n - 1) * T2, n * (n + 1)", "2 * n * T2, n * (n + 1)"),),
+        OF_PERMUTED,
+    ),
+    Mutant(
+        "chance: the observed order left out",
+        ((CALIBRATION, "torch.cat([torch.arange(len(Xs[0]))[None], orders])", "orders"),),
+        OF_CALIBRATION,
+    ),
+    Mutant("chance: no search", ((CALIBRATION, "flatten(1).amax(dim=1)", "flatten(1)[:, 0]"),), OF_CALIBRATION),
+    Mutant(
+        "chance: the diagonal is the best", ((CALIBRATION, "considered.fill_diagonal_(False)", "pass"),), OF_CALIBRATION
+    ),
+    Mutant("chance: distances", ((CALIBRATION, "sign = -1.0 if", "sign = 1.0 if"),), OF_CALIBRATION),
+    Mutant("chance: Bonferroni", ((CALIBRATION, "(p_values * num_pairs)", "p_values"),), OF_CALIBRATION),
     # What a recording leaves behind.
     Mutant(
         "random states are not restored",

@@ -11,25 +11,32 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from lit_cka.analysis.calibration import Calibration, calibrate
 from lit_cka.analysis.extraction import extract
 from lit_cka.analysis.features import Features, matched
-from lit_cka.analysis.measures import Settings, gram_matrices, similarity
-from lit_cka.analysis.uncertainty import bootstrap_cka, permutation_test
+from lit_cka.analysis.measures import gram_matrices, similarity
+from lit_cka.analysis.settings import Settings
+from lit_cka.analysis.uncertainty import bootstrap_cka
 from lit_cka.features.given_masks import Mask
 from lit_cka.features.layers import Layers
 from lit_cka.features.pooling import Pooling
+from lit_cka.functional.rankme import rankme
 from lit_cka.tracking.history import verdict
+
+_IN_TABLES = ("low", "high", "p", "p_best", "excess")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A matrix of layers by layers, with the intervals and p-values that were asked for.
+    """A matrix of layers by layers, with the intervals, calibrated scores and ranks that were asked for.
 
     Attributes:
         values: (layers of a, layers of b); NaN where undefined.
         low: lower ends of the intervals.
         high: upper ends.
-        p_values: of the permutation test: how often unrelated samples would look as similar.
+        calibration: p-values, and how far the values are above chance.
+        ranks_a: how many directions each layer of model a uses (RankMe).
+        ranks_b: the same of model b.
         layers_a: layer names of model a.
         layers_b: layer names of model b.
     """
@@ -44,7 +51,9 @@ class Comparison:
     settings: Settings
     low: NDArray[np.float64] | None = None
     high: NDArray[np.float64] | None = None
-    p_values: NDArray[np.float64] | None = None
+    calibration: Calibration | None = None
+    ranks_a: list[float] | None = None
+    ranks_b: list[float] | None = None
 
     @property
     def has_counterparts(self) -> bool:
@@ -58,18 +67,29 @@ class Comparison:
         if not same or not np.allclose(self.values, self.values.T, equal_nan=True):
             return False
         defined = self.values.diagonal()[~np.isnan(self.values.diagonal())]
-        return np.allclose(defined, 0.0 if self.settings.measure == "procrustes" else 1.0)
+        return np.allclose(defined, self.settings.equal)
+
+    def arrays(self) -> dict[str, NDArray[np.float64]]:
+        """Returns the matrices that there are, by short names."""
+        scores = self.calibration
+        held = {"values": self.values, "low": self.low, "high": self.high}
+        if scores is not None:
+            held |= {"p": scores.p_values, "p_best": scores.adjusted_p_values, "excess": scores.excess}
+            held["threshold"] = scores.thresholds
+        return {name: array for name, array in held.items() if array is not None}
 
     def diagonal(self) -> list[dict[str, Any]]:
-        """Returns a row for each layer and its counterpart: layer, value, low, high, p, verdict."""
+        """Returns a row for each layer and its counterpart: layer, value, verdict, and what else there is of each."""
         if not self.has_counterparts:
             raise ValueError(f"Expected models with the same layers, but {self.model_a} and {self.model_b} differ.")
         rows: list[dict[str, Any]] = []
         for index, name in enumerate(self.layers_a):
             row: dict[str, Any] = {"layer": name, "value": float(self.values[index, index])}
-            for key, held in (("low", self.low), ("high", self.high), ("p", self.p_values)):
-                if held is not None:
+            for key, held in self.arrays().items():
+                if key in _IN_TABLES:
                     row[key] = float(held[index, index])
+            if self.ranks_a is not None and self.ranks_b is not None:
+                row |= {"rank_a": self.ranks_a[index], "rank_b": self.ranks_b[index]}
             if self.settings.measure.endswith("cka"):
                 row["verdict"] = verdict(row["value"])
             rows.append(row)
@@ -150,21 +170,20 @@ def compare_features(a: Features, b: Features, settings: Settings | None = None)
     Xs = list(a.layers.values())
     Ys = Xs if same else list(b.layers.values())
     values = similarity(Xs, Ys, settings)
-    low = high = p_values = None
-    if settings.num_resamples or settings.num_permutations:
+    low = high = ranks_a = ranks_b = None
+    if settings.num_resamples:
         Ks = gram_matrices(Xs, settings)
-        Ls = Ks if same else gram_matrices(Ys, settings)
-        if settings.num_resamples:
-            ends = bootstrap_cka(
-                Ks, Ls, debiased=settings.debiased, num_resamples=settings.num_resamples, level=settings.level,
-                seed=settings.seed,
-            )  # fmt: skip
-            low, high = (end.numpy() for end in ends)
-        if settings.num_permutations:
-            p_values = permutation_test(
-                Ks, Ls, debiased=settings.debiased, num_permutations=settings.num_permutations, seed=settings.seed
-            ).numpy()
+        ends = bootstrap_cka(
+            Ks, Ks if same else gram_matrices(Ys, settings), debiased=settings.debiased,
+            num_resamples=settings.num_resamples, level=settings.level, seed=settings.seed,
+        )  # fmt: skip
+        low, high = (end.numpy() for end in ends)
+    calibration = calibrate(Xs, Ys, values, settings) if settings.calibrated else None
+    if settings.effective_ranks:
+        ranks_a = [rankme(X) for X in Xs]
+        ranks_b = ranks_a if same else [rankme(Y) for Y in Ys]
     return Comparison(
         values.numpy(), list(a.layers), list(b.layers), a.model, b.model,
-        " and ".join(dict.fromkeys([a.data, b.data])), a.num_samples, settings, low, high, p_values,
+        " and ".join(dict.fromkeys([a.data, b.data])), a.num_samples, settings, low, high, calibration, ranks_a,
+        ranks_b,
     )  # fmt: skip

@@ -21,11 +21,21 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 a { color: var(--link); } .soft { color: var(--soft); }
 .wide { overflow-x: auto; }
+.wide:focus-visible { outline: 2px solid var(--link); }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: bottom; }
-td { white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; padding: 4px; box-sizing: border-box; }
-figure { margin: 1rem 0; } ul { padding-left: 1.2rem; }
+td { white-space: nowrap; } th[title] { text-decoration: underline dotted; text-underline-offset: .2em; cursor: help; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--back); }
+dl { display: grid; grid-template-columns: fit-content(12rem) minmax(0, 1fr); gap: .2rem 1rem; font-size: .9rem; }
+dt { font-weight: 600; overflow-wrap: anywhere; } dd { margin: 0; color: var(--soft); }
+p, h1, h2, li, figcaption { overflow-wrap: anywhere; }
+img { max-width: 100%; height: auto; border-radius: 4px; }
+figure { margin: 1rem 0; } figcaption { color: var(--soft); font-size: .9rem; } ul { padding-left: 1.2rem; }
+iframe { display: block; border: 1px solid var(--line); border-radius: 6px; height: 54rem;
+  --wide: min(100vw - 2rem, 90rem); width: var(--wide); margin: 1rem calc(50% - var(--wide) / 2); }
+@media (max-width: 44rem) {
+  th, td { padding: .25rem .4rem; } dl { grid-template-columns: minmax(0, 1fr); } dd { margin-bottom: .4rem; }
+}
 """
 
 
@@ -37,8 +47,11 @@ class Section:
         heading: its title.
         text: paragraphs.
         table: rows of the same keys; numbers are shown with four digits.
-        images: descriptions by file name.
+        explanations: a sentence by the name of a column, or by what a row's first cell says: shown when the pointer
+            rests on it, and below the table.
+        images: descriptions by file name; SVG files follow the reader's theme.
         links: what to read by file name.
+        frames: titles by the file name of pages to show within this one.
     """
 
     heading: str
@@ -46,6 +59,8 @@ class Section:
     table: Sequence[Mapping[str, object]] = ()
     images: Mapping[str, str] = field(default_factory=dict)
     links: Mapping[str, str] = field(default_factory=dict)
+    explanations: Mapping[str, str] = field(default_factory=dict)
+    frames: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_page(folder: str | os.PathLike[str], title: str, sections: Sequence[Section], *, about: str = "") -> Path:
@@ -65,7 +80,7 @@ def write_page(folder: str | os.PathLike[str], title: str, sections: Sequence[Se
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src 'self' file:; "
-        "style-src 'unsafe-inline'\">"
+        "frame-src 'self' file:; style-src 'unsafe-inline'\">"
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>"
         f'<h1>{escape(title)}</h1><p class="soft">{escape(about)}</p>{body}'
         f"<section><h2>Files</h2><ul>{links}</ul></section></main></body></html>\n"
@@ -78,17 +93,37 @@ def _section(section: Section) -> str:
     parts += [f"<p>{escape(text)}</p>" for text in section.text]
     for name, shown in section.links.items():
         parts.append(f'<p><a href="{quote(name)}">{escape(shown)}</a></p>')
+    for name, title in section.frames.items():
+        parts.append(f'<iframe src="{quote(name)}" title="{escape(title)}"></iframe>')
     if section.table:
-        columns = list(section.table[0])
-        head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{escape(_text(row.get(column)))}</td>" for column in columns) + "</tr>"
-            for row in section.table
-        )
-        parts.append(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>')
+        parts.append(_table(section.table, section.explanations))
     for name, description in section.images.items():
-        parts.append(f'<figure><img src="{quote(name)}" alt="{escape(description)}"></figure>')
+        shown = escape(description)
+        parts.append(f'<figure><img src="{quote(name)}" alt="{shown}"><figcaption>{shown}</figcaption></figure>')
     return "".join(parts) + "</section>"
+
+
+def _table(rows: Sequence[Mapping[str, object]], explanations: Mapping[str, str]) -> str:
+    """Returns a table that scrolls within its box, and below it what its columns and rows are."""
+    columns = list(rows[0])
+
+    def hint(name: object) -> str:
+        sentence = explanations.get(str(name))
+        return f' title="{escape(sentence)}"' if sentence else ""
+
+    head = "".join(f'<th scope="col"{hint(column)}>{escape(column)}</th>' for column in columns)
+    body = ""
+    for row in rows:
+        cells = [f"<td>{escape(_text(row.get(column)))}</td>" for column in columns]
+        cells[0] = cells[0].replace("<td>", f"<td{hint(row.get(columns[0]))}>", 1)
+        body += f"<tr>{''.join(cells)}</tr>"
+    firsts = [str(row.get(columns[0])) for row in rows]
+    names = [name for name in dict.fromkeys([*columns, *firsts]) if name in explanations]
+    terms = "".join(f"<dt>{escape(name)}</dt><dd>{escape(explanations[name])}</dd>" for name in names)
+    return (
+        '<div class="wide" tabindex="0" role="region" aria-label="Table"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{f'<dl>{terms}</dl>' if terms else ''}"
+    )
 
 
 def _text(value: object) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lit_cka.analysis.features import Features, matched
+from lit_cka.analysis.layer_ranges import layer_ranges
 from lit_cka.analysis.linear_probe import ProbeResult, ProbeSettings, probe
 from lit_cka.functional.centring import without_rounding
 from lit_cka.functional.matrix import cka_matrix
@@ -155,6 +156,11 @@ def advice(rows: Sequence[ProbeRow]) -> str:
     It rests on the CKA and on gains beyond twice their standard error, not on the accuracies themselves, which change
     with the probe's regularisation.
     """
+    names = [row.layer for row in rows]
+
+    def listed(layers: Sequence[str]) -> str:
+        return layer_ranges(layers, names)
+
     # From the first layer on: to freeze a layer above a trained one saves nothing.
     frozen = [row.layer for row in takewhile(_could_be_frozen, rows)]
     useful = [row.layer for row in rows if row.verdict == "rewritten" and row.gained]
@@ -163,18 +169,14 @@ def advice(rows: Sequence[ProbeRow]) -> str:
     least = best.accuracy_after - 2 * best.error_after
     as_good = [row.layer for row in rows if row is not best and row.accuracy_after >= least]
     parts = [
-        f"{_listed(frozen)} could have been frozen: similar to before, and no easier to read the labels from."
+        f"{listed(frozen)} could have been frozen: similar to before, and no easier to read the labels from."
         if frozen
         else "No layer from the first on could have been frozen: the first already changed, or gained."
     ]
     if useful:
-        parts.append(f"{_listed(useful)} changed and gained: there fine-tuning did its work.")
+        parts.append(f"{listed(useful)} changed and gained: there fine-tuning did its work.")
     if idle:
-        parts.append(f"{_listed(idle)} changed without a gain for these labels beyond its error.")
-    others = f", and as well, within its error, from {_listed(as_good)}" if as_good else ""
-    parts.append(f"The labels are read best from {best.layer} (accuracy {best.accuracy_after:.3f}){others}.")
+        parts.append(f"{listed(idle)} changed without a gain for these labels beyond its error.")
+    others = f", and as well, within its error, from {listed(as_good)}" if as_good else ""
+    parts.append(f"The labels are read best from {listed([best.layer])} (accuracy {best.accuracy_after:.3f}){others}.")
     return " ".join(parts)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

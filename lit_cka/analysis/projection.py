@@ -47,7 +47,7 @@ class Procrustes:
 
 @dataclass(frozen=True)
 class Pairing:
-    """How far apart a model's layers lie on two datasets that say the same.
+    """How far apart a model's layers lie on two datasets of the same samples.
 
     Attributes:
         layers: in order.
@@ -95,7 +95,7 @@ def project(
     """Returns the joint kernel PCA of the signatures of all layers; see `lit_cka.functional.signatures`.
 
     Args:
-        features: one for each model and dataset. Their samples say the same in the same order, such as one text in two
+        features: one for each model and dataset. Their samples are the same in the same order, such as one text in two
             languages: ids have to agree.
         standardize: give every feature unit variance first, as published maps do. Linear CKA then is of standardised
             features.

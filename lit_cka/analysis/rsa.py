@@ -84,6 +84,18 @@ def pairwise_rsa(Rs: Tensor, Ss: Tensor, comparison: Correlation = "spearman") -
     return torch.from_numpy(np.clip(values, -1, 1))
 
 
+def standardized_rdms(rdms: Tensor, comparison: Literal["spearman", "pearson"]) -> Tensor:
+    """Returns symmetric matrices (a, n, n) of the RDMs, 0 on the diagonal, whose cosines are their correlations.
+
+    Of samples that are permuted, the ranks of the distances are too, and need not be found again.
+    """
+    n = rdms.shape[-1]
+    rows, columns = torch.triu_indices(n, n, offset=1)
+    matrices = torch.zeros(len(rdms), n, n, dtype=torch.float64)
+    matrices[:, rows, columns] = torch.from_numpy(_standardized(_pairs(rdms), comparison))
+    return matrices + matrices.mT
+
+
 def _pairs(rdms: Tensor) -> np.ndarray:
     """Returns each RDM's upper triangle in units of its tie distance; NaN for an RDM of one distance throughout."""
     n = rdms.shape[-1]

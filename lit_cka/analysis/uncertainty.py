@@ -1,6 +1,6 @@
-"""Error bars of CKA over the samples, for every pair of layers at once: bootstrap intervals and permutation tests.
+"""Error bars of CKA over the samples, for every pair of layers at once: bootstrap intervals.
 
-Both work on the centred Gram matrices whose cosine CKA is: `Kc = H K H` for the plain estimator, and for the
+They work on the centred Gram matrices whose cosine CKA is: `Kc = H K H` for the plain estimator, and for the
 debiased one the U-centred matrix of Szekely & Rizzo 2014 (arXiv 1310.2926), a diagonal of 0 and rows that sum to 0:
 
     A_ij = Kc_ij + (Kc_ii + Kc_jj) / (n - 2) - tr(Kc) / ((n - 1) (n - 2))            i != j
@@ -17,14 +17,11 @@ from torch import Tensor
 
 from lit_cka.analysis.resampling import ResampledGram, Resamples, draw_counts, u_centred
 from lit_cka.functional.arrays import takes_arrays
-from lit_cka.functional.centring import double_centred
 from lit_cka.functional.cka import hsic, min_num_samples
 
 _CHUNK = 256  # resamples whose sums over the samples are held at once
 _LARGEST = 1 - 1e-15  # that Fisher's transformation can take
 _NO_ERROR = 1e-12  # a standard error below this is rounding
-_TIE = 1e-12  # and so is a difference between two values of CKA
-_BLOCK_ELEMENTS = 2**18  # of Gram entries permuted at once: what stays in the processor's cache
 
 
 @takes_arrays
@@ -106,53 +103,6 @@ def bootstrap_cka(
     return low, high
 
 
-@takes_arrays
-def permutation_test(
-    Ks: Tensor, Ls: Tensor, *, debiased: bool = True, num_permutations: int = 999, seed: int = 0
-) -> Tensor:
-    """Returns p-values for the hypothesis that the features of `Ks` and those of `Ls` are independent, for every pair.
-
-        p = (1 + #{permutations with CKA* >= CKA}) / (1 + num_permutations)
-
-    One side's samples are permuted, the same way for all pairs (Phipson & Smyth 2010 for counting the observed order,
-    which makes the test exact). It is one-sided: a CKA lower than by chance is no evidence. Permuting leaves the two
-    self-terms as they are, so that the plain and the debiased CKA differ by little more than a constant here.
-
-    Args:
-        Ks: Gram matrices (a, n, n), any kernel and floating dtype; they need not be centred.
-        Ls: Gram matrices (b, n, n) of the same samples in the same order.
-        debiased: the estimator, as in `cka_from_gram`.
-        num_permutations: at least 1; the smallest p-value is 1 / (1 + num_permutations).
-        seed: the same seed gives the same p-values.
-
-    Returns:
-        Float64 (a, b) in (0, 1]; NaN where the CKA is. Not corrected for the number of pairs.
-
-    Raises:
-        ValueError: as `bootstrap_cka`.
-    """
-    _check(Ks, Ls, num_permutations=num_permutations)
-    Ks, Ls = (torch.stack([_matrix(gram, debiased) for gram in grams]) for grams in (Ks, Ls))
-    a, b, n = len(Ks), len(Ls), Ks.shape[-1]
-    # Symmetric matrices: the upper triangle, counted twice, is enough.
-    halves = 2 * Ks.triu(1) + torch.diag_embed(Ks.diagonal(dim1=1, dim2=2))
-    pairs = Ls.permute(1, 2, 0).reshape(n * n, b).contiguous()  # so that permuting moves whole rows
-    generator = torch.Generator().manual_seed(seed)
-    orders = [torch.arange(n), *(torch.randperm(n, generator=generator) for _ in range(num_permutations))]
-    orders = [order.to(Ks.device) for order in orders]
-    products = Ks.new_zeros(len(orders), a, b)
-    step = max(1, _BLOCK_ELEMENTS // (n * max(a, b)))
-    for start in range(0, n, step):
-        block = halves[:, start : start + step, start:].reshape(a, -1)
-        for product, order in zip(products, orders, strict=True):
-            taken = (order[start : start + step, None] * n + order[start:]).flatten()
-            product += block @ pairs.index_select(0, taken)
-    sizes = Ks.flatten(1).norm(dim=1)[:, None] * Ls.flatten(1).norm(dim=1)
-    reached = (products[1:] >= products[0] - _TIE * sizes).sum(dim=0)
-    p_values: Tensor = (1 + reached).to(products) / (1 + num_permutations)
-    return p_values.masked_fill(~(sizes > 0), torch.nan)
-
-
 class _Estimate(NamedTuple):
     """The CKA of two Gram matrices with every sample once."""
 
@@ -193,11 +143,6 @@ def _studentised(K: ResampledGram, L: ResampledGram, estimate: _Estimate) -> Ten
     excess = (estimate.excess.T @ W)[0] / n / (1 - estimate.value.square())
     t: Tensor = (value.atanh() - estimate.value.atanh() - excess) * (1 - value.square()) / error
     return t.masked_fill(value.abs() >= 1, torch.nan)
-
-
-def _matrix(gram: Tensor, debiased: bool) -> Tensor:
-    """Returns the matrix whose cosine with another is CKA."""
-    return u_centred(gram, debiased).A if debiased else double_centred(gram)
 
 
 def _check(Ks: Tensor, Ls: Tensor, **counts: int) -> None:

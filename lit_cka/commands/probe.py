@@ -11,10 +11,13 @@ from rich.console import Console
 
 from lit_cka import plots
 from lit_cka.analysis.comparison import compare_features
+from lit_cka.analysis.explanations import common_beginning, describe_measure, probe_columns
+from lit_cka.analysis.layer_ranges import whole_short_names
 from lit_cka.analysis.linear_probe import ProbeSettings
-from lit_cka.analysis.measures import Settings
 from lit_cka.analysis.page import Section, write_page
 from lit_cka.analysis.probes import ProbeRow, advice, probe_layers
+from lit_cka.analysis.settings import Settings
+from lit_cka.commands.heatmap_options import HeatmapOptions, matrix_figures
 from lit_cka.commands.messages import is_first_rank
 from lit_cka.commands.parsing import Parser
 from lit_cka.commands.results import (
@@ -68,7 +71,7 @@ def _probe(options: Any, config: dict[str, Any]) -> list[ProbeRow]:
         return []
     rows = probe_layers(before, after, settings=probe_settings, debiased=options.settings.debiased)
     comparison = compare_features(before, after, options.settings)
-    pictures = save_comparison(comparison, folder, "matrix")
+    pictures = save_comparison(comparison, matrix_figures(comparison, HeatmapOptions()), folder, "matrix")
     figure, _ = plots.probe_figure(
         [row.layer for row in rows],
         [row.cka for row in rows],
@@ -79,13 +82,14 @@ def _probe(options: Any, config: dict[str, Any]) -> list[ProbeRow]:
         title=f"{before.data}, n = {before.num_samples}",
     )
     plots.save_figure(figure, folder / "probe", FORMATS)
+    names = whole_short_names(comparison.layers_a)
     table = [
         {
-            "layer": row.layer, "CKA": row.cka, f"accuracy, {before.model}": row.accuracy_before,
+            "layer": name, "CKA": row.cka, f"accuracy, {before.model}": row.accuracy_before,
             f"accuracy, {after.model}": row.accuracy_after,
             "difference": f"{row.difference:+.3f} ± {row.error_difference:.3f}", "verdict": row.verdict,
         }
-        for row in rows
+        for name, row in zip(names, rows, strict=True)
     ]  # fmt: skip
     said = advice(rows)
     write_json(
@@ -95,10 +99,21 @@ def _probe(options: Any, config: dict[str, Any]) -> list[ProbeRow]:
             "comparison": as_json(comparison),
         },
     )  # fmt: skip
+    said_of_matrix = (
+        f"{label(comparison)}. {describe_measure(comparison.settings.measure, comparison.settings.debiased)}"
+    )
+    explanations = probe_columns(
+        before, after, probe_settings, debiased=options.settings.debiased,
+        beginning=common_beginning(comparison.layers_a, names),
+    )  # fmt: skip
     sections = [
-        Section("Did it change, and did the change help?", [said], table, {"probe.png": "CKA and accuracy by layer"}),
-        Section("Every layer with every layer", [f"{label(comparison)}."], images=pictures),
-    ]
+        Section(
+            "Did it change, and did the change help?", [said], table,
+            {"probe.svg": "CKA, and the accuracy of the probes before and after; bands are standard errors over folds"},
+            explanations=explanations,
+        ),
+        Section("Every layer with every layer", [said_of_matrix], images=pictures),
+    ]  # fmt: skip
     page = write_page(folder, options.title, sections, about=f"{before.data}, n = {before.num_samples} samples.")
     console = Console(soft_wrap=True, highlight=False, markup=False)
     print_table(f"{before.data}, n = {before.num_samples}", table, console)

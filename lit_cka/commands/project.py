@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from lit_cka import plots
+from lit_cka.analysis.explanations import COMPONENT_ROWS, PROCRUSTES_COLUMNS, pair_columns
 from lit_cka.analysis.features import Features
+from lit_cka.analysis.layer_ranges import whole_short_names
 from lit_cka.analysis.page import Section, write_page
 from lit_cka.analysis.projection import Projection, project
 from lit_cka.commands.messages import is_first_rank
@@ -23,6 +25,11 @@ from lit_cka.commands.running import run
 from lit_cka.files import file_name, versions, write_json
 from lit_cka.plots.map_page import MapPoint, write_map
 
+_MAP = "The axes are the first three principal components of the layers' similarities (kernel PCA)."
+_TABLES = {
+    "Components": "What the map's axes show",
+    "Procrustes": "Procrustes: one dataset's layers rotated onto the other's",
+}
 Matrix: TypeAlias = tuple[NDArray[np.float64], list[str], list[str]]  # values, names of the rows and of the columns
 
 
@@ -30,14 +37,16 @@ def parser() -> Parser:
     """The command's options."""
     parser = Parser(
         prog="lit-cka project",
-        description="One interactive map of all layers of several models, on several sets of the same samples.",
+        description="One interactive map of all layers of several models, on several datasets of the same samples.",
         example="lit-cka project --config project_digits",
     )
     parser.add_command_options()
     parser.add_argument(
         "--models", type=list[Model], default=[], help="The models: TextModel or ImageModel of lit_cka.analysis."
     )
-    parser.add_argument("--data", type=list[Data], default=[], help="The datasets: the same samples said differently.")
+    parser.add_argument(
+        "--data", type=list[Data], default=[], help="The datasets: the same samples in another form, in the same order."
+    )
     parser.add_argument("--features", type=str, nargs="+", default=[], help="In place of both: files that were stored.")
     parser.add_argument("--standardize", type=bool, default=False, help="Give every feature unit variance first.")
     parser.add_argument("--debiased", type=bool, default=True, help="Use the unbiased HSIC in CKA.")
@@ -45,7 +54,8 @@ def parser() -> Parser:
         "--centre",
         type=bool,
         default=True,
-        help="Measure signatures from their mean in the map. False for maps as published, whose first component is the "
+        help="Measure signatures from their mean in the map. False for maps as published, whose first component is "
+        "the "
         "mean.",
     )
     parser.add_argument("--output", type=str, required=True, help="Folder for the results.")
@@ -75,33 +85,62 @@ def _project(options: Any, config: dict[str, Any]) -> Projection | None:
     matrices = _matrices(projection)
     label = "CKA, debiased" if options.debiased else "CKA"
     pictures = _draw(matrices, folder, label)
-    notes = {"estimator": label + " of standardised features" * options.standardize, **_notes(projection)}
+    estimator = label + " of standardised features" * options.standardize
+    components = _component_table(projection)
+    tables = {"Components": components, **({"Pairs of datasets": pairs, "Procrustes": rotations} if pairs else {})}
     write_map(
         folder / "map.html",
-        [MapPoint(point.model, point.dataset, point.layer, point.depth, point.position) for point in projection.points],
-        title=options.title, explained=projection.explained, cka=np.asarray(projection.cka),
-        matrices=_tabs(matrices),
-        notes=notes, tables={"Pairs of datasets": pairs, "Procrustes": rotations} if pairs else {},
+        _map_points(projection),
+        title=options.title, explained=projection.explained, cka=np.asarray(projection.cka), matrices=_tabs(matrices),
+        notes={"estimator": estimator}, tables=tables,
+        explanations={
+            **_component_rows(components),
+            **pair_columns(features[0].num_samples, options.debiased),
+            **PROCRUSTES_COLUMNS,
+        },
     )  # fmt: skip
-    text = [f"{name}: {value}" for name, value in notes.items()]
+    num_samples = features[0].num_samples
     sections = [
-        Section("The map", text, links={"map.html": "Open the interactive map"}),
-        Section("The same samples said differently", table=pairs, images=pictures),
-    ]
+        Section(
+            "The map",
+            [f"Each point is a layer of a model on a dataset; points that are close have similar representations. "
+            f"{_MAP}"],
+            components, explanations=_component_rows(components), frames={"map.html": "The interactive map"},
+            links={"map.html": "The map alone, in the whole window"},
+        ),
+        Section(
+            "One dataset against another", [f"estimator: {estimator}."] if pairs else [], pairs, pictures,
+            explanations=pair_columns(num_samples, options.debiased),
+        ),
+    ]  # fmt: skip
     if rotations:
         said = (
             "What is left when a model's layers on one dataset, A, are rotated onto those on the other, B, as a whole."
         )
-        sections.append(Section("Does a rotation take the one onto the other?", [said], rotations))
-    page = write_page(folder, options.title, sections, about=f"n = {features[0].num_samples} samples.")
+        title = "Does a rotation take one dataset's layers onto the other's?"
+        sections.append(Section(title, [said], rotations, explanations=PROCRUSTES_COLUMNS))
+    page = write_page(
+        folder, options.title, sections, about=f"n = {num_samples} samples, the same in every dataset. {estimator}."
+    )
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    if pairs:
-        print_table("Pairs of datasets", pairs, console)
-        print_table("Procrustes: one dataset's layers rotated onto the other's", rotations, console)
-    for line in text:
-        console.print(line)
+    for title, table in tables.items():
+        print_table(_TABLES.get(title, title), table, console)
+    console.print(f"estimator: {estimator}")
     console.print(f"Map: {folder / 'map.html'}\nReport: {page}")
     return projection
+
+
+def _map_points(projection: Projection) -> list[MapPoint]:
+    """Points whose layers are named as in the figures, without what all of a model's names begin with."""
+    layers: dict[str, list[str]] = {}
+    for point in projection.points:
+        if point.layer not in layers.setdefault(point.model, []):
+            layers[point.model].append(point.layer)
+    short = {model: dict(zip(names, whole_short_names(names), strict=True)) for model, names in layers.items()}
+    return [
+        MapPoint(point.model, point.dataset, short[point.model][point.layer], point.depth, point.position)
+        for point in projection.points
+    ]
 
 
 def _matrices(projection: Projection) -> dict[str, dict[tuple[str, str], Matrix]]:
@@ -140,7 +179,7 @@ def _draw(matrices: dict[str, dict[tuple[str, str], Matrix]], folder: Path, labe
     for name, (title, shown) in figures.items():
         figure, _ = plots.side_by_side(shown, title=title, label=label, annotate=False)
         plots.save_figure(figure, folder / name, FORMATS)
-        pictures[f"{name}.png"] = f"CKA of every layer on one dataset with every layer on the other: {title}"
+        pictures[f"{name}.svg"] = f"{label}: every layer on one dataset (rows) with every layer on the other, {title}"
     return pictures
 
 
@@ -150,7 +189,10 @@ def _tabs(matrices: dict[str, dict[tuple[str, str], Matrix]]) -> dict[str, Matri
     for model, by_pair in matrices.items():
         for (a, b), (values, rows, columns) in by_pair.items():
             starts = ("", "") if a == b else (f"{a}: ", f"{b}: ")
-            named = [f"{starts[0]}{layer}" for layer in rows], [f"{starts[1]}{layer}" for layer in columns]
+            named = (
+                [f"{starts[0]}{layer}" for layer in whole_short_names(rows)],
+                [f"{starts[1]}{layer}" for layer in whole_short_names(columns)],
+            )
             tabs[model if len(by_pair) == 1 else f"{model}: {a} and {b}"] = (values, *named)
     return tabs
 
@@ -182,15 +224,23 @@ def _procrustes_table(projection: Projection) -> list[dict[str, str | float]]:
     ]  # fmt: skip
 
 
-def _notes(projection: Projection) -> dict[str, str]:
-    def listed(values: list[float]) -> str:
-        return ", ".join(f"PC{number} {value:.3f}" for number, value in enumerate(values, start=1))
-
-    notes = {"explained variance": listed(projection.explained)}
+def _component_table(projection: Projection) -> list[dict[str, str | float]]:
+    """A row for each number that the map's three axes have: what it is, and its value for each axis."""
+    found = {"explained variance": projection.explained}
     for name, values in projection.correlation.items():
         if len({getattr(point, name) for point in projection.points}) > 1:
-            notes[f"correlation with the {name}"] = listed(values)
-    if len({point.dataset for point in projection.points}) > 1:
+            found[f"correlation with the {name}"] = values
+    if len({point.dataset for point in projection.points}) > 1 and len(projection.correlation_by_model) > 1:
         for model, values in projection.correlation_by_model.items():
-            notes[f"correlation with the dataset, {model}"] = listed(values)
-    return notes
+            found[f"correlation with the dataset, {model}"] = values
+    return [
+        {"axis": name, **{f"PC{number}": value for number, value in enumerate(values, start=1)}}
+        for name, values in found.items()
+    ]
+
+
+def _component_rows(table: list[dict[str, str | float]]) -> dict[str, str]:
+    """Returns a sentence for each row of `_component_table`."""
+    within = "The same within one model."
+    axes = {"axis": "PC1 to PC3 are the three axes of the map."}
+    return axes | {str(row["axis"]): COMPONENT_ROWS.get(str(row["axis"]), within) for row in table}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 from rich.console import Console
@@ -19,6 +19,9 @@ from lit_cka.analysis.text_file import TextFile
 from lit_cka.analysis.text_model import TextModel
 from lit_cka.commands.messages import is_first_rank, num_ranks
 from lit_cka.files import file_name, written_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Model = Union[TextModel, ImageModel]
 Data = Union[TextFile, ImageFiles, Digits]
@@ -48,15 +51,19 @@ def _features(model: Model, samples: Any, folder: Path) -> Features:
     return features
 
 
-def save_comparison(comparison: Comparison, folder: Path, name: str) -> dict[str, str]:
+def save_comparison(comparison: Comparison, heatmaps: Mapping[str, Figure], folder: Path, name: str) -> dict[str, str]:
     """Write the matrices as safetensors, and the heatmap; returns descriptions of pictures by file name."""
-    arrays = {"values": comparison.values, "low": comparison.low, "high": comparison.high, "p": comparison.p_values}
-    held = {key: np.ascontiguousarray(value) for key, value in arrays.items() if value is not None}
+    held = {key: np.ascontiguousarray(value) for key, value in comparison.arrays().items()}
     with written_whole(folder / f"{name}.safetensors") as partial:
         save_file(held, partial)
-    figure, _ = matrix_figure(comparison)
-    plots.save_figure(figure, folder / name, FORMATS)
-    pictures = {f"{name}.png": f"{label(comparison)} of {comparison.model_a} and {comparison.model_b}, layer by layer"}
+    plots.save_figure(heatmaps["values"], folder / name, FORMATS)
+    models = f"{comparison.model_a} (rows) and {comparison.model_b} (columns)"
+    pictures = {f"{name}.svg": f"{label(comparison)}: every layer of {models}"}
+    if "excess" in heatmaps:
+        plots.save_figure(heatmaps["excess"], folder / f"{name}_excess", FORMATS)
+        pictures[f"{name}_excess.svg"] = (
+            f"{label(comparison)}: the excess over chance, 0 up to what unrelated samples reach, 1 for equal features"
+        )
     if comparison.has_counterparts and not comparison.is_with_itself:
         rows = comparison.diagonal()
         bands = None
@@ -68,18 +75,25 @@ def save_comparison(comparison: Comparison, folder: Path, name: str) -> dict[str
             limits=limits(comparison),
         )  # fmt: skip
         plots.save_figure(figure, folder / f"{name}_diagonal", FORMATS)
-        pictures[f"{name}_diagonal.png"] = "The diagonal: each layer with its counterpart"
+        band = f"; the band is the {100 * comparison.settings.level:g} % interval" if bands else ""
+        pictures[f"{name}_diagonal.svg"] = f"The diagonal: each layer with its counterpart{band}"
     return pictures
 
 
-def matrix_figure(comparison: Comparison) -> tuple[Any, Any]:
-    """The heatmap; of a model with itself, the lower half."""
-    mask = np.triu(np.ones(comparison.values.shape, dtype=bool), k=1) if comparison.is_with_itself else None
-    return plots.heatmap(
-        comparison.values, comparison.layers_a, comparison.layers_b, mask=mask, label=label(comparison),
-        title=f"{comparison.model_a} and {comparison.model_b}, {comparison.data}, n = {comparison.num_samples}",
-        ylabel=comparison.model_a, xlabel=comparison.model_b, limits=limits(comparison),
-    )  # fmt: skip
+def best_by_chance(comparison: Comparison) -> list[str]:
+    """Returns a sentence on the best pair of layers, where scores are calibrated."""
+    calibration, settings = comparison.calibration, comparison.settings
+    if calibration is None or calibration.best is None:
+        return []
+    best = calibration.best
+    where = f"{comparison.layers_a[best.row]} with {comparison.layers_b[best.column]}"
+    by_moments = settings.null == "moments"
+    null = "the moments of all permutations" if by_moments else f"{settings.num_permutations} permutations"
+    value = comparison.values[best.row, best.column]
+    return [
+        f"Best of all pairs: {where}, {value:.4f}; p = {best.p_value:.4g} and excess {best.excess:.4f} against the "
+        f"best of all pairs by chance ({null}, quantile {settings.level:g})."
+    ]
 
 
 def label(comparison: Comparison) -> str:
@@ -90,7 +104,12 @@ def label(comparison: Comparison) -> str:
         "minibatch_cka": f"minibatch CKA, batches of {settings.batch_size}",
         "rbf_cka": "RBF CKA, debiased" if settings.debiased else "RBF CKA",
         "rsa": f"RSA ({settings.distance}, {settings.comparison})",
+        "sampled_features_cka": "CKA, sampled features",
         "procrustes": "Procrustes distance",
+        "svcca": f"SVCCA, {settings.variance:g} of the variance",
+        "pwcca": "PWCCA",
+        "mutual_knn": f"mutual {settings.num_neighbours}-nearest neighbours",
+        "cknna": f"CKNNA, {settings.num_neighbours} neighbours",
     }[settings.measure]
 
 
@@ -104,9 +123,24 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     return {
         "model_a": comparison.model_a, "model_b": comparison.model_b, "data": comparison.data,
         "num_samples": comparison.num_samples, "settings": vars(comparison.settings),
-        "layers_a": comparison.layers_a, "layers_b": comparison.layers_b, "values": comparison.values,
-        "low": comparison.low, "high": comparison.high, "p": comparison.p_values,
+        "layers_a": comparison.layers_a, "layers_b": comparison.layers_b,
+        "low": None, "high": None, "p": None, **comparison.arrays(),
+        "best": None if comparison.calibration is None else _best_as_json(comparison),
+        "ranks_a": comparison.ranks_a, "ranks_b": comparison.ranks_b,
     }  # fmt: skip
+
+
+def _best_as_json(comparison: Comparison) -> dict[str, Any] | None:
+    best = comparison.calibration.best if comparison.calibration is not None else None
+    if best is None:
+        return None
+    layers = {"layer_a": comparison.layers_a[best.row], "layer_b": comparison.layers_b[best.column]}
+    return {
+        **layers,
+        "value": float(comparison.values[best.row, best.column]),
+        "p": best.p_value,
+        "excess": best.excess,
+    }
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]], console: Console) -> None:

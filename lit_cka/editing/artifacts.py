@@ -24,7 +24,7 @@ from lit_cka.tracking.history import mean_score
 if TYPE_CHECKING:
     from lit_cka.editing.results import EvaluationResults
 
-_FORMATS = (".png", ".pdf")
+_FORMATS = (".svg", ".png", ".pdf")  # the first goes into the page
 _PLANE = (
     "Bars are 95 % intervals, each variant by itself; the line is WiSE-FT by its alpha, from the pretrained model (0) "
     "to the "
@@ -96,7 +96,7 @@ def save_results(
 def _save_pictures(
     folder: Path, results: EvaluationResults, records: Sequence[ParameterRecord], captions: dict[str, str]
 ) -> list[Path]:
-    """Write the figures, and note captions by the paths of their PNG files; returns all paths."""
+    """Write the figures, and note captions by the paths of their SVG files; returns all paths."""
     written: list[Path] = []
 
     def save(figure: Any, name: str, caption: str) -> None:

@@ -17,7 +17,7 @@ from lit_cka.files import versions, visible, write_json, written_whole
 from lit_cka.plots.canvas import cut_names
 from lit_cka.plots.table_page import write_table_page
 
-_FORMATS = (".png", ".pdf")
+_FORMATS = (".svg", ".png", ".pdf")  # the first goes into the page
 _NAMED = 4  # tensors of a kind in a sentence
 
 

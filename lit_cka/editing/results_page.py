@@ -45,7 +45,7 @@ def write_results_page(
         path: of the file.
         results: of the evaluation.
         about: paragraphs above the table.
-        pictures: captions by the path of a PNG file.
+        pictures: captions by the path of an SVG or PNG file.
         files: names of files beside the page.
     """
     return write_table_page(

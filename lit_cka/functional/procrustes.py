@@ -57,9 +57,7 @@ def procrustes_distance(X: Tensor, Y: Tensor, *, normalize: bool = True) -> Tens
         0.000000
     """
     check_features(X, Y, min_num_samples=2)
-    x, y = _narrowed(centred(X)), _narrowed(centred(Y))
-    if normalize:
-        x, y = x / x.norm(), y / y.norm()
+    x, y = (unit_shape(Z) if normalize else _narrowed(centred(Z)) for Z in (X, Y))
     if not (x.isfinite().all() and y.isfinite().all()):
         return x.new_tensor(torch.nan)
     overlap = torch.linalg.svdvals(x.T @ y).sum()
@@ -101,6 +99,15 @@ def orthogonal_alignment(X: Tensor, Y: Tensor, *, centre: bool = True) -> Alignm
     squared = (x @ rotation - y).square().sum()
     relative = squared / (x.square().sum() + y.square().sum())
     return Alignment(rotation, squared, squared.sqrt(), relative, relative.sqrt())
+
+
+def unit_shape(X: Tensor) -> Tensor:
+    """Returns the features `X` (n, d) centred, of unit norm, and rotated into no more dimensions than there are
+    samples: `procrustes_distance` is `2 - 2 ||X' Y||_*` of two of these. NaN where it is.
+    """
+    x = _narrowed(centred(X))
+    unit: Tensor = x / x.norm()
+    return unit
 
 
 def _narrowed(Xc: Tensor) -> Tensor:

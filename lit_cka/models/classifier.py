@@ -88,14 +88,19 @@ class Classifier(pl.LightningModule):
         logits: Tensor = self(inputs)
         return logits.softmax(dim=-1)
 
-    @override
-    def configure_optimizers(self) -> Any:
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Returns what is trained, as AdamW takes it: parameters with their weight decay, and with their learning rate
+        where it is not `learning_rate`.
+        """
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups = [
+        return [
             {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": self.weight_decay},
             {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.learning_rate)
         total = max(1, int(self.trainer.estimated_stepping_batches))
         warmup = math.ceil(self.warmup * total)
 

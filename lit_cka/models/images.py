@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from typing_extensions import override
 
 from lit_cka.models.classifier import Classifier, start_from
 
@@ -25,9 +26,13 @@ class ImageClassifier(Classifier):
         weight_decay: of AdamW, for weights of two or more dimensions.
         warmup: the part of the training that warm-up takes.
         weights: which of several sets of weights in the checkpoint, such as "state_dict_ema".
+        layer_decay: of the learning rate, from each layer to the one before it (Howard & Ruder 2018, arXiv 1801.06146,
+            section 3.2; as BEiT and MAE are fine-tuned): the head has `learning_rate`, the last block that times
+            `layer_decay`, the one before it times its square. 1 for one learning rate; below, the first layers stay
+            closer to what they were.
 
     Raises:
-        ValueError: if the checkpoint has another architecture or is damaged.
+        ValueError: if the checkpoint has another architecture or is damaged, or `layer_decay` is not in (0, 1].
     """
 
     def __init__(
@@ -41,9 +46,13 @@ class ImageClassifier(Classifier):
         weight_decay: float = 0.05,
         warmup: float = 0.1,
         weights: str | None = None,
+        layer_decay: float = 1.0,
     ) -> None:
         super().__init__(num_classes, learning_rate, weight_decay, warmup)
+        if not 0 < layer_decay <= 1:
+            raise ValueError(f"Expected `layer_decay` to be in (0, 1], but got {layer_decay}.")
         self.save_hyperparameters()
+        self.layer_decay = layer_decay
         import timm
 
         self.model = timm.create_model(
@@ -56,6 +65,22 @@ class ImageClassifier(Classifier):
             head = self.model.pretrained_cfg.get("classifier") or ()
             heads = (head,) if isinstance(head, str) else tuple(head)
             start_from(self.model, checkpoint, weights, heads)
+
+    @override
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        if self.layer_decay == 1:
+            return super().parameter_groups()
+        from timm.optim import param_groups_layer_decay
+
+        groups = param_groups_layer_decay(self.model, self.weight_decay, layer_decay=self.layer_decay)
+        return [
+            {
+                "params": group["params"],
+                "weight_decay": group["weight_decay"],
+                "lr": self.learning_rate * group["lr_scale"],
+            }
+            for group in groups
+        ]
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns logits (n, num_classes) of images (n, channels, height, width)."""

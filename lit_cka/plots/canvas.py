@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_cka.files import visible, written_whole
+from lit_cka.plots.svg_theme import follow_theme
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,6 +72,7 @@ def _figure_type() -> type[Figure]:
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], formats: Sequence[str] = ()) -> list[Path]:
     """Write a figure to `path`, or to that path with each of the `formats` (".png", ".pdf", ".svg"); whole or not.
+    An SVG follows the light or dark theme of whoever looks at it.
 
     Raises:
         ValueError: if a format is another.
@@ -85,16 +87,20 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], formats: Sequence[
         target = path.with_name(path.name + suffix) if formats else path
         with written_whole(target) as partial:
             figure.savefig(partial, format=suffix[1:], dpi=150)
+            if suffix == ".svg":
+                partial.write_text(follow_theme(partial.read_text(encoding="utf-8")), encoding="utf-8")
         written.append(target)
     return written
 
 
-def figure_pixels(figure: Figure) -> NDArray[np.uint8]:
-    """Returns the figure as an image (height, width, 3)."""
+def figure_pixels(figure: Figure, dpi: float | None = None) -> NDArray[np.uint8]:
+    """Returns the figure as an image (height, width, 3), at so many dots per inch, or at those it has."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
+    if dpi is not None:
+        figure.set_dpi(dpi)
     canvas.draw()
     pixels: NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
     return pixels
@@ -153,8 +159,7 @@ def last_segments(names: Sequence[str], depth: int) -> list[str]:
         >>> last_segments(["vision.layer.0", "text.layer.0"], 2)
         ['vision.layer.0', 'text.layer.0']
     """
-    if depth < 1:
-        raise ValueError(f"Expected `layer_name_depth` to be at least 1, but got {depth}.")
+    check_depth(depth)
 
     def end(name: str, num_segments: int) -> str:
         return ".".join(name.split(".")[-num_segments:])
@@ -166,6 +171,12 @@ def last_segments(names: Sequence[str], depth: int) -> list[str]:
             num_segments += 1
         shown.append(visible(end(name, num_segments)))
     return shown
+
+
+def check_depth(depth: int | None) -> None:
+    """Raise a ValueError unless so many segments of a name can be shown; None is for all."""
+    if depth is not None and depth < 1:
+        raise ValueError(f"Expected `layer_name_depth` to be at least 1, but got {depth}.")
 
 
 def check_colormap(name: str) -> None:

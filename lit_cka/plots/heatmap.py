@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from lit_cka.plots.canvas import (
     UNDEFINED,
     check_colormap,
+    check_depth,
     last_segments,
     new_axes,
     short_names,
@@ -19,6 +20,7 @@ from lit_cka.plots.canvas import (
     width_of,
     wrapped,
 )
+from lit_cka.plots.svg_theme import ON_DARK, ON_LIGHT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,8 +90,7 @@ def heatmap(
         raise ValueError("Expected `values` of at least one row and one column, but got none.")
     if mask is not None and np.shape(mask) != values.shape:
         raise ValueError(f"Expected `mask` of the shape of `values`, {values.shape}, but got {np.shape(mask)}.")
-    check_colormap(cmap)
-    _check_format(annot_fmt)
+    check_heatmap_options(annot_fmt, cmap, layer_name_depth)
     if figsize is not None and ax is not None:
         raise ValueError("Expected either `figsize`, of a new figure, or `ax`, whose figure has a size, but got both.")
     rows, columns = (
@@ -125,7 +126,7 @@ def heatmap(
                 red, green, blue, _ = image.cmap(image.norm(value))
                 is_dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue <= _LIGHT
                 text = _number(value, annot_fmt)
-                ax.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if is_dark else "black")
+                ax.text(column, row, text, ha="center", va="center", fontsize=7, color=ON_DARK if is_dark else ON_LIGHT)
     if colorbar:
         figure.colorbar(image, ax=ax, label=label + undefined_note(values), pad=0.02, extend=beyond([shown], limits))
     return figure, ax
@@ -138,7 +139,10 @@ def _above_diagonal(values: NDArray[np.float64]) -> NDArray[np.bool_]:
     return np.triu(np.ones(values.shape, dtype=bool), k=1)
 
 
-def _check_format(annot_fmt: str | None) -> None:
+def check_heatmap_options(annot_fmt: str | None, cmap: str, layer_name_depth: int | None) -> None:
+    """Raise a ValueError if one of these options of `heatmap` is none."""
+    check_colormap(cmap)
+    check_depth(layer_name_depth)
     try:
         f"{0.5:{annot_fmt or ''}}"
     except ValueError as error:

@@ -48,6 +48,7 @@ def write_map(
     matrices: Mapping[str, Matrix] = {},
     notes: Mapping[str, str] = {},
     tables: Mapping[str, Sequence[Mapping[str, str | float]]] = {},
+    explanations: Mapping[str, str] = {},
 ) -> Path:
     """Write the map, whole or not at all: a page that opens from the file system, without a server or a network.
 
@@ -64,6 +65,7 @@ def write_map(
         matrices: by the name of their tab, `(values, row names, column names)`; the colours always span [0, 1].
         notes: texts by label, shown below the map.
         tables: rows by title; the columns are all the keys, in the order in which they occur.
+        explanations: a sentence by the name of a column, or by what a row's first cell says, on hover.
 
     Returns:
         The path.
@@ -72,6 +74,7 @@ def write_map(
         ValueError: if there is nothing to draw, a point is there twice, or shapes and names don't fit each other.
     """
     content = _content(points, title, explained, cka, matrices, notes, tables)
+    content["explanations"] = dict(explanations)
     return write_bytes(path, html_page("map.html", "map.css", _SCRIPTS, title=title, data=content))
 
 

@@ -55,7 +55,7 @@ def write_table_page(
         title: of the page.
         about: paragraphs above the table.
         sorted_by: index of the column that the table is sorted by at first, the largest on top.
-        pictures: captions by the path of a PNG file, which goes into the page.
+        pictures: captions by the path of an SVG or PNG file, which goes into the page.
         files: names of files beside the page, to link.
 
     Raises:
@@ -86,4 +86,5 @@ def _cell(value: Cell) -> Cell:
 
 
 def _picture(path: str) -> str:
-    return f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode('ascii')}"
+    kind = "svg+xml" if path.endswith(".svg") else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode('ascii')}"

@@ -20,7 +20,7 @@ from lit_cka.study.study import StudyResults
 from lit_cka.study.summary import ALPHA, Answers, Row, summarise
 from lit_cka.study.table import POINTS, flat_record, record, study_cells, study_columns
 
-_FORMATS = (".png", ".pdf")
+_FORMATS = (".svg", ".png", ".pdf")  # the first goes into the page
 _CAPTIONS = {
     "plane": "Gains over the fine-tuned model, which is at 0: right is better on {first}, up on the shifted sets. Bars "
     "are 95 % intervals for other models and samples; the line is WiSE-FT by its alpha; rings are on the Pareto front: "

@@ -51,8 +51,9 @@ class CKACallback(pl.Callback):
             if it was tracked, else those before `ckpt_path` is loaded. "adapter-off": a PEFT model without
             its adapters. "previous": the model at the evaluation before, and "best": at the best one so far, by what
             the trainer's `ModelCheckpoint` monitors; the first reference is the initial weights, and tests are not
-            tracked. Or a module, the path of a checkpoint (Lightning, safetensors, state dict), or a state dict. A module of another architecture, or any reference where the data differ at every pass, runs beside the
-            live model.
+            tracked. Or a module, the path of a checkpoint (Lightning, safetensors, state dict), or a state dict. A
+            module of another architecture, or any reference where the data differ at every pass, runs beside the live
+            model.
         pooling: from a layer's output to one vector per sample: "mean" over tokens (as the attention mask says) or
             space, "last" token, "cls" token, "flatten", or a callable. "mean:NCHW" states the layout.
         mask: which tokens count. None for the attention mask that the model is called with, in whatever form. Or the
@@ -79,8 +80,9 @@ class CKACallback(pl.Callback):
             every validation or test, or, for a training without a validation loop, of every epoch.
         probe_every_n_steps: measure on the probe after every n optimizer steps instead.
         prefix: of the logged keys. Two callbacks in one trainer need different ones.
-        log_figures: draw the layers-by-time heatmap and the chart of all layers for loggers that take them, and at the
-            end of `fit` print the table, and write the report to `<log_dir>/<prefix>/`, if there is a logger.
+        log_figures: draw the layers-by-time heatmap and the curves of all layers for loggers that take them, and at the
+            end of `fit` print the table, and write the report to `<log_dir>/<prefix>/`, if there is a logger; MLflow's
+            has it as artifacts.
         thresholds: `(untouched, refined)` for the verdict per layer: untouched from the first on, refined from
             the second on, rewritten below. For reading the table only.
 
@@ -142,7 +144,7 @@ class CKACallback(pl.Callback):
         self._stage = ""
         self._hinted = False
         self._has_warned = False  # that there is nothing to track
-        self._figures = LoggedFigures(prefix)
+        self._figures = LoggedFigures(prefix, thresholds)
         self._intervals = Intervals() if intervals and estimator == "exact" else None
         self._moving = MovingReference(reference)
 
@@ -376,11 +378,13 @@ class CKACallback(pl.Callback):
             self._figures.finish(trainer, self.history)
             model = self._recorder.model
             reference = "" if model is None else model.how_compared
-            print_table(self.history, self.options.thresholds, reference=reference, prefix=self.options.prefix)
-            if folder is not None and self.history and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                leave_report(
-                    Path(folder) / file_name(self.options.prefix), self.history, self.options.thresholds, Console()
-                )
+            prefix, thresholds = self.options.prefix, self.options.thresholds
+            print_table(
+                self.history, thresholds, reference=reference, prefix=prefix, logged_step=self._figures.step
+            )  # fmt: skip
+            if self.history and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                place = None if folder is None else Path(folder) / file_name(prefix)
+                leave_report(place, self.history, thresholds, Console(), trainer.loggers, prefix)
 
     # State: primitives alone, so that checkpoints load with `weights_only`.
 

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import os
-import re
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,27 +15,33 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
 from lit_cka import plots
 from lit_cka.features.lightning_private import logging_step, note_same_on_all_ranks
 from lit_cka.files import write_bytes
 from lit_cka.parallel.warning import warn
-from lit_cka.tracking.history import BOUNDS, Record, first_series, mean_score, verdict
+from lit_cka.tracking.artifacts import log_charts, log_files, log_images, takes_files, takes_images
+from lit_cka.tracking.history import BOUNDS, THRESHOLDS, Record, first_series, mean_score, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DRAWING_SHARE = 0.01
+_LOGGED_DPI = 200  # of pictures in loggers, which show them large
+_STEPS = "optimizer steps taken"
 
 
-def heatmap(history: Sequence[Record]) -> Figure:
-    """The layers-by-time heatmap of `first_series`."""
+def heatmap(history: Sequence[Record], thresholds: tuple[float, float] = THRESHOLDS) -> Figure:
+    """The layers-by-time heatmap of `first_series`, with the verdict on each layer's last value beside its row."""
     records = first_series(history)
     layer_names = list(records[-1]["scores"])
     values = np.array([[record["scores"].get(name, np.nan) for record in records] for name in layer_names])
     times = [str(record["step"]) for record in records]
-    return plots.layer_time_heatmap(values, layer_names, times, title="CKA of each layer", xlabel="optimizer step")[0]
+    words = [verdict(records[-1]["scores"][name], thresholds) for name in layer_names]
+    title = f"CKA of each layer with the reference, n = {records[-1]['n']}"
+    return plots.layer_time_heatmap(values, layer_names, times, title=title, xlabel=_STEPS, row_notes=words)[0]
 
 
 def curves(history: Sequence[Record]) -> Figure:
@@ -48,16 +54,17 @@ def curves(history: Sequence[Record]) -> Figure:
         [[record.get(end, {}).get(name, np.nan) for record in records] for name in layer_names]  # type: ignore[attr-defined]
         for end in ("low", "high")
     ]
-    times = [record["step"] for record in records]
+    steps = [record["step"] for record in records]
     return plots.epoch_trend(
-        values, layer_names, times, bands=(bands[0], bands[1]), title=title, ylabel="CKA, 95 % intervals", limits=None
-    )[0]
+        values, layer_names, steps, bands=(bands[0], bands[1]), title=title, xlabel=_STEPS,
+        ylabel="CKA, 95 % intervals", limits=None,
+    )[0]  # fmt: skip
 
 
 def log_records(
     trainer: pl.Trainer, pl_module: pl.LightningModule, records: Sequence[Record], prefix: str, *, on_step: bool
 ) -> list[str]:
-    """Log an evaluation's records, one per dataloader; the keys of the scores and their means, for the chart.
+    """Log an evaluation's records, one per dataloader; the keys of the scores and their means, for the charts.
 
     Args:
         trainer: that the module is in.
@@ -102,65 +109,55 @@ def log_records(
 
 
 class LoggedFigures:
-    """Gives the heatmap, and once per run the chart of all layers, to the loggers that can show them.
+    """Gives heatmap and curves, and once per run the charts of layers, to the loggers that can show them.
 
-    Within `fit` the heatmap is drawn as often as takes at most a hundredth of the time: at the first evaluation, later
+    Within `fit` pictures are drawn as often as takes at most a hundredth of the time: at the first evaluation, later
     ones as time allows, and the last.
+
+    Attributes:
+        step: that the loggers have for the last evaluation; None before the first.
     """
 
-    def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
+    def __init__(self, prefix: str, thresholds: tuple[float, float]) -> None:
+        self._prefix, self._thresholds = prefix, thresholds
+        self.step: int | None = None
         self.restart()
 
     def restart(self) -> None:
         """A new `fit` begins."""
         self._start, self._spent = time.monotonic(), 0.0
-        self._waiting: tuple[list[str], int] | None = None  # keys and step of what has not been drawn
+        self._waiting = False  # for what has not been drawn
 
     def update(self, trainer: pl.Trainer, history: Sequence[Record], keys: list[str]) -> None:
         """Draw the history, now or later; `keys` are those of the scalars."""
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                log_charts(logger, self._prefix, keys)
         # The step that Lightning gives the scalars of this evaluation, so that both align.
-        self._waiting = (keys, logging_step(trainer))
+        self._waiting, self.step = True, logging_step(trainer)
         if trainer.state.fn != "fit" or self._spent <= _DRAWING_SHARE * (time.monotonic() - self._start):
             self.finish(trainer, history)
 
     def finish(self, trainer: pl.Trainer, history: Sequence[Record]) -> None:
         """Draw what has been left for later."""
-        if self._waiting is None or not trainer.is_global_zero:
+        if not self._waiting or self.step is None or not trainer.is_global_zero:
             return
         start = time.monotonic()
-        (keys, step), self._waiting = self._waiting, None
-        _draw(trainer, history, self._prefix, keys, step)
+        self._waiting = False
+        _draw(trainer, history, self._prefix, self._thresholds, self.step)
         self._spent += time.monotonic() - start
 
 
-def _draw(trainer: pl.Trainer, history: Sequence[Record], prefix: str, keys: list[str], step: int) -> None:
-    pixels = None
-    for logger in trainer.loggers:
-        # By what they can do: TensorBoard's writer, and W&B's logger. Others have the scalars.
-        writer: Any = getattr(logger, "experiment", None)
-        takes_charts, takes_images = hasattr(writer, "add_custom_scalars"), hasattr(writer, "add_image")
-        if not (takes_images or hasattr(logger, "log_image")):
-            continue
-        if pixels is None:
-            pixels = plots.figure_pixels(heatmap(history))
-        if takes_charts:
-            _add_chart(writer, prefix, keys)
-        if takes_images:
-            writer.add_image(f"{prefix}/heatmap", pixels, step, dataformats="HWC")
-        else:
-            logger.log_image(  # type: ignore[attr-defined]  # W&B's own
-                key=f"{prefix}/heatmap", images=[pixels]
-            )
-
-
-def _add_chart(writer: Any, prefix: str, keys: Sequence[str]) -> None:
-    """Put the chart of all layers into TensorBoard's layout, of which the last one written replaces all earlier."""
-    layout = vars(writer).setdefault("_lit_cka_layout", {})
-    if prefix not in layout:
-        # Tags are regular expressions there, matched as prefixes: unanchored, blocks.1 would show blocks.10 too.
-        layout[prefix] = {f"{prefix} of all layers": ["Multiline", [f"^{re.escape(key)}$" for key in keys]]}
-        writer.add_custom_scalars(layout)
+def _draw(
+    trainer: pl.Trainer, history: Sequence[Record], prefix: str, thresholds: tuple[float, float], step: int
+) -> None:
+    loggers = [logger for logger in trainer.loggers if takes_images(logger)]
+    if not loggers:  # which have the scalars
+        return
+    figures = {"heatmap": heatmap(history, thresholds), "curves": curves(history)}
+    images = {f"{prefix}/{name}": plots.figure_pixels(figure, dpi=_LOGGED_DPI) for name, figure in figures.items()}
+    for logger in loggers:
+        log_images(logger, images, step)
 
 
 def write_report(folder: str | os.PathLike[str], history: Sequence[Record], thresholds: tuple[float, float]) -> None:
@@ -190,17 +187,38 @@ def write_report(folder: str | os.PathLike[str], history: Sequence[Record], thre
             bounds = [of_layers.get(key, {}).get(name) for key in BOUNDS]
             writer.writerow([*(of_layers[key] for key in about), name, cka, verdict(cka, thresholds), *bounds])
     write_bytes(folder / "cka_history.csv", rows.getvalue().encode())
-    plots.save_figure(heatmap(history), folder / "cka_heatmap.png")
+    plots.save_figure(heatmap(history, thresholds), folder / "cka_heatmap.png")
     plots.save_figure(curves(history), folder / "cka_curves.png")
 
 
 def leave_report(
-    folder: str | os.PathLike[str], history: Sequence[Record], thresholds: tuple[float, float], console: Console
+    folder: Path | None,
+    history: Sequence[Record],
+    thresholds: tuple[float, float],
+    console: Console,
+    loggers: Sequence[Logger],
+    prefix: str,
 ) -> None:
-    """Write the report to the folder of a run that has ended well, and say where; that it can't is a warning."""
-    try:
-        write_report(folder, history, thresholds)
-    except OSError as error:
-        warn(f"The report on CKA could not be written to {str(folder)!r}: {error}.")
+    """Write the report to the folder of a run that has ended well, say where, and give it to loggers that keep files.
+
+    Args:
+        folder: of the run and this callback; None where the run has none, as with a server of MLflow's.
+        history: to report.
+        thresholds: of the verdicts.
+        console: where to say it.
+        loggers: of the run.
+        prefix: of the logged keys, which the files have with those loggers, too.
+    """
+    if folder is None and not any(map(takes_files, loggers)):
         return
-    console.print(f"CKA of each layer over time: {Path(folder) / 'cka_heatmap.png'}", soft_wrap=True, markup=False)
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary) if folder is None else folder
+        try:
+            write_report(place, history, thresholds)
+        except OSError as error:  # a warning, and no end of a training that went well
+            warn(f"The report on CKA could not be written to {str(place)!r}: {error}.")
+            return
+        if folder is not None:
+            shown = folder / "cka_heatmap.png"
+            console.print(f"CKA of each layer over time: {shown}", soft_wrap=True, markup=False)
+        log_files(loggers, place, prefix)

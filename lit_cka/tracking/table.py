@@ -23,6 +23,7 @@ def print_table(
     *,
     reference: str = "",
     prefix: str = "",
+    logged_step: int | None = None,
 ) -> None:
     """Print a table of layers, without what all their names begin with: first, lowest and last CKA, with a verdict on
     the last.
@@ -33,6 +34,8 @@ def print_table(
         console: where to print; None for the standard output.
         reference: a few words on how it came to be.
         prefix: that the scores are logged under.
+        logged_step: that loggers have for the last evaluation, said where it is another: the table has the number of
+            optimizer steps taken, as `trainer.global_step` and checkpoints do.
     """
     records = first_series(history)
     if not records:
@@ -48,7 +51,8 @@ def print_table(
             f"untouched >= {thresholds[0]:g} > refined >= {thresholds[1]:g} > rewritten"
             + _words_on_marks(last, thresholds)
             + (f"\nreference: {reference}" if reference else "")
-            + (f"\nlogged as {visible(prefix)}/{visible(common)}<layer>" if prefix else ""),
+            + (f"\nlogged as {visible(prefix)}/{visible(common)}<layer>" if prefix else "")
+            + _counting(last["step"], logged_step),
             style="table.caption",
         ),
     )
@@ -70,6 +74,13 @@ def print_table(
         doubt = " ?" if is_doubtful(last, name, thresholds) else ""
         table.add_row(Text(visible(short[name])), *cells, Text(word + doubt, _STYLES[word]))
     (console or Console()).print(table)
+
+
+def _counting(step: int, logged_step: int | None) -> str:
+    """Returns a line on how loggers count steps, where they have another number for the same moment."""
+    if logged_step is None or logged_step == step:
+        return ""
+    return f"\nstep {step} is {logged_step} in loggers, which count from 0"
 
 
 def _words_on_marks(record: Record, thresholds: tuple[float, float]) -> str:

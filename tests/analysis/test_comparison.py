@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from torch.utils.data import (
 
 from lit_cka.analysis import Comparison, Settings, compare, compare_features
 from lit_cka.analysis.features import Features
+from lit_cka.analysis.settings import Measure
 from lit_cka.commands.results import label, limits
 from tests import oracles
 
@@ -124,23 +125,25 @@ def test_procrustes_is_the_squared_distance() -> None:
     assert compare_features(*far, Settings("procrustes")).values.item() == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize("measure", ["cka", "minibatch_cka", "rbf_cka", "rsa", "procrustes"])
+@pytest.mark.parametrize("measure", get_args(Measure))
 def test_a_model_with_itself(measure: Any) -> None:
     settings = Settings(measure, num_resamples=20 if measure in ("cka", "rbf_cka") else 0)
     found = compare_features(A, A, settings)
     copied = compare_features(A, replace(A, model="copy"), settings)
     np.testing.assert_allclose(found.values, copied.values, atol=1e-12)
-    np.testing.assert_allclose(found.values, found.values.T, atol=1e-12)
+    is_symmetric = measure != "pwcca"  # whose weights are those of the rows
+    if is_symmetric:
+        np.testing.assert_allclose(found.values, found.values.T, atol=1e-12)
     same = 0.0 if measure == "procrustes" else 1.0
     np.testing.assert_allclose(np.diagonal(found.values), same, atol=1e-12)
-    assert found.is_with_itself
+    assert found.is_with_itself == is_symmetric
     assert not copied.is_with_itself
     if found.low is not None and found.high is not None:
         np.testing.assert_allclose([np.diagonal(found.low), np.diagonal(found.high)], 1.0, atol=1e-12)
     assert label(found)
 
 
-@pytest.mark.parametrize("measure", ["cka", "minibatch_cka", "rbf_cka", "rsa", "procrustes"])
+@pytest.mark.parametrize("measure", get_args(Measure))
 def test_constant_layers_are_undefined(measure: Any) -> None:
     constant = replace(A, layers={**A.layers, "head": torch.full((30, 4), 0.1, dtype=torch.float64) * 3e4})
     values = compare_features(constant, B, Settings(measure)).values
@@ -154,17 +157,18 @@ def test_intervals_and_p_values(measure: Any) -> None:
     found = compare_features(A, B, settings)
     assert found.low is not None
     assert found.high is not None
-    assert found.p_values is not None
-    assert found.low.shape == found.high.shape == found.p_values.shape == found.values.shape == (3, 2)
+    assert found.calibration is not None
+    assert found.low.shape == found.high.shape == found.calibration.p_values.shape == found.values.shape == (3, 2)
     assert (found.low < found.values).all()
     assert (found.values < found.high).all()
-    np.testing.assert_allclose(found.p_values, 0.01)  # as small as 99 permutations allow
+    np.testing.assert_allclose(found.calibration.p_values, 0.01)  # as small as 99 permutations allow
     again = compare_features(A, B, settings)
     np.testing.assert_array_equal(found.low, again.low)
-    np.testing.assert_array_equal(found.p_values, again.p_values)
+    assert again.calibration is not None
+    np.testing.assert_array_equal(found.calibration.p_values, again.calibration.p_values)
     assert (found.low != compare_features(A, B, replace(settings, seed=4)).low).any()
     wider = compare_features(A, B, replace(settings, level=0.99, num_permutations=0))
-    assert wider.p_values is None
+    assert wider.calibration is None
     assert (wider.high - wider.low > found.high - found.low).all()
 
 
@@ -175,9 +179,11 @@ def test_unrelated_features_are_not_significant() -> None:
         for _ in range(2)
     )
     found = compare_features(one, other, Settings(num_permutations=99, num_resamples=100))
-    assert found.p_values is not None
+    assert found.calibration is not None
     assert found.low is not None
-    assert np.median(found.p_values) > 0.2
+    assert np.median(found.calibration.p_values) > 0.2
+    assert found.calibration.best is not None
+    assert found.calibration.best.p_value > 0.05
     assert (found.low < 0.05).all()
 
 
@@ -334,7 +340,7 @@ def test_samples_have_to_match() -> None:
         compare(a, a, iter([INPUTS]), progress=False)  # all taken by the first
 
 
-@pytest.mark.parametrize("measure", ["cka", "minibatch_cka", "rbf_cka", "rsa", "procrustes"])
+@pytest.mark.parametrize("measure", get_args(Measure))
 def test_one_sample_is_too_few(measure: Any) -> None:
     one = Features({"0": torch.ones(1, 3, dtype=torch.float64)}, ["only"])
     for debiased in (True, False):
@@ -345,7 +351,7 @@ def test_one_sample_is_too_few(measure: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"measure": "cca"}, "`measure` to be one of cka, minibatch_cka, rbf_cka, rsa, procrustes, but got 'cca'"),
+        ({"measure": "cca"}, "`measure` to be one of cka, minibatch_cka, rbf_cka, .*, cknna, but got 'cca'"),
         ({"distance": "manhattan"}, "`distance` to be one of"),
         ({"comparison": "tau"}, "`comparison` to be one of"),
         ({"batch_size": 3}, "`batch_size` to be at least 4, but got 3"),
@@ -353,8 +359,11 @@ def test_one_sample_is_too_few(measure: Any) -> None:
         ({"num_resamples": -1}, "`num_resamples` to be at least 0"),
         ({"num_permutations": -1}, "`num_permutations` to be at least 0"),
         ({"level": 1.0}, r"`level` to be in \(0, 1\)"),
-        ({"measure": "rsa", "num_resamples": 10}, "Intervals and p-values are for"),
-        ({"measure": "procrustes", "num_permutations": 10}, "Intervals and p-values are for"),
+        ({"measure": "rsa", "num_resamples": 10}, "Intervals are for 'cka' and 'rbf_cka'"),
+        ({"measure": "rsa", "null": "moments"}, "for the moments of the null, but got 'rsa': set `null` to"),
+        ({"null": "bootstrap"}, "`null` to be one of permutations, moments, but got 'bootstrap'"),
+        ({"num_neighbours": 0}, "`num_neighbours` to be at least 1"),
+        ({"variance": 0.0}, r"`variance` to be in \(0, 1\], but got 0"),
     ],
 )
 def test_unknown_settings(options: dict[str, Any], message: str) -> None:
@@ -371,7 +380,7 @@ def test_the_diagonal() -> None:
     assert [row["value"] for row in rows] == np.diagonal(found.values).tolist()
     assert rows[0]["verdict"] == "untouched"
     assert rows[2]["verdict"] == "rewritten"
-    assert list(rows[0]) == ["layer", "value", "low", "high", "p", "verdict"]
+    assert list(rows[0]) == ["layer", "value", "low", "high", "p", "p_best", "excess", "verdict"]
     assert list(compare_features(A, after, Settings("rsa")).diagonal()[0]) == ["layer", "value"]
     assert not compare_features(A, B).has_counterparts
     with pytest.raises(ValueError, match="same layers, but m0 and m1 differ"):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_cka.analysis.measures import Measure, Settings, similarity
+from lit_cka.analysis.measures import similarity
+from lit_cka.analysis.settings import Measure, Settings
 from lit_cka.functional import linear_gram
 from lit_cka.functional.rsa import Distance
 

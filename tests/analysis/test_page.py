@@ -23,6 +23,7 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.images: list[tuple[str, str]] = []
         self.text: dict[str, list[str]] = {}
+        self.hints: dict[str, str] = {}
         self.feed(path.read_text(encoding="utf-8"))
         self.close()
 
@@ -32,6 +33,8 @@ class Page(HTMLParser):
         assert not [name for name in given if name.startswith("on")]
         if tag not in ("meta", "img"):
             self.open.append(tag)
+        if "title" in given:
+            self.hints[tag] = given["title"]
         if "href" in given:
             self.links.append(given["href"])
         if tag == "img":
@@ -51,14 +54,26 @@ def test_every_text_is_escaped(tmp_path: Path) -> None:
         [{f"column {EVIL}": f"cell {EVIL}"}],
         {f"{EVIL[:8]}.png": f"image {EVIL}"},
         {"map.html": f"link {EVIL}"},
+        {f"column {EVIL}": f"sentence {EVIL}", f"cell {EVIL}": f"row {EVIL}"},
+        {"map.html": f"frame {EVIL}"},
     )
     page = Page(write_page(tmp_path, f"title {EVIL}", [section], about=f"about {EVIL}"))
     assert "script" not in page.tags
     assert page.open == []
-    for tag, kind in [("title", "title"), ("h1", "title"), ("th", "column"), ("td", "cell"), ("a", "link")]:
+    for tag, kind in [
+        ("title", "title"),
+        ("h1", "title"),
+        ("th", "column"),
+        ("td", "cell"),
+        ("a", "link"),
+        ("figcaption", "image"),
+    ]:
         assert "".join(page.text[tag]) == f"{kind} {EVIL}"
     assert page.text["h2"] == [f"heading {EVIL}", "Files"]
     assert page.text["p"] == [f"about {EVIL}", f"text {EVIL}"]
+    assert page.text["dt"] == [f"column {EVIL}", f"cell {EVIL}"]
+    assert page.text["dd"] == [f"sentence {EVIL}", f"row {EVIL}"]
+    assert page.hints == {"th": f"sentence {EVIL}", "td": f"row {EVIL}", "iframe": f"frame {EVIL}"}
     assert [(unquote(source), text) for source, text in page.images] == [("<script>.png", f"image {EVIL}")]
 
 

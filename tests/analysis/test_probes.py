@@ -185,7 +185,7 @@ IDLE = "changed without a gain for these labels beyond its error."
         ),
         (  # a gain within its error
             [row("a", 0.95, 0.5, 0.6, 0.06), row("b", 0.999, 0.5, 0.5), row("c", 0.999, 0.5, 0.5)],
-            f"a, b and c {FROZEN} The labels are read best from a (accuracy 0.600).",
+            f"a to c {FROZEN} The labels are read best from a (accuracy 0.600).",
         ),
         (  # a gain beyond its error, but too small to train a layer for; and one that is not
             [row("a", 0.95, 0.5, 0.515, 0.001), row("b", 0.95, 0.5, 0.53, 0.001)],

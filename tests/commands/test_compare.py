@@ -21,6 +21,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from lit_cka import __main__ as lit_cka_command
+from lit_cka import plots
 from lit_cka.analysis.comparison import Comparison, compare_features
 from lit_cka.analysis.features import Features
 from lit_cka.analysis.linear_probe import ProbeSettings
@@ -103,6 +104,17 @@ def check_page(folder: str = "out") -> str:
     return html
 
 
+def table_columns(html: str) -> set[str]:
+    return {unescape(name) for name in re.findall(r'<th scope="col"[^>]*>([^<]*)</th>', html)}
+
+
+def explained(html: str) -> set[str]:
+    """What has a sentence below a table."""
+    assert "<dd></dd>" not in html
+    assert not re.search(r"<dd>[^<]*[{}]", html)  # a place that nothing was filled into
+    return {unescape(name) for name in re.findall(r"<dt>([^<]*)</dt>", html)}
+
+
 def features(model: str, data: str = "digits") -> Features:
     return Features.load(f"out/features_{model}_{data}.safetensors")
 
@@ -117,7 +129,8 @@ def test_compare_two_models(checkpoints: Path, capsys: pytest.CaptureFixture[str
     assert isinstance(comparison, Comparison)
     name = "0_before_after_digits"
     stored = {"features_before_digits.safetensors", "features_after_digits.safetensors", f"{name}.safetensors"}
-    assert names() == {"index.html", "comparison.json", *stored, *with_formats(name, f"{name}_diagonal")}
+    figures = with_formats(name, f"{name}_diagonal", f"{name}_excess")
+    assert names() == {"index.html", "comparison.json", *stored, *figures}
     a, b = features("before"), features("after")
     assert list(a.layers) == ["model.blocks.0", "model.blocks.1"] == comparison.layers_a == comparison.layers_b
     expected = [[oracles.linear_cka(X, Y, True) for Y in b.layers.values()] for X in a.layers.values()]
@@ -125,8 +138,12 @@ def test_compare_two_models(checkpoints: Path, capsys: pytest.CaptureFixture[str
     arrays = load_file(f"out/{name}.safetensors")
     written = read_json("out/comparison.json")
     (said,) = written["comparisons"]
-    numbers = {"values": comparison.values, "low": comparison.low, "high": comparison.high, "p": comparison.p_values}
-    assert arrays.keys() == numbers.keys()
+    numbers = comparison.arrays()
+    assert arrays.keys() == numbers.keys() == {"values", "low", "high", "p", "p_best", "excess", "threshold"}
+    best = comparison.calibration.best if comparison.calibration else None
+    assert best is not None
+    assert said["best"]["layer_a"] == comparison.layers_a[best.row]
+    assert said["best"]["p"] == best.p_value == 0.05
     for key, held in numbers.items():
         np.testing.assert_array_equal(arrays[key], held)
         np.testing.assert_array_equal(said[key], held)
@@ -136,7 +153,13 @@ def test_compare_two_models(checkpoints: Path, capsys: pytest.CaptureFixture[str
     assert written["versions"]["torch"]
     html = check_page()
     assert "before and after on digits" in html
+    assert "How often the best of all pairs of layers does, at random" in html
+    assert f"Best of all pairs: {comparison.layers_a[best.row]} with {comparison.layers_b[best.column]}, " in html
     assert f"<td>{comparison.values[0, 0]:.4f}</td>" in html
+    for said_of_it in ("on average, whatever n", "95 % interval", "30 resamples", "19 permutations, so that", "below 0.05"):
+        assert said_of_it in html
+    columns = {"layer", "value", "low", "high", "p", "p_best", "excess", "verdict"}
+    assert table_columns(html) == columns == explained(html)
     output = capsys.readouterr().out
     assert "before and after on digits: CKA, debiased, n = 71" in output
     assert "Report: out/index.html" in output
@@ -145,7 +168,7 @@ def test_compare_two_models(checkpoints: Path, capsys: pytest.CaptureFixture[str
     (again,) = run("compare", features=paths, output="again", settings={"measure": "rsa"})
     assert again.settings.measure == "rsa"
     np.testing.assert_array_equal(again.values, compare_features(a, b, again.settings).values)
-    assert names("again") == names() - {Path(path).name for path in paths}
+    assert names("again") == names() - {Path(path).name for path in paths} - with_formats(f"{name}_excess")
     (typed,) = lit_cka_command.run(["compare", "--features", *paths, "--settings.measure=rsa", "--output=typed"])
     np.testing.assert_array_equal(typed.values, again.values)
     check_page("again")
@@ -155,7 +178,7 @@ def test_compare_another_architecture_on_two_sets(checkpoints: Path) -> None:
     models = [entry("before", checkpoints), entry("other", checkpoints, depth=3, embed_dim=24)]
     found = run("compare", models=models, data=[DIGITS, NOISY], output="out", title="<b>Both</b>")
     assert [(each.data, each.values.shape) for each in found] == [("digits", (2, 3)), ("noisy", (2, 3))]
-    pictures = ("0_before_other_digits", "1_before_other_noisy")
+    pictures = ("0_before_other_digits", "1_before_other_noisy", "all_datasets")
     assert {name for name in names() if name.endswith("g") or name.endswith("pdf")} == with_formats(*pictures)
     html = check_page()
     assert "<h1>&lt;b&gt;Both&lt;/b&gt;</h1>" in html
@@ -166,7 +189,7 @@ def test_compare_one_model_on_two_datasets(checkpoints: Path) -> None:
     found = run("compare", models=[entry("before", checkpoints)], data=[DIGITS, NOISY], output="out")
     for each in found:
         np.testing.assert_allclose(np.diagonal(each.values), 1)
-    pictures = ("0_before_before_digits", "1_before_before_noisy")
+    pictures = ("0_before_before_digits", "1_before_before_noisy", "all_datasets")
     assert {name for name in names() if name.endswith("g") or name.endswith("pdf")} == with_formats(*pictures)
     check_page()
     # One dataset with the other: the matrix is not symmetric, so none of it is hidden.
@@ -176,6 +199,59 @@ def test_compare_one_model_on_two_datasets(checkpoints: Path) -> None:
     assert not other.is_with_itself
     assert "0_before_before_digits_and_noisy_diagonal.png" in names("again")
     check_page("again")
+
+
+def test_the_options_of_the_heatmap_reach_the_pictures(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: dict[str, Any] = {}
+
+    def keep(figure: Any, path: Any, formats: Any = ()) -> list[Path]:
+        figures[Path(path).name] = figure
+        return save(figure, path, formats)
+
+    save = plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", keep)
+    models = [entry("before", checkpoints), entry("after", checkpoints)]
+    heatmap = {"mask_upper": True, "annot_fmt": ".1f", "cmap": "magma", "figsize": [5, 3], "layer_name_depth": 1}
+    run("compare", "--heatmap.ncols=1", models=models, data=[DIGITS, NOISY], heatmap=heatmap, output="out")
+    written = read_json("out/comparison.json")["config"]["heatmap"]
+    assert written == {**heatmap, "ncols": 1}
+    one = figures["0_before_after_digits"]
+    assert tuple(one.get_size_inches()) == (5, 3)
+    for figure, num in ((one, 1), (figures["all_datasets"], 2)):
+        drawn = [ax for ax in figure.axes if ax.texts]
+        assert len(drawn) == num
+        for ax in drawn:
+            assert [tick.get_text() for tick in ax.get_yticklabels()] == ["0", "1"]
+            assert len(ax.texts) == 3  # of four cells, without the one above the diagonal
+            assert all(re.fullmatch(r"[01]\.\d", text.get_text()) for text in ax.texts)
+            assert ax.images[0].get_cmap().name == "magma"
+    places = [ax.get_position().y0 for ax in figures["all_datasets"].axes if ax.texts]
+    assert places[0] != places[1]  # one below the other
+    assert "all_datasets.svg" in check_page()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cmap": "magmaa"}, "did you mean magma"),
+        ({"annot_fmt": ".2q"}, "`annot_fmt` to be a number's format"),
+        ({"layer_name_depth": 0}, "`layer_name_depth` to be at least 1, but got 0"),
+        ({"figsize": [0, 3]}, "`figsize` of a width and a height in inches"),
+        ({"ncols": 0}, "`ncols` to be at least 1, but got 0"),
+    ],
+)
+def test_options_of_the_heatmap_are_checked_before_a_model_runs(
+    options: dict[str, Any], message: str, checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, said = refused(capsys, "compare", models=[entry("before", checkpoints)], data=DIGITS, heatmap=options)
+    assert message in said
+    assert not Path("out").exists()
+
+
+def test_half_of_a_matrix_that_is_not_square(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = [entry("before", checkpoints), entry("other", checkpoints, depth=3, embed_dim=24)]
+    _, said = refused(capsys, "compare", models=models, data=DIGITS, heatmap={"mask_upper": True})
+    assert "as many layers for `mask_upper`, but before has 2 and other 3" in said
 
 
 def test_undefined_values_are_null() -> None:
@@ -206,7 +282,12 @@ def test_probe(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert written["comparison"]["values"][1][1] == pytest.approx(rows[1].cka)
     html = check_page()
     assert advice(rows) in html
-    assert "accuracy, before" in html
+    assert "3 folds of 71 samples" in html
+    assert table_columns(html) == {
+        "layer", "CKA", "accuracy, before", "accuracy, after", "difference", "verdict",
+    } == explained(html)  # fmt: skip
+    assert "Its whole name begins with &quot;model.&quot;." in html
+    assert "<td>model.blocks" not in html
     assert advice(rows) in capsys.readouterr().out
     assert f"<td>{rows[1].difference:+.3f} ± {rows[1].error_difference:.3f}</td>" in html
     assert [list(choice) for choice in rows[0].chosen_after] == written["layers"][0]["chosen_after"]
@@ -239,6 +320,11 @@ def test_project(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
     html = check_page()
     assert "<h1>A &lt;script&gt;</h1>" in html
     assert 'href="map.html"' in html
+    assert '<iframe src="map.html"' in html
+    assert table_columns(html) <= explained(html) | {"axis", "PC1", "PC2", "PC3"}
+    for row in ("explained variance", "correlation with the dataset", "correlation with the model"):
+        assert row in explained(html)
+    assert "<td>explained variance</td>" not in html  # on hover, too
     assert "correlation with the dataset, other" in html
     assert "estimator: CKA, debiased" in html
     layers = [features("before", data).layers["model.blocks.1"] for data in ("digits", "noisy")]
@@ -356,7 +442,8 @@ def test_ranks_share_the_batches(command: str, checkpoints: Path) -> None:
     models = [entry("before", checkpoints), entry("other", checkpoints, depth=3, embed_dim=24)]
     for model in models:
         model["init_args"]["batch_size"] = 9  # eight batches, of which the last is smaller
-    run(command, models=models, data=[DIGITS], output="out")
+    local = {"settings": {"measure": "cknna", "num_permutations": 19}} if command == "compare" else {}
+    run(command, models=models, data=[DIGITS], output="out", **local)
     done = under_torchrun(command, "--config=options.yaml", "--output=several")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Report: several/index.html") == 1
@@ -368,6 +455,10 @@ def test_ranks_share_the_batches(command: str, checkpoints: Path) -> None:
         assert (shared.ids, shared.labels) == (alone.ids, alone.labels)
         for layer, value in alone.layers.items():
             torch.testing.assert_close(shared.layers[layer], value, rtol=0, atol=1e-6)
+    if command == "compare":
+        one, several = (read_json(f"{folder}/comparison.json")["comparisons"][0] for folder in ("out", "several"))
+        for key in ("values", "p", "p_best", "excess"):
+            np.testing.assert_allclose(several[key], one[key], atol=1e-6)
 
 
 @pytest.mark.slow

@@ -83,8 +83,8 @@ def test_two_files(files: list[str], capsys: pytest.CaptureFixture[str]) -> None
     assert MARKUP[:20] in said
     assert said.endswith("Report: out [b]/index.html\n")
     assert {path.name for path in Path("out [b]").iterdir()} == {
-        "index.html", "diff.json", "diff.csv", "spectra_B.safetensors", "layers_B.png", "layers_B.pdf", "spectra_B.png",
-        "spectra_B.pdf",
+        "index.html", "diff.json", "diff.csv", "spectra_B.safetensors", "layers_B.svg", "layers_B.png", "layers_B.pdf",
+        "spectra_B.svg", "spectra_B.png", "spectra_B.pdf",
     }  # fmt: skip
     written = read_json("out [b]/diff.json")
     (side,) = written["checkpoints"]

@@ -83,7 +83,7 @@ def test_the_config_end_to_end(checkpoints: Path, tmp_path: Path, capsys: pytest
         "index.html",
         "monosoup.json",
         "summary.json",
-        *(f"{name}{end}" for name in pictures for end in (".png", ".pdf")),
+        *(f"{name}{end}" for name in pictures for end in (".svg", ".png", ".pdf")),
     }
     assert {path.name for path in Path("out").iterdir()} == expected
     assert {path.name for path in tmp_path.iterdir()} == {"configs", "out", "new"}  # no logs beside

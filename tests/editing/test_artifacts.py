@@ -81,12 +81,18 @@ def test_files(editor: MonoSoupEditor, tmp_path: Path) -> None:
         tmp_path / "new" / "folder", editor.results, editor.edited.records, {"seed": 3, "x": Path("y")}
     )
     pictures = ["accuracy_plane", "cka_0_clean", "cka_1_chosen", "cka_2_few", "lambdas"]
-    names = ["monosoup.json", "summary.json", *(f"{name}{suffix}" for name in pictures for suffix in (".png", ".pdf"))]
+    names = [
+        "monosoup.json",
+        "summary.json",
+        *(f"{name}{suffix}" for name in pictures for suffix in (".svg", ".png", ".pdf")),
+    ]
     names.append("index.html")
     assert [path.name for path in written] == names
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted(names)
     for path in written:
-        magic = {".png": b"\x89PNG\r\n", ".pdf": b"%PDF-", ".json": b"{", ".html": b"<!DOCTYPE"}[path.suffix]
+        magic = {".svg": b"<?xml", ".png": b"\x89PNG\r\n", ".pdf": b"%PDF-", ".json": b"{", ".html": b"<!DOCTYPE"}[
+            path.suffix
+        ]
         assert path.read_bytes().startswith(magic)
 
 
@@ -155,7 +161,7 @@ def test_names_of_any_kind(tmp_path: Path, name: str) -> None:
     written = save_results(tmp_path / "folder", found, [record()], {})
     assert {path.parent for path in written} == {tmp_path / "folder"}
     assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
-    assert len(written) == len({path.name for path in written}) == 3 + 2 * 4
+    assert len(written) == len({path.name for path in written}) == 3 + 3 * 4
     assert not any(letter in path.name for path in written for letter in "/\\<>:$[]() ")
     assert list(strictly(tmp_path / "folder" / "monosoup.json")["num_samples"]) == [name, f"{name}2"]
     assert "0.5000" in printed(found, [record()])

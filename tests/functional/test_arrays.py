@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_cka import LinearCKA, MinibatchCKA, functional
 from lit_cka.analysis import Features, ProbeSettings, Settings, compare_features, probe_layers
 from lit_cka.analysis.rsa import compare_rdms, pairwise_rsa, rsa
-from lit_cka.analysis.uncertainty import bootstrap_cka, permutation_test
+from lit_cka.analysis.uncertainty import bootstrap_cka
 from lit_cka.functional.arrays import as_tensors
 from lit_cka.functional.procrustes import orthogonal_alignment
 from lit_cka.functional.signatures import component_label_correlation
@@ -55,7 +55,15 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "compare_rdms": (compare_rdms, (abs(K), abs(L))),
     "pairwise_rsa": (pairwise_rsa, (abs(K)[None], abs(L)[None])),
     "bootstrap_cka": (lambda K, L: bootstrap_cka(K, L, num_resamples=20), (K[None], L[None])),
-    "permutation_test": (lambda K, L: permutation_test(K, L, num_permutations=9), (K[None], L[None])),
+    "permutation_moments": (functional.permutation_moments, (K[None], L[None])),
+    "permuted_products": (functional.permuted_products, (K[None], L[None], np.arange(12)[None, ::-1])),
+    "mutual_knn": (lambda X, Y: functional.mutual_knn(X, Y, k=3), (X, Y)),
+    "cknna": (lambda X, Y: functional.cknna(X, Y, k=3), (X, Y)),
+    "svcca": (functional.svcca, (X, Y)),
+    "pwcca": (functional.pwcca, (X, Y)),
+    "rankme": (functional.rankme, (X,)),
+    "rankme_from_gram": (functional.rankme_from_gram, (X.T @ X,)),
+    "sampled_features_cka": (functional.sampled_features_cka, (X, Y)),
     "LinearCKA": (lambda X, Y: updated(LinearCKA(), X, Y), (X, Y)),
     "MinibatchCKA": (lambda X, Y: updated(MinibatchCKA(), X, Y), ([X, Y], {"a": Y})),
 }

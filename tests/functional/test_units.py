@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor
 
 from lit_cka import LinearCKA, MinibatchCKA
-from lit_cka.analysis.measures import Measure, Settings, gram_matrices, similarity
+from lit_cka.analysis.measures import gram_matrices, similarity
+from lit_cka.analysis.settings import Measure, Settings
 from lit_cka.functional import cka_from_gram, linear_cka, linear_gram, rbf_gram, signature
 from lit_cka.functional.minibatch import add_batch, empty_hsic_sums
 from lit_cka.functional.units import exponents_of, in_usual_unit, unit_exponent
@@ -61,7 +64,7 @@ def test_the_minibatch_metric_is_the_same_at_any_scale(scale: float, kernel: str
         torch.testing.assert_close(merged.compute(), reference.compute(), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("measure", ["cka", "minibatch_cka", "rbf_cka", "rsa", "procrustes"])
+@pytest.mark.parametrize("measure", get_args(Measure))
 @pytest.mark.parametrize("scale", [1e-100, 1e-40, 1e40, 1e100])
 def test_every_measure_is_the_same_at_any_scale(scale: float, measure: Measure) -> None:
     X, Y = sides()

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from lit_cka import plots
 from lit_cka.plots.canvas import spread_ticks, wrapped
+from lit_cka.plots.svg_theme import ON_DARK, ON_LIGHT
 
 matplotlib.use("Agg")  # else the first look at the settings imports pyplot to choose
 NAMES = ["model.blocks.0", "model.blocks.1", "model.blocks.2"]
@@ -141,7 +142,7 @@ def test_undefined_and_masked_cells_are_grey() -> None:
 
 def test_numbers_can_be_read_on_their_colours() -> None:
     _, ax = plots.heatmap(np.array([[0.1, 0.95]]), ["a"], ["b", "c"])
-    assert [text.get_color() for text in ax.texts] == ["white", "black"]
+    assert [text.get_color() for text in ax.texts] == [ON_DARK, ON_LIGHT]
     assert not plots.heatmap(np.zeros((30, 30)), NAMES * 10, NAMES * 10)[1].texts  # no room
     assert not plots.heatmap(VALUES, NAMES, NAMES[:2], annotate=False)[1].texts
     _, ax = plots.heatmap(np.array([[-0.004, -0.006, 0.996]]), NAMES[:1], NAMES)
@@ -279,7 +280,7 @@ def test_numbers_and_colours_can_be_chosen() -> None:
     assert sorted(text.get_text() for text in ax.texts) == ["-0.200", "0.250", "0.500", "1.000", "1.700"]
     _, ax = plots.heatmap(np.array([[0.05, 0.95]]), ["a"], ["b", "c"], cmap="Greys")
     np.testing.assert_allclose(cells(ax)[0, 0], colormaps["Greys"](0.05), atol=1e-6)
-    assert [text.get_color() for text in ax.texts] == ["black", "white"]  # light where viridis is dark
+    assert [text.get_color() for text in ax.texts] == [ON_LIGHT, ON_DARK]  # light where viridis is dark
 
 
 def test_the_depth_of_names_can_be_chosen() -> None:

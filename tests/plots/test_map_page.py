@@ -124,6 +124,47 @@ def test_filters(page: Page) -> None:
 
 
 @needs_browser
+def test_the_ends_of_paths_are_named(page: Page) -> None:
+    """Of those that are shown, and where names don't cover each other."""
+    ends = [label(point) for point in some_points() if point.depth in (0, DEPTH - 1)]
+    assert sorted(state(page, "labels")) == sorted(ends)
+    assert 4 <= state(page, "labelled") <= len(ends)
+    page.evaluate("document.getElementById('depth-first').focus()")
+    page.key("ArrowRight", times=2)
+    page.click_on("#filter-model label:nth-of-type(1)")
+    shown = [label(point) for point in some_points() if point.depth in (2, DEPTH - 1) and point.model == "bert"]
+    assert sorted(state(page, "labels")) == sorted(shown)
+    for index in range(3):
+        page.click_on(f"#filter-dataset label:nth-of-type({index + 1})")
+    assert state(page, "labels") == []
+    assert state(page, "labelled") == 0
+
+
+@needs_browser
+def test_within_another_page_the_map_stands_alone(browser: Page, tmp_path: Path) -> None:
+    write(tmp_path / "map.html", some_points(), notes={"estimator": "CKA"})
+    (tmp_path / "index.html").write_text('<iframe src="map.html" width="900" height="800"></iframe>')
+    browser.open(tmp_path / "map.html")
+    assert browser.evaluate("document.querySelector('#notes').checkVisibility()")
+    browser.open(tmp_path / "index.html")
+    assert browser.errors == []  # what is in the frame is seen in the pictures
+
+
+@needs_browser
+def test_a_wide_table_scrolls_within_its_box(browser: Page, tmp_path: Path) -> None:
+    row = {f"a column with a long name {number}": 0.5 for number in range(8)}
+    browser.open(
+        write(tmp_path / "map.html", some_points(), tables={"Wide": [row]}, explanations={next(iter(row)): HOSTILE[1]}),
+        width=600,
+    )
+    assert browser.evaluate("document.querySelector('.table th[title]').title") == HOSTILE[1]
+    assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert browser.evaluate(
+        "(({scrollWidth, clientWidth}) => scrollWidth > clientWidth)(document.querySelector('.table'))"
+    )
+
+
+@needs_browser
 def test_all_and_none_of_many_models(browser: Page, tmp_path: Path) -> None:
     points = some_points([f"model {index}" for index in range(12)])
     browser.open(write(tmp_path / "map.html", points))
@@ -400,8 +441,10 @@ def test_light_and_dark_on_screens_of_all_sizes(browser: Page, tmp_path: Path, w
         pixels = matplotlib.image.imread(browser.screenshot(tmp_path / f"{scheme}.png"))[:, :, :3]
         brightness[scheme] = float(np.median(pixels))
     assert brightness["dark"] < 0.2 < 0.9 < brightness["light"]
+    assert browser.text("#theme") == "Switch to light"
     browser.click_on("#theme")
     assert state(browser, "theme") == "light"
+    assert browser.text("#theme") == "Switch to dark"
     contrast = browser.evaluate(CONTRAST)
     assert min(contrast.values()) >= 4.5, contrast
     assert not browser.errors

@@ -225,7 +225,7 @@ def test_what_is_written_agrees(models: Path, tmp_path: Path) -> None:
         mine = [each for each in by_checkpoint if each["edit"] == row.label]
         assert np.mean([float(each["shifted_average"]) for each in mine]) == pytest.approx(row.shifted)
     names = {path.name for path in tmp_path.iterdir()}
-    figures = {f"{name}{end}" for name in ("plane", "gains", "by_checkpoint") for end in (".png", ".pdf")}
+    figures = {f"{name}{end}" for name in ("plane", "gains", "by_checkpoint") for end in (".svg", ".png", ".pdf")}
     tables = {
         "study.json",
         "study.csv",

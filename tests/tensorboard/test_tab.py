@@ -267,6 +267,61 @@ def test_two_runs_and_their_difference(page: Page, server: Server) -> None:
 
 
 @in_browser
+def test_curves_and_profile_are_walked_with_the_keyboard(page: Page, server: Server) -> None:
+    opened(page, server, run="fast")
+    headings = page.evaluate("[...document.querySelectorAll('.pictures h2')].map(each => each.innerText)")
+    place = next(index for index, text in enumerate(headings) if "every layer" in text)
+    section = f"document.querySelectorAll('.pictures section')[{place}]"
+    page.evaluate(f"{section}.querySelector('canvas').focus()")
+    read = f"{section}.querySelector('.readout').innerText"
+    page.key("ArrowRight")
+    assert page.evaluate(read).startswith("model.blocks.0 1.000")
+    page.key("ArrowRight")
+    assert "95 %" in page.evaluate(read)
+    assert page.evaluate(read).endswith("at step 10")
+    page.key("ArrowDown", times=20)  # to the last layer
+    assert page.evaluate(read).startswith("model.blocks.11 0.800")
+    page.key("ArrowUp")
+    assert page.evaluate(read).startswith("model.blocks.10 ")
+    page.key("Enter")
+    page.wait_for("document.querySelector('.time output').textContent === 'step 10'")
+    page.key("ArrowRight", times=9)
+    assert page.evaluate(read).endswith("at step 50")
+    page.key("Escape")
+    assert page.evaluate(f"{section}.querySelector('.tooltip').hidden")
+    place = next(index for index, text in enumerate(headings) if text.startswith("Over depth"))
+    section = f"document.querySelectorAll('.pictures section')[{place}]"
+    page.evaluate(f"{section}.querySelector('canvas').focus()")
+    page.key("ArrowLeft")
+    assert page.evaluate(f"{section}.querySelector('.readout').innerText").endswith("at blocks.11")
+    assert no_errors(page)
+
+
+@in_browser
+def test_values_that_are_not_there_are_walked_past(page: Page, server: Server) -> None:
+    opened(page, server, run="broken")
+    headings = page.evaluate("[...document.querySelectorAll('.pictures h2')].map(each => each.innerText)")
+    place = next(index for index, text in enumerate(headings) if "every layer" in text)
+    section = f"document.querySelectorAll('.pictures section')[{place}]"
+    page.evaluate(f"{section}.querySelector('canvas').focus()")
+    for key in ("ArrowRight", "ArrowUp", "ArrowDown"):
+        page.key(key)
+        assert page.evaluate(f"{section}.querySelector('.readout').innerText").startswith("ok ")
+    assert no_errors(page)
+
+
+@in_browser
+def test_a_third_run_is_in_the_table(page: Page, server: Server) -> None:
+    opened(page, server, run="slow", compare="fast", more=["once"])
+    heads = page.evaluate("[...document.querySelectorAll('thead th')].map(each => each.innerText)")
+    assert heads[-5:] == ["fast", "difference", "its verdict", "once", "its verdict"]
+    opened(page, server, run="fast", more=["slow"])
+    row = page.evaluate("[...document.querySelectorAll('tbody tr')].at(-1).innerText").split("\t")
+    assert row[-2:] == ["0.800", "rewritten"]
+    assert no_errors(page)
+
+
+@in_browser
 def test_thresholds_move_the_verdicts(page: Page, server: Server) -> None:
     opened(page, server, run="slow")
     assert "already at the first step" not in page.text(".summary")

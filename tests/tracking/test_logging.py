@@ -145,7 +145,7 @@ def layout(accumulator: Any) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize(("share", "steps"), [(1e9, [3, 7, 11]), (1e-9, [3, 11])], ids=["all", "first and last"])
-def test_tensorboard_holds_scalars_heatmaps_and_one_chart(
+def test_tensorboard_holds_scalars_and_pictures(
     tmp_path: Path, share: float, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Heatmaps as often as their share of the time allows."""
@@ -160,18 +160,18 @@ def test_tensorboard_holds_scalars_heatmaps_and_one_chart(
             [record["scores"][name] for record in callback.history], abs=1e-6
         )
     assert len(accumulator.Scalars("cka/mean")) == 3
-    images = accumulator.Images("cka/heatmap")
-    assert [image.step for image in images] == steps  # as the scalars
-    pixels = matplotlib.image.imread(io.BytesIO(images[-1].encoded_image_string), format="png")
-    assert pixels.shape[:2] == (images[-1].height, images[-1].width)
-    assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 20  # something is drawn
-    (tags,) = layout(accumulator).values()
+    for name in ("heatmap", "curves"):
+        images = accumulator.Images(f"cka/{name}")
+        assert [image.step for image in images] == steps  # as the scalars
+        pixels = matplotlib.image.imread(io.BytesIO(images[-1].encoded_image_string), format="png")
+        assert pixels.shape[:2] == (images[-1].height, images[-1].width)
+        assert images[-1].width > 900  # large enough to read
+        assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 20  # something is drawn
+    charts = layout(accumulator)
+    assert list(charts) == [*BLOCKS, "mean"]  # in one for all, all would have one colour
     scalars = [tag for tag in accumulator.Tags()["scalars"] if tag.startswith("cka/")]
-    assert all(tag.startswith("^") and tag.endswith("$") for tag in tags)
-    # Each finds the scalar it is for, and that alone.
-    assert [[name for name in scalars if re.match(tag, name)] for tag in tags] == [
-        [f"cka/{name}"] for name in [*BLOCKS, "mean"]
-    ]
+    for name, tags in charts.items():  # each finds the scalar it is for, and that alone
+        assert [tag for tag in scalars for pattern in tags if re.match(pattern, tag)] == [f"cka/{name}"]
 
 
 def test_charts_of_two_callbacks_do_not_replace_each_other(tmp_path: Path) -> None:
@@ -185,13 +185,106 @@ def test_charts_of_two_callbacks_do_not_replace_each_other(tmp_path: Path) -> No
     assert {category.title for category in shown.category} == {"cka", "other"}
 
 
-def test_one_chart_for_all_stages(tmp_path: Path) -> None:
+def test_charts_once_for_all_stages(tmp_path: Path) -> None:
     """A test after a fit writes to the same run."""
     logger, module = TensorBoardLogger(tmp_path), Classifier()
     run = trainer(tmp_path, CKACallback(), logger=logger)
     run.fit(module, train_loader(), loader())
     run.test(module, loader(), verbose=False)
-    assert len(layout(events(logger))) == 1
+    assert list(layout(events(logger))) == [*BLOCKS, "mean"]
+
+
+def test_the_table_says_how_loggers_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The trainer's steps are those taken, the loggers' that of the last one, from 0: so has Lightning it."""
+    logger = TensorBoardLogger(tmp_path)
+    callback = CKACallback()
+    trainer(tmp_path, callback, logger=logger, max_epochs=3).fit(Classifier(), train_loader(), loader())
+    shown = capsys.readouterr().out
+    last = events(logger).Scalars("cka/mean")[-1].step
+    assert (callback.history[-1]["step"], last) == (12, 11)
+    assert "step 12" in shown
+    assert "12 is 11 in loggers" in shown
+
+
+class ImageLogger(PlainLogger):
+    """With the one method more that Lightning's `WandbLogger` has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: list[tuple[str, tuple[int, ...]]] = []
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
+        self.images += [(key, image.shape) for image in images]
+
+
+class FileLogger(PlainLogger):
+    """With what Lightning's `MLFlowLogger` has: a `run_id`, and MLflow's client, which keeps files."""
+
+    def __init__(self, folder: Path | None, fails: bool = False) -> None:
+        super().__init__()
+        self.kept: list[tuple[str, str, str | None]] = []
+        self.run_id, self.folder, self.fails = "the run", folder, fails
+
+    @property
+    def experiment(self) -> FileLogger:
+        return self
+
+    @property
+    def save_dir(self) -> str | None:
+        return None if self.folder is None else str(self.folder)
+
+    def log_artifact(self, run_id: str, local_path: str, artifact_path: str | None = None) -> None:
+        if self.fails:
+            raise ConnectionError("the server is away")
+        assert Path(local_path).stat().st_size
+        self.kept.append((run_id, Path(local_path).name, artifact_path))
+
+
+REPORT = ["cka_curves.png", "cka_heatmap.png", "cka_history.csv", "cka_history.json"]
+
+
+def test_a_logger_of_images_has_both_pictures(tmp_path: Path) -> None:
+    logger = ImageLogger()
+    trainer(tmp_path, CKACallback(prefix="sim"), logger=logger).fit(Classifier(), train_loader(), loader())
+    assert {key for key, _ in logger.images} == {"sim/heatmap", "sim/curves"}
+    assert all(len(shape) == 3 and shape[2] == 3 for _, shape in logger.images)
+
+
+@pytest.mark.parametrize("has_folder", [True, False])
+def test_a_logger_of_files_has_the_report(tmp_path: Path, has_folder: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the run has no folder, as on a server."""
+    folder = tmp_path / "run" if has_folder else None
+    logger = FileLogger(folder)
+    trainer(tmp_path, CKACallback(), logger=logger).fit(Classifier(), train_loader(), loader())
+    assert logger.kept == [("the run", name, "cka") for name in REPORT]
+    assert ("CKA of each layer over time: " in capsys.readouterr().out) is has_folder
+    assert sorted(path.name for path in (tmp_path / "run").glob("cka/*")) == (REPORT if has_folder else [])
+
+
+def test_a_logger_that_can_not_keep_files_ends_no_run(tmp_path: Path) -> None:
+    run = trainer(tmp_path, CKACallback(), logger=FileLogger(tmp_path / "run", fails=True))
+    with pytest.warns(UserWarning, match="could not be given to FileLogger: the server is away"):
+        run.fit(Classifier(), train_loader(), loader())
+    assert run.state.finished
+
+
+def test_lightnings_own_loggers_have_these_methods() -> None:
+    """Whose libraries need not be here for that."""
+    from inspect import signature
+
+    from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
+
+    assert list(signature(WandbLogger.log_image).parameters) == list(signature(ImageLogger.log_image).parameters)
+    assert isinstance(MLFlowLogger.run_id, property)
+
+
+def test_the_client_of_mlflow_has_this_method() -> None:
+    pytest.importorskip("mlflow")
+    from inspect import signature
+
+    from mlflow.tracking import MlflowClient
+
+    assert list(signature(MlflowClient.log_artifact).parameters) == ["self", "run_id", "local_path", "artifact_path"]
 
 
 def test_log_figures_false_draws_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,9 +349,10 @@ def test_a_real_tensorboard_server_shows_it_all(tmp_path: Path) -> None:
         picture = get(f"{address}/data/plugin/images/individualImage?{images[-1]['query']}", deadline)
         assert matplotlib.image.imread(io.BytesIO(picture), format="png").ndim == 3
         shown = json.loads(get(f"{address}/data/plugin/custom_scalars/layout", deadline))
-        (chart,) = [chart for category in shown["category"] for chart in category["chart"]]
-        assert len(chart["multiline"]["tag"]) == 13
-        for tag, name in zip(chart["multiline"]["tag"], [*callback.scores, "mean"], strict=True):
+        charts = [chart for category in shown["category"] for chart in category["chart"]]
+        assert [chart["title"] for chart in charts] == [*callback.scores, "mean"]
+        for chart, name in zip(charts, [*callback.scores, "mean"], strict=True):
+            (tag,) = chart["multiline"]["tag"]
             found = json.loads(get(f"{address}/data/plugin/custom_scalars/scalars", deadline, run="run", tag=tag))
             assert list(found["tag_to_events"]) == [f"cka/{name}"]  # blocks.1 without blocks.10
             assert len(found["tag_to_events"][f"cka/{name}"]) == 2

@@ -259,7 +259,10 @@ def test_the_heatmap_shows_layers_by_time() -> None:
     history = fading(5, 4)
     figure = heatmap(history)
     axes = figure.axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == [f"model.blocks.{i}" for i in range(5)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [f"blocks.{i}" for i in range(5)]
+    words = [verdict(history[-1]["scores"][f"model.blocks.{i}"]) for i in range(5)]
+    (beside,) = axes.child_axes
+    assert [label.get_text() for label in beside.get_yticklabels()] == words
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "100", "200", "300"]
     expected = [[entry["scores"][f"model.blocks.{i}"] for entry in history] for i in range(5)]
     np.testing.assert_allclose(drawn(history), expected)

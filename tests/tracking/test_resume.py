@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lit_cka
 from lit_cka import CKACallback
 from lit_cka.checkpoints.state_dicts import load_state_dict
+from lit_cka.tracking.history import BOUNDS
 from tests.tracking import kill_worker
 from tests.tracking.helpers import BLOCKS, WIDTH, Classifier, frozen, hand_cka, loader, trainer
 
@@ -397,7 +398,9 @@ def test_killed_and_resumed_on_another_number_of_ranks(tmp_path: Path, num_chain
         assert [without_scores(record) for record in history] == [without_scores(record) for record in whole]
         for record, expected in zip(history, whole, strict=True):
             assert record["scores"] == pytest.approx(expected["scores"], abs=1e-10)
+            for key in BOUNDS:  # also of changes, whose last evaluation the checkpoint knows
+                assert record[key] == pytest.approx(expected[key], abs=1e-7)
 
 
 def without_scores(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name != "scores"}
+    return {name: value for name, value in record.items() if name not in ("scores", *BOUNDS)}

@@ -275,7 +275,7 @@ function buildTabs() {
 
 function buildNotes() {
   const notes = data.notes.length ? [definitions(data.notes)] : [];
-  byId("notes").append(...notes, ...data.tables.map((table) => dataTable(table.name, table.columns, table.rows)));
+  byId("notes").append(...notes, ...data.tables.map((table) => dataTable(table.name, table.columns, table.rows, formatNumber, data.explanations)));
   if (!data.leftOut.length) return;
   const which = data.leftOut.length > 10 ? [...data.leftOut.slice(0, 10), "…"] : data.leftOut;
   byId("left-out").textContent = `Left out, since their coordinates are undefined: ${data.leftOut.length} (${which.join("; ")}).`;
@@ -299,6 +299,7 @@ document.addEventListener("keydown", (event) => {
   else if (state.selected !== null) select(null);
 });
 
+document.documentElement.classList.toggle("framed", window !== window.parent);
 buildTabs();
 buildControls();
 buildList();
@@ -319,6 +320,8 @@ window.litCkaMap = {
   get colorBy() { return state.colorBy; },
   get tab() { return byId(`tab-${state.tab}`).textContent; },
   get theme() { return state.theme; },
+  get labels() { return pathEnds().map((index) => shortLabel(points[index])); },
+  get labelled() { return scatter.labelled; },
   get view() { return { ...scatter.view }; },
   /** Where in the window a point is. */
   clientPosition(label) {

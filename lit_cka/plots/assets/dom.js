@@ -18,20 +18,23 @@ function definitions(pairs) {
   return element("dl", {}, ...pairs.flatMap(([term, text]) => [element("dt", {}, term), element("dd", {}, text)]));
 }
 
-function dataTable(name, columns, rows, format = formatNumber) {
+/** hints: sentences by the name of a column, or by what a row's first cell says, on hover. */
+function dataTable(name, columns, rows, format = formatNumber, hints = {}) {
+  const hint = (text) => (Object.hasOwn(hints, text) ? { title: hints[text] } : {});
   const cell = (value, column) => {
     const tag = column === 0 ? "th" : "td";
-    if (typeof value === "string") return element(tag, { ...(column === 0 && { scope: "row" }) }, value);
+    if (typeof value === "string") return element(tag, column === 0 ? { scope: "row", ...hint(value) } : {}, value);
     return element(tag, { className: "number" }, format(value ?? NaN));
   };
   const numeric = (column) => rows.some((row) => typeof row[column] === "number");
-  const head = columns.map((column, index) => element("th", { scope: "col", className: numeric(index) ? "number" : "" }, column));
-  return element(
+  const head = columns.map((column, index) => element("th", { scope: "col", className: numeric(index) ? "number" : "", ...hint(column) }, column));
+  const table = element(
     "table", {},
     element("caption", {}, name),
     element("thead", {}, element("tr", {}, ...head)),
     element("tbody", {}, ...rows.map((row) => element("tr", {}, ...row.map(cell)))),
   );
+  return element("div", { className: "table" }, table); // which scrolls within
 }
 
 /** Beside (x, y) of its parent, inside a parent of this size where that is possible. */

@@ -55,6 +55,12 @@ function visibleLinks() {
   });
 }
 
+/** The first and the last layer of each path that is shown: the map names them. */
+function pathEnds() {
+  const paths = layerPaths.map((path) => path.filter(isVisible)).filter((path) => path.length);
+  return [...new Set(paths.flatMap((path) => [path[0], path.at(-1)]))];
+}
+
 function visiblePaths() {
   return layerPaths.flatMap((path) => {
     const shown = path.filter(isVisible);
@@ -112,6 +118,7 @@ function draw() {
     paths: state.depthLines ? visiblePaths() : [],
     hovered: state.hovered,
     selected: state.selected,
+    labels: pathEnds(),
     related: new Set(marked.flatMap((index) => partners.get(index))),
   });
   const tooltip = byId("tooltip");
@@ -185,7 +192,7 @@ function filter() {
 function setTheme(theme) {
   state.theme = theme;
   document.documentElement.dataset.theme = theme;
-  byId("theme").setAttribute("aria-pressed", String(theme === "dark"));
+  byId("theme").textContent = `Switch to ${theme === "dark" ? "light" : "dark"}`;
   drawLegend();
   redraw();
   heatmaps.get(state.tab)?.draw();

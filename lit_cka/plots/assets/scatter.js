@@ -91,7 +91,10 @@ class Scatter {
     return best;
   }
 
-  /** scene: visible, colorOf(point), shapeOf(point), links and paths as pairs of indices, hovered, selected, related. */
+  /**
+   * scene: visible, colorOf(point), shapeOf(point), links and paths as pairs of indices, hovered, selected, related, and
+   * labels, the indices of points to name.
+   */
   draw(scene) {
     const { clientWidth: width, clientHeight: height } = this.canvas;
     if (!width) return;
@@ -109,9 +112,35 @@ class Scatter {
     }
     const nearest = [...scene.visible].sort((one, other) => places[one].near - places[other].near);
     for (const index of nearest) this.drawPoint(context, index, places[index], scene);
+    this.drawLabels(context, scene.labels, places);
     for (const index of [scene.selected, scene.hovered]) {
       if (index !== null && scene.visible.includes(index)) this.drawPoint(context, index, places[index], scene);
     }
+  }
+
+  /** Names beside their points, those in front first; a name that would cover another is left out. */
+  drawLabels(context, labels, places) {
+    const { clientWidth: width, clientHeight: height } = this.canvas;
+    const taken = [];
+    context.font = "12px system-ui, 'DejaVu Sans', sans-serif";
+    context.textAlign = "left";
+    context.textBaseline = "middle";
+    context.lineWidth = 3;
+    context.lineJoin = "round";
+    for (const index of [...labels].sort((one, other) => places[other].near - places[one].near)) {
+      const text = shortened(this.points[index].layer);
+      const size = context.measureText(text).width;
+      const { x, y } = places[index];
+      const left = x + 12 + size <= width ? x + 12 : x - 12 - size;
+      const isFree = taken.every((box) => Math.abs(box.y - y) > 14 || left > box.right || left + size < box.left);
+      if (!isFree || left < 0 || y < 8 || y > height - 8) continue;
+      taken.push({ left, right: left + size, y });
+      context.strokeStyle = themeColor("ground");
+      context.strokeText(text, left, y);
+      context.fillStyle = themeColor("ink");
+      context.fillText(text, left, y);
+    }
+    this.labelled = taken.length;
   }
 
   line(context, from, to, color, width, alpha, dashes = []) {
@@ -214,6 +243,9 @@ class Scatter {
     );
   }
 }
+
+/** A name without its middle, where it is long. */
+const shortened = (name) => (name.length > 24 ? `${name.slice(0, 11)}…${name.slice(-12)}` : name);
 
 /** 1, 2 or 5 times a power of ten, at least `least`. */
 function niceStep(least) {

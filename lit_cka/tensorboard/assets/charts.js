@@ -2,16 +2,22 @@
 // Lines over steps or over layers, with bands for intervals: hovered, or with a mark at one place.
 
 class Chart {
-  /** `title` is what a screen reader says; `onPick(x)` is called with the place on the x axis that is clicked. */
+  /** `title` is what a screen reader says; `onPick(x)` is called with the place on the x axis that is clicked or walked to. */
   constructor(title, { height = 260, onPick = null } = {}) {
     this.height = height;
     this.onPick = onPick;
-    this.canvas = element("canvas", { role: "img", ariaLabel: title });
+    this.canvas = element("canvas", {
+      tabIndex: 0, role: "application", ariaRoleDescription: "line chart",
+      ariaLabel: `${title}. Left and right walk along a line, up and down from line to line.`,
+    });
+    this.readout = element("p", { className: "readout", role: "status" }, "Hover a line, or walk with the arrow keys.");
     this.tooltip = element("div", { className: "tooltip", hidden: true });
     this.body = element("div", { className: "chart" }, this.canvas, this.tooltip);
     this.base = document.createElement("canvas");
     this.canvas.addEventListener("pointermove", (event) => this.hover(event));
     this.canvas.addEventListener("pointerleave", () => this.leave());
+    this.canvas.addEventListener("blur", () => this.leave());
+    this.canvas.addEventListener("keydown", (event) => this.walk(event));
     this.canvas.addEventListener("click", (event) => this.onPick?.(this.xAt(event)));
   }
 
@@ -177,14 +183,48 @@ class Chart {
       const distance = Math.abs(this.toY(line.ys[index]) - y);
       if (!nearest || distance < nearest.distance) nearest = { line, index, distance };
     }
-    this.hovered = nearest;
+    this.point(nearest);
+  }
+
+  /** Values that are there: along a line with left and right, of the lines beside it with up and down. */
+  walk(event) {
+    const steps = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+    if (event.key === "Escape") return this.leave();
+    if (event.key === "Enter" && this.hovered) return this.onPick?.(this.hovered.line.xs[this.hovered.index]);
+    if (!(event.key in steps) || event.ctrlKey || event.altKey || event.metaKey || !this.lines?.length) return;
+    event.preventDefault();
+    const [down, right] = steps[event.key];
+    if (!this.hovered) return this.point(this.first(this.lines, right < 0));
+    const { line, index } = this.hovered;
+    if (right) {
+      let next = index + right;
+      while (line.ys[next] === null) next += right;
+      return next >= 0 && next < line.ys.length ? this.point({ line, index: next }) : undefined;
+    }
+    const at = this.lines.indexOf(line);
+    const others = down < 0 ? this.lines.slice(0, at).reverse() : this.lines.slice(at + 1);
+    const other = others.find((each) => (each.ys[nearestIndex(each.xs, line.xs[index])] ?? null) !== null);
+    if (other) this.point({ line: other, index: nearestIndex(other.xs, line.xs[index]) });
+  }
+
+  /** The first value of the first line that has one, or its last. */
+  first(lines, fromEnd) {
+    const isThere = (value) => value !== null;
+    const line = lines.find((each) => each.ys.some(isThere));
+    return line ? { line, index: fromEnd ? line.ys.findLastIndex(isThere) : line.ys.findIndex(isThere) } : null;
+  }
+
+  point(found) {
+    this.hovered = found;
     this.overlay();
-    this.tooltip.hidden = !nearest;
-    if (!nearest) return;
-    const { line, index } = nearest;
+    this.tooltip.hidden = !found;
+    if (!found) return;
+    const { line, index } = found;
     const place = this.axes.xNames ? this.axes.xNames[line.xs[index]] : `${this.axes.xLabel} ${line.xs[index]}`;
     const interval = line.low && line.low[index] !== null ? [["95 %", `${formatValue(line.low[index])} to ${formatValue(line.high[index])}`]] : [];
-    this.tooltip.replaceChildren(definitions([[line.name, this.axes.format(line.ys[index])], ...interval, ["at", place]]));
+    const texts = [[line.name, this.axes.format(line.ys[index])], ...interval, ["at", place]];
+    this.tooltip.replaceChildren(definitions(texts));
+    this.readout.textContent = texts.map((pair) => pair.join(" ")).join(", ");
     placeTooltip(this.tooltip, this.toX(line.xs[index]), this.toY(line.ys[index]), 6, this.width, this.height);
   }
 

@@ -10,7 +10,7 @@ const HELP = {
   interval: "where the CKA of all such data lies, with 95 %; as logged by the callback",
   left: "the first step at which CKA was below the threshold of untouched",
   verdict: "untouched, refined or rewritten, by the thresholds",
-  other: "CKA of the run that is compared, at the same step",
+  other: "CKA of another run that is shown, at the same step or the one nearest to it",
   difference: "CKA of the first run less that of the other: negative where the first changed more",
 };
 
@@ -188,6 +188,7 @@ class Tab {
     if (!shown.length) return;
     this.main = shown[0];
     this.other = this.state.compare ? shown.find((table) => table.id === this.state.compare) ?? null : null;
+    this.ticked = shown.filter((table) => table !== this.main && table !== this.other);
     const ids = this.listed.map((each) => each.id);
     this.options(this.run, ids, this.state.run);
     this.options(this.compare, ids.filter((id) => id !== this.state.run), this.state.compare, "nothing");
@@ -227,7 +228,7 @@ class Tab {
       curves(this.main);
       this.showStep();
     }
-    for (const table of shown.filter((each) => each !== this.main && each !== this.other)) {
+    for (const table of this.ticked) {
       heat(table);
       curves(table);
     }
@@ -328,18 +329,20 @@ class Tab {
   showTable(index, step) {
     const { main, other } = this;
     const { common, names } = shortNames(main.layers);
-    const at = other ? nearestIndex(other.steps, step) : -1;
+    const valueOf = (table, name) => table.values[table.layers.indexOf(name)]?.[nearestIndex(table.steps, step)] ?? null;
     const columns = [["layer", "layer"], [`first, step ${main.steps[0]}`, "first"], ["lowest", "lowest"], [`chosen, step ${step}`, "now"],
       ...(main.low ? [["95 %", "interval"]] : []), [`below ${this.state.untouched} from step`, "left"], ["verdict", "verdict"],
-      ...(other ? [[other.id, "other"], ["difference", "difference"], ["its verdict", "verdict"]] : [])];
+      ...(other ? [[other.id, "other"], ["difference", "difference"], ["its verdict", "verdict"]] : []),
+      ...this.ticked.flatMap(({ id }) => [[id, "other"], ["its verdict", "verdict"]])];
     const rows = main.layers.map((name, layer) => {
       const value = main.values[layer][index];
       const defined = main.values[layer].filter((each) => each !== null);
-      const others = other?.values[other.layers.indexOf(name)]?.[at] ?? null;
+      const others = other ? valueOf(other, name) : null;
       const word = this.word(value);
       const cells = [names[layer], formatValue(main.values[layer][0] ?? NaN), formatValue(defined.length ? Math.min(...defined) : NaN), formatValue(value ?? NaN),
         ...(main.low ? [main.low[layer][index] === null ? "" : `${formatValue(main.low[layer][index])} to ${formatValue(main.high[layer][index])}`] : []),
-        this.since(layer).cell, word, ...(other ? [formatValue(others ?? NaN), value === null || others === null ? "" : formatDifference(value - others), this.word(others)] : [])];
+        this.since(layer).cell, word, ...(other ? [formatValue(others ?? NaN), value === null || others === null ? "" : formatDifference(value - others), this.word(others)] : []),
+        ...this.ticked.map((table) => valueOf(table, name)).flatMap((each) => [formatValue(each ?? NaN), this.word(each)])];
       return element("tr", {}, ...cells.map((text, column) => element(column ? "td" : "th", { ...(column === 0 && { scope: "row", title: name }), className: columns[column][1] === "verdict" ? `verdict ${text}` : column ? "number" : "" }, text)));
     });
     this.table.replaceChildren(element("table", {},

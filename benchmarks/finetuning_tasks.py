@@ -30,14 +30,15 @@ class Task(NamedTuple):
     """What is fine-tuned: the pretrained network, its data for a seed, and the learning rate."""
 
     pretrained: nn.Module
-    data: Callable[[int], tuple[TensorDataset, TensorDataset]]  # to train on, and to validate on
+    data: Callable[[int], list[TensorDataset]]  # to train on, to validate on, and to test on
     learning_rate: float
     batch_size: int
 
-    def loaders(self, seed: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
-        train, val = self.data(seed)
+    def loaders(self, seed: int) -> list[DataLoader[Any]]:
+        train, val, test = self.data(seed)
         order = torch.Generator().manual_seed(seed)
-        return DataLoader(train, self.batch_size, shuffle=True, generator=order), DataLoader(val, 256)
+        shuffled = DataLoader(train, self.batch_size, shuffle=True, generator=order)
+        return [shuffled, DataLoader(val, 256), DataLoader(test, 256)]
 
     def module(self, seed: int) -> FineTuning:
         """The pretrained network with a new head."""
@@ -131,10 +132,11 @@ def sentences(num: int, seed: int) -> tuple[Tensor, Tensor]:
     return words.masked_fill(turned, _NOT), good.flatten()
 
 
-def text_data(seed: int, num_train: int = 3000, num_val: int = 1000) -> tuple[TensorDataset, TensorDataset]:
+def text_data(seed: int, num_train: int, num_val: int = 300, num_test: int = 1000) -> list[TensorDataset]:
     """Another sample of sentences for each seed."""
-    words, labels = sentences(num_train + num_val, 1000 + seed)
-    return TensorDataset(words[:num_train], labels[:num_train]), TensorDataset(words[num_train:], labels[num_train:])
+    sizes = [num_train, num_val, num_test]
+    words, labels = sentences(sum(sizes), 1000 + seed)
+    return [TensorDataset(*part) for part in zip(words.split(sizes), labels.split(sizes), strict=True)]
 
 
 def pretrained_text(num_steps: int, width: int, depth: int) -> nn.Module:
@@ -158,18 +160,18 @@ def pretrained_text(num_steps: int, width: int, depth: int) -> nn.Module:
 # Images.
 
 
-def digit_data(seed: int, num_train: int = 2000) -> tuple[TensorDataset, TensorDataset]:
-    """Rotated, noisy and blurred digits of the train and val parts, other versions for each seed."""
+def digit_data(seed: int, num_train: int, num_val: int = 300, num_test: int = 1000) -> list[TensorDataset]:
+    """Rotated, noisy and blurred digits of the train, val and test parts, other versions for each seed."""
     digits, draw = DigitsDataModule(), torch.Generator().manual_seed(seed)
     digits.setup("fit")
     sets = []
-    for part in ("train", "val"):
+    for part, num in (("train", num_train), ("val", num_val), ("test", num_test)):
         images, labels = digits.loader(part).dataset.tensors
         versions = shifted_versions(images, draw)
         pool = torch.cat(list(versions.values())), labels.repeat(len(versions))
-        chosen = torch.randperm(len(pool[0]), generator=draw)[: num_train if part == "train" else None]
+        chosen = torch.randperm(len(pool[0]), generator=draw)[:num]
         sets.append(TensorDataset(pool[0][chosen], pool[1][chosen]))
-    return sets[0], sets[1]
+    return sets
 
 
 def pretrained_digits(num_steps: int, width: int, depth: int) -> nn.Module:

@@ -38,6 +38,10 @@ class BestPair:
         column: its layer of the second.
         p_value: how often the best of all pairs would be as good by chance.
         excess: the score's excess over the null of the best of all pairs.
+
+    Example:
+        >>> BestPair(row=3, column=4, p_value=0.005, excess=0.8).excess
+        0.8
     """
 
     row: int
@@ -56,6 +60,14 @@ class Calibration:
         thresholds: the null's quantile, below which scores are chance.
         excess: `(score - threshold) / (equal - threshold)`: 0 up to the threshold, 1 for equal features.
         best: the best pair; None where no score is defined.
+
+    Example:
+        >>> from lit_cka.analysis import Features, Settings, compare_features
+        >>> X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+        >>> ids = [str(number) for number in range(40)]
+        >>> before, after = (Features({"layer": X * scale}, ids) for scale in (1, 2))
+        >>> compare_features(before, after, Settings(num_permutations=19)).calibration.p_values
+        array([[0.05]])
     """
 
     p_values: Array

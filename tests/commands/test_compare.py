@@ -473,7 +473,8 @@ def under_torchrun(*args: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("command", ["compare", pytest.param("project", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["compare", "project"])
 def test_ranks_share_the_batches(command: str, checkpoints: Path) -> None:
     """The features of one process, in the order of the samples; one report."""
     models = [entry("before", checkpoints), entry("other", checkpoints, depth=3, embed_dim=24)]

@@ -171,6 +171,7 @@ def test_a_saved_config_trains_the_same_again(
     assert scores[0] == scores[1]
 
 
+@pytest.mark.slow
 def test_on_several_ranks_the_end_is_said_once(tmp_path: Path) -> None:
     """By any name of a config, from any folder; Lightning starts the other processes as this one was started."""
     command = [sys.executable, "-m", "lit_cka", "fit", "--config", "digits"]

@@ -13,7 +13,7 @@ from tests.control import freezing_worker
 from tests.control.helpers import Adam, by_hand, weights
 
 EPOCHS = {"plain": [0, 0, 1, 3], "with_views": [0, 0, 1, 3], "cached": [0, 0, 1, 3], "turning": [0, 2, 2, 2]}
-EPOCHS |= {"accumulated": [0, 0, 1, 3], "resumed": [0, 0, 1, 3]}
+EPOCHS |= {"accumulated": [0, 0, 1, 3], "resumed": [0, 0, 1, 3], "measured": [0, 1, 1, 1]}
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """A script for `test_ranks.py`: `FreezeConverged` under DDP on two ranks.
 
-    python tests/control/freezing_worker.py FOLDER
+    python tests/control/freezing_worker.py FOLDER JOB [JOB ...]
 
 writes what each rank has seen to `FOLDER/<job>-<rank>.pt`.
 """
@@ -112,7 +112,7 @@ def measured(folder: Path) -> Any:
     return fitted(folder, freezing={"policy": None, "limit": 0.9, "num_evaluations": 1, "max_frozen": 1}, tracked=())
 
 
-JOBS = (plain, accumulated, with_views, cached, turning, resumed, measured)
+JOBS = {job.__name__: job for job in (plain, accumulated, with_views, cached, turning, resumed, measured)}
 
 
 def work(job: Callable[[Path], Any], rank: int, folder: Path) -> None:
@@ -131,5 +131,5 @@ def work_on(job: Callable[[Path], Any], rank: int, world_size: int, folder: Path
 
 
 if __name__ == "__main__":
-    for job in JOBS:
-        fork_ranks(work_on, job, WORLD_SIZE, Path(sys.argv[1]), SECONDS)
+    for name in sys.argv[2:]:
+        fork_ranks(work_on, JOBS[name], WORLD_SIZE, Path(sys.argv[1]), SECONDS)

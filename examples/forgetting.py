@@ -26,8 +26,11 @@ class DigitClassifier(pl.LightningModule):
         super().__init__()
         self.network = network
 
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)
+
     def logits(self, images: Tensor, digits: range) -> Tensor:
-        return self.network(images)[:, digits.start : digits.stop]
+        return self(images)[:, digits.start : digits.stop]
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         digits = NEW if int(batch[1][0]) in NEW else OLD
@@ -44,14 +47,16 @@ class DigitClassifier(pl.LightningModule):
 
 pl.seed_everything(0)
 data = {digits: DigitsDataModule(classes=digits) for digits in (OLD, NEW)}
-options = {"devices": 1, "logger": False, "enable_checkpointing": False, "limit_val_batches": 0}
+for module in data.values():
+    module.setup("fit")
+options = {"devices": 1, "logger": False, "enable_checkpointing": False}
 sizes = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 48, "depth": 4, "num_heads": 3}
 network = timm.create_model("vit_tiny_patch16_224", num_classes=10, class_token=False, global_pool="avg", **sizes)
 old = DigitClassifier(network)
-pl.Trainer(max_epochs=8, **options).fit(old, data[OLD])
+pl.Trainer(max_epochs=8, **options).fit(old, data[OLD].train_dataloader())
 
 budget = DriftBudget(0.1, action="roll_back", probe=[images for images, _ in data[OLD].train_dataloader()])
 for name, callbacks in {"fine-tuned": [], "with DriftBudget": [budget]}.items():
     module = copy.deepcopy(old)
-    pl.Trainer(max_epochs=6, callbacks=callbacks, **options).fit(module, data[NEW])
+    pl.Trainer(max_epochs=6, callbacks=callbacks, **options).fit(module, data[NEW].train_dataloader())
     print(f"{name}: old digits {module.accuracy(OLD):.3f}, new digits {module.accuracy(NEW):.3f}")

@@ -18,6 +18,7 @@ LIBRARIES = {
     "architecture_models",
     "common",
     "fill_readme",
+    "finetuning_tasks",
     "peers",
     "turns",
     "workload",

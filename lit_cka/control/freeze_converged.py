@@ -42,7 +42,8 @@ class FreezeConverged(pl.Callback):
 
     Works with automatic and manual optimisation, accumulated gradients (it waits for the optimizer's step), schedulers
     (parameters stay in their groups), adapters such as LoRA, `torch.compile`, and DDP without
-    `find_unused_parameters`. A training that is resumed goes on as it was. After `fit`, everything is trainable again.
+    `find_unused_parameters`. A training that is resumed from a checkpoint written at a validation goes on bit for bit.
+    After `fit`, everything is trainable again.
 
     Args:
         limit: of the change 1 - CKA between two evaluations, at the upper end of its 95 % interval.

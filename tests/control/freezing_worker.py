@@ -1,6 +1,6 @@
 """A script for `test_ranks.py`: `FreezeConverged` under DDP on two ranks.
 
-    python tests/control/freezing_worker.py FOLDER
+    python tests/control/freezing_worker.py FOLDER JOB [JOB ...]
 
 writes what each rank has seen to `FOLDER/<job>-<rank>.pt`.
 """
@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lit_cka import CKACallback
 from tests.control.helpers import BATCH_SIZE, NUM_TRAIN, Adam, freezing, weights
 from tests.sync_worker import fork_ranks
 from tests.tracking.helpers import NUM_VAL, dataset
@@ -55,14 +56,13 @@ def fitted(
     torch.manual_seed(0)
     module = EachRanksOwn()
     callback = freezing(*numbers, **{"monitor": "own", "patience": 1, **options.pop("freezing", {})})
-    from lit_cka import CKACallback
-
+    tracked = options.pop("tracked", None)
     run = pl.Trainer(
         default_root_dir=folder,
         accelerator="cpu",
         devices=WORLD_SIZE,
         strategy=DDPStrategy(**(ddp or {})),
-        callbacks=[callback, CKACallback(log_figures=False), *others],
+        callbacks=[callback, *([CKACallback(log_figures=False)] if tracked is None else tracked), *others],
         logger=False,
         use_distributed_sampler=False,
         enable_progress_bar=False,
@@ -107,7 +107,12 @@ def resumed(folder: Path) -> Any:
     return fitted(folder, 0, 1, 3, others=[saving], checkpoint=place / "epoch=2.ckpt")
 
 
-JOBS = (plain, accumulated, with_views, cached, turning, resumed)
+def measured(folder: Path) -> Any:
+    """By what it measures itself; the limit is so large that all has converged after one evaluation."""
+    return fitted(folder, freezing={"policy": None, "limit": 0.9, "num_evaluations": 1, "max_frozen": 1}, tracked=())
+
+
+JOBS = {job.__name__: job for job in (plain, accumulated, with_views, cached, turning, resumed, measured)}
 
 
 def work(job: Callable[[Path], Any], rank: int, folder: Path) -> None:
@@ -126,5 +131,5 @@ def work_on(job: Callable[[Path], Any], rank: int, world_size: int, folder: Path
 
 
 if __name__ == "__main__":
-    for job in JOBS:
-        fork_ranks(work_on, job, WORLD_SIZE, Path(sys.argv[1]), SECONDS)
+    for name in sys.argv[2:]:
+        fork_ranks(work_on, JOBS[name], WORLD_SIZE, Path(sys.argv[1]), SECONDS)

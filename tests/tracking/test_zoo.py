@@ -112,7 +112,7 @@ def attributes(module: nn.Module) -> dict[str, Any]:
 
 def without_scores(logged: tuple[int | None, Mapping[str, Any]]) -> tuple[int | None, dict[str, Any]]:
     step, values = logged
-    return step, {name: value for name, value in values.items() if not name.startswith("cka/")}
+    return step, {name: value for name, value in values.items() if not name.startswith(("cka/", "cka_"))}
 
 
 def parts(value: Any) -> dict[Any, Any] | None:

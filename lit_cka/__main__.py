@@ -17,6 +17,7 @@ COMMANDS = {
     "test": ("test a model, tracked as in `fit`", "training"),
     "predict": ("predict with a model", "training"),
     "compare": ("the matrix of all layers of two models, with intervals and p-values", "compare"),
+    "plan": ("how many samples a comparison takes, from a pilot", "plan"),
     "probe": ("where fine-tuning changed a model, and whether linear probes gained", "probe"),
     "project": ("all layers of several models on several datasets in one interactive map", "project"),
     "monosoup": ("edit a fine-tuned model in memory, evaluate all variants, draw what came of it", "monosoup"),

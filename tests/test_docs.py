@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,18 @@ def test_every_public_name_has_one_entry_in_the_reference() -> None:
     assert names - set(entries) == set()
     others = {entry for entry in entries if entry not in names}
     assert {entry.rpartition(".")[0] for entry in others} == {"lit_cka.functional.edits"}
+
+
+def test_every_public_name_has_an_example_that_runs() -> None:
+    """In its docstring, where the suite's doctests find it; one that is skipped runs nowhere."""
+    without = []
+    for page in (DOCS / "reference").glob("*.md"):
+        for entry in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE):
+            package, _, name = entry.rpartition(".")
+            found = getattr(import_module(package), name).__doc__ or ""
+            if all(example.options.get(doctest.SKIP) for example in doctest.DocTestParser().get_examples(found)):
+                without.append(entry)
+    assert without == []
 
 
 def test_the_site_has_every_page_once() -> None:

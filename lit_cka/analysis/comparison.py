@@ -39,6 +39,13 @@ class Comparison:
         ranks_b: the same of model b.
         layers_a: layer names of model a.
         layers_b: layer names of model b.
+
+    Example:
+        >>> values = np.array([[0.995, 0.7], [0.6, 0.8]])
+        >>> names = ["blocks.0", "blocks.1"]
+        >>> comparison = Comparison(values, names, names, "before", "after", "digits", 100, Settings())
+        >>> [(row["layer"], row["verdict"]) for row in comparison.diagonal()]
+        [('blocks.0', 'untouched'), ('blocks.1', 'rewritten')]
     """
 
     values: NDArray[np.float64]
@@ -163,6 +170,15 @@ def compare_features(a: Features, b: Features, settings: Settings | None = None)
 
     Raises:
         ValueError: if samples differ in number, id or order, or there are too few.
+
+    Example:
+        >>> import torch
+        >>> X, Y = torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(0)).double()
+        >>> ids = [str(number) for number in range(30)]
+        >>> before, after = (Features({"blocks.0": Z}, ids, model=name) for Z, name in ((X, "a"), (X + Y, "b")))
+        >>> row = compare_features(before, after, Settings(num_resamples=50)).diagonal()[0]
+        >>> row["layer"], row["low"] < row["value"] < row["high"]
+        ('blocks.0', True)
     """
     settings = settings or Settings()
     same = a is b

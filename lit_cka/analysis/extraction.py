@@ -65,6 +65,13 @@ def extract(
     Raises:
         ValueError: if the loader gives no samples, an id comes twice, or a layer has no features, see
             `FeatureExtractor.collect`.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> features = extract(net, [torch.randn(5, 4), torch.randn(3, 4)], layers=["0"], progress=False)
+        >>> features.num_samples, tuple(features.layers["0"].shape)
+        (8, (8, 8))
     """
     home = next(model.parameters(), torch.empty(0)).device
     place = home if device is None else usable_device(device)

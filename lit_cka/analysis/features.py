@@ -35,6 +35,12 @@ class Features:
 
     Raises:
         ValueError: if a layer's features, the labels or the inputs are not of as many samples as there are ids.
+
+    Example:
+        >>> import torch
+        >>> X = torch.randn(3, 4)
+        >>> Features({"blocks.0": X, "blocks.1": 2 * X}, ["a", "b", "c"], model="vit", data="digits").num_samples
+        3
     """
 
     layers: dict[str, Tensor]

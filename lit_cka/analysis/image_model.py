@@ -29,6 +29,13 @@ class ImageModel:
         batch_size: images per batch.
         num_workers: processes that load images.
         device: where to run; None for where the model is.
+
+    Example:
+        >>> from lit_cka.models import ImageClassifier
+        >>> size = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "in_chans": 1}
+        >>> model = ImageModel(ImageClassifier("vit_tiny_patch16_224", 10, model_kwargs=size), name="vit")
+        >>> model.name
+        'vit'
     """
 
     def __init__(
@@ -101,6 +108,15 @@ class ImageFiles:
         root: the folder.
         num_samples: so many of them, drawn at random but always the same; None for all.
         name: for tables and figures; None for the folder's.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from PIL import Image
+        >>> with TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (8, 8)).save(f"{folder}/one.png")
+        ...     images = ImageFiles(folder, name="mine").read()
+        >>> images.name
+        'mine'
     """
 
     def __init__(self, root: str, num_samples: int | None = None, name: str | None = None) -> None:
@@ -135,6 +151,10 @@ class Digits:
         classes: the digits to use.
         shift: "digits" for them as they are, or "rotated", "noisy", "blurred".
         name: for tables and figures; None for the shift's.
+
+    Example:
+        >>> Digits(classes=[3, 8], shift="noisy").name
+        'noisy'
     """
 
     def __init__(

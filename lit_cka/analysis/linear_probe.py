@@ -34,6 +34,10 @@ class ProbeSettings:
 
     Raises:
         ValueError: if an option is out of range.
+
+    Example:
+        >>> ProbeSettings(C=1.0, standardize=True).is_nested  # nothing is left to choose
+        False
     """
 
     num_folds: int = 5

@@ -83,6 +83,18 @@ def probe_layers(
     Raises:
         ValueError: if samples or layers differ, features are not finite, there are no labels, one class alone, or a
             class with fewer samples than the folds take.
+
+    Example:
+        >>> import torch
+        >>> X, Y = torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(0)).double()
+        >>> ids, labels = [str(number) for number in range(30)], [0, 1, 2] * 10
+        >>> before, after = (
+        ...     Features({"blocks.0": Z}, ids, model=name, labels=labels) for Z, name in ((X, "a"), (X + Y, "b"))
+        ... )
+        >>> settings = ProbeSettings(num_folds=2, C=1.0, standardize=False)
+        >>> (row,) = probe_layers(before, after, settings=settings, progress=False)
+        >>> row.layer, 0 <= row.accuracy_after <= 1
+        ('blocks.0', True)
     """
     settings = settings or ProbeSettings()
     after = matched(before, after)
@@ -155,6 +167,16 @@ def advice(rows: Sequence[ProbeRow]) -> str:
 
     It rests on the CKA and on gains beyond twice their standard error, not on the accuracies themselves, which change
     with the probe's regularisation.
+
+    Example:
+        >>> rest = {"error_before": 0.01, "error_after": 0.01, "error_difference": 0.01}
+        >>> rest |= {"chosen_before": [], "chosen_after": []}
+        >>> rows = [
+        ...     ProbeRow("blocks.0", 0.99, 0.6, 0.6, verdict="untouched", **rest),
+        ...     ProbeRow("blocks.1", 0.40, 0.6, 0.9, verdict="rewritten", **rest),
+        ... ]
+        >>> advice(rows).partition(":")[0]
+        'blocks.0 could have been frozen'
     """
     names = [row.layer for row in rows]
 

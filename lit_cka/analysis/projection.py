@@ -108,6 +108,15 @@ def project(
     Raises:
         ValueError: if there are none, a model and dataset come twice, samples don't match, or there are fewer than 4 (2
             for the plain CKA).
+
+    Example:
+        >>> import torch
+        >>> X, Y = torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(0)).double()
+        >>> ids = [str(number) for number in range(30)]
+        >>> before, after = (Features({"blocks.0": Z}, ids, model=name) for Z, name in ((X, "a"), (X + Y, "b")))
+        >>> projection = project([before, after])
+        >>> [(point.model, point.layer) for point in projection.points], projection.cka.shape
+        ([('a', 'blocks.0'), ('b', 'blocks.0')], (2, 2))
     """
     if not features:
         raise ValueError("Expected features of at least one model, but got none.")

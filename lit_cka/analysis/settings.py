@@ -37,10 +37,11 @@ class Settings:
     """What to compute.
 
     Args:
-        measure: "cka" (linear, over all samples at once), "minibatch_cka" (mean of each batch's unbiased HSIC),
-            "rbf_cka", "sampled_features_cka" (debiased linear CKA, corrected for features that are a sample too),
-            "rsa", "procrustes" (a squared distance in [0, 2]: 0 for equal), "svcca", "pwcca" (weighted by the first
-            model's features), "mutual_knn" or "cknna" (of nearest neighbours alone).
+        measure: "cka" (linear), "minibatch_cka", "rbf_cka", "sampled_features_cka", "rsa", "procrustes" (a distance),
+            "svcca", "pwcca", "mutual_knn" or "cknna"; over all samples at once, but for "minibatch_cka", the mean of
+            each batch's unbiased HSIC. "sampled_features_cka" is debiased linear CKA, corrected for features that are
+            a sample too, "procrustes" a squared distance in [0, 2], 0 for equal, "pwcca" weighted by the first model's
+            features, "mutual_knn" and "cknna" of nearest neighbours alone.
         debiased: use the unbiased HSIC, for "cka" and "rbf_cka".
         batch_size: of "minibatch_cka", at least 4; a rest of fewer than 4 samples is left out.
         distance: of "rsa": "cosine", "correlation" or "euclidean".
@@ -50,14 +51,18 @@ class Settings:
         variance: of "svcca": the share of each layer's variance whose directions are compared.
         num_resamples: bootstrap resamples for the intervals, 0 for none; for "cka" and "rbf_cka".
         num_permutations: permutations of the samples for p-values and calibrated scores, 0 for none.
-        null: where these come from: "permutations", or "moments", the first three of all permutations in closed form,
-            which take no permutations; for "cka", "rbf_cka" and "sampled_features_cka", from about 20 samples on.
+        null: where these come from; "permutations", or "moments": the first three of all permutations, in closed form,
+            which draw none; for "cka", "rbf_cka" and "sampled_features_cka".
         level: of the intervals, and the quantile of the null that calibrated scores are measured from.
-        effective_ranks: count the directions that each layer uses (RankMe), beside the measure.
+        effective_ranks: count the directions that each layer uses (RankMe).
         seed: of resamples and permutations.
 
     Raises:
         ValueError: if an option is unknown or out of range, or asked for where there is no such thing.
+
+    Example:
+        >>> Settings("rsa", distance="cosine").comparison
+        'spearman'
     """
 
     measure: Measure = "cka"

@@ -16,6 +16,15 @@ class TextFile:
         num_samples: so many of them, drawn at random but always the same, balanced by label; None for all.
         seed: of the draw.
         name: for tables and figures; None for the file's.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     with open(f"{folder}/texts.csv", "w") as file:
+        ...         _ = file.write("text,label\\ngood,1\\nbad,0\\n")
+        ...     texts = TextFile(f"{folder}/texts.csv", label_column="label").read()
+        >>> texts.name
+        'texts'
     """
 
     def __init__(

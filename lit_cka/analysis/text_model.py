@@ -55,6 +55,20 @@ class TextModel:
     Raises:
         FileNotFoundError: if there is no model.
         ValueError: if there is no tokenizer, weights of the body are missing, or its blocks cannot be found.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"[PAD]": 0, "good": 1, "bad": 2}, unk_token="[PAD]"))
+        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> with TemporaryDirectory() as folder:  # a name on the hub does as well
+        ...     BertModel(BertConfig(vocab_size=3, **sizes)).save_pretrained(folder)
+        ...     _ = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]").save_pretrained(folder)
+        ...     model = TextModel(folder, name="tiny BERT")
+        >>> model.name
+        'tiny BERT'
     """
 
     def __init__(

@@ -46,6 +46,14 @@ def load_state_dict(
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged, holds no weights or several sets of them, or holds pickled objects and
             `weights_only` is true.
+
+    Example:
+        >>> import torch
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     torch.save({"state_dict": {"fc.weight": torch.zeros(2, 2)}}, f"{folder}/last.ckpt")
+        ...     list(load_state_dict(f"{folder}/last.ckpt"))
+        ['fc.weight']
     """
     path = Path(path)
     require_file(path)

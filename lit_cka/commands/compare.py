@@ -12,7 +12,6 @@ from rich.console import Console
 from lit_cka import plots
 from lit_cka.analysis.comparison import Comparison, compare_features
 from lit_cka.analysis.explanations import common_beginning, comparison_columns, describe_measure
-from lit_cka.analysis.features import Features
 from lit_cka.analysis.layer_ranges import whole_short_names
 from lit_cka.analysis.page import Section, write_page
 from lit_cka.analysis.settings import Settings
@@ -23,9 +22,9 @@ from lit_cka.commands.results import (
     FORMATS,
     Data,
     Model,
-    all_features,
     as_json,
     best_by_chance,
+    feature_pairs,
     label,
     print_table,
     save_comparison,
@@ -70,7 +69,7 @@ def main(args: list[str]) -> list[Comparison]:
 
 def _compare(options: Any, config: dict[str, Any]) -> list[Comparison]:
     folder = Path(options.output)
-    pairs = _pairs(options, folder)
+    pairs = feature_pairs(options, folder)
     if not is_first_rank():
         return []
     for pair in pairs:
@@ -123,16 +122,3 @@ def _section(comparison: Comparison, pictures: dict[str, str]) -> Section:
     text += best_by_chance(comparison)
     heading = f"{comparison.model_a} and {comparison.model_b} on {comparison.data}"
     return Section(heading, text, rows, pictures, explanations=comparison_columns(comparison, beginning))
-
-
-def _pairs(options: Any, folder: Path) -> list[list[Features]]:
-    if options.features:
-        if options.models or len(options.features) > 2:
-            raise ValueError("Expected `features` to name one or two files, and no `models` besides.")
-        return [[Features.load(path) for path in options.features]]
-    if not 1 <= len(options.models) <= 2:
-        raise ValueError(f"Expected one or two `models`, but got {len(options.models)}.")
-    sets = options.data if isinstance(options.data, list) else [options.data]
-    if not sets:
-        raise ValueError("Expected `data` to compare the models on, but got none.")
-    return all_features(options.models, sets, folder)

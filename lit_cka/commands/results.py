@@ -44,6 +44,24 @@ def all_features(models: Sequence[Model], data: Sequence[Data], folder: Path) ->
     return [[_features(model, samples, folder) for model in models] for samples in sets]
 
 
+def feature_pairs(options: Any, folder: Path) -> list[list[Features]]:
+    """Returns the features to compare by dataset, of one model or two, from stored files or from models and data.
+
+    Raises:
+        ValueError: unless there are one or two of either kind.
+    """
+    if options.features:
+        if options.models or len(options.features) > 2:
+            raise ValueError("Expected `features` to name one or two files, and no `models` besides.")
+        return [[Features.load(path) for path in options.features]]
+    if not 1 <= len(options.models) <= 2:
+        raise ValueError(f"Expected one or two `models`, but got {len(options.models)}.")
+    sets = options.data if isinstance(options.data, list) else [options.data]
+    if not sets:
+        raise ValueError("Expected `data` to compare the models on, but got none.")
+    return all_features(options.models, sets, folder)
+
+
 def _features(model: Model, samples: Any, folder: Path) -> Features:
     features = model.features(samples, distributed=num_ranks() > 1)
     if is_first_rank():

@@ -60,6 +60,11 @@ class DriftBudget(pl.Callback):
 
     Raises:
         ValueError: before the training, if there are no batches to measure on, or weights to roll back are sharded.
+
+    Example:
+        >>> keeping = DriftBudget(0.1, "slow", probe=[torch.zeros(8, 3)])  # for Trainer(callbacks=[keeping])
+        >>> keeping.budget, keeping.action
+        (0.1, 'slow')
     """
 
     def __init__(

@@ -73,6 +73,11 @@ class FreezeConverged(pl.Callback):
     Raises:
         ValueError: before the first optimizer step: for blocks that do not run one after the other, if nothing would be
             left to train, for a `CKACallback` without intervals, and under strategies other than one device and DDP.
+
+    Example:
+        >>> freezing = FreezeConverged(limit=0.005, cache="memory")  # for Trainer(callbacks=[freezing])
+        >>> freezing.options.limit
+        0.005
     """
 
     def __init__(

@@ -28,6 +28,12 @@ class DigitShiftsDataModule(TestSetsDataModule):
 
     Raises:
         ValueError: if `draws` is below 1, or a part is none.
+
+    Example:
+        >>> data = DigitShiftsDataModule(classes=[3, 8])
+        >>> data.setup("test")
+        >>> data.test_names
+        ['digits', 'rotated', 'noisy', 'blurred']
     """
 
     def __init__(

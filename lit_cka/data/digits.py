@@ -24,6 +24,13 @@ class DigitsDataModule(PartsDataModule):
         num_train: so many images of each class to train on at most; None for all.
         shifted: train on images of which each is, another one each time, as it is, rotated, noisy or blurred.
         seed: of which images of the training part those are, and of how they are shifted.
+
+    Example:
+        >>> data = DigitsDataModule(classes=[3, 8], batch_size=16)
+        >>> data.setup("fit")
+        >>> images, labels = next(iter(data.train_dataloader()))
+        >>> images.shape, sorted(set(labels.tolist()))
+        (torch.Size([16, 1, 8, 8]), [3, 8])
     """
 
     def __init__(

@@ -31,6 +31,11 @@ class ImageFolderDataModule(PartsDataModule):
     Raises:
         FileNotFoundError: if a subfolder that is needed is missing.
         ValueError: if the subfolders have different classes.
+
+    Example:
+        >>> data = ImageFolderDataModule("flowers", batch_size=32)  # of flowers/train/rose/1.jpg, flowers/val/..., ...
+        >>> data.folders
+        {'train': 'train', 'val': 'val', 'test': 'test'}
     """
 
     def __init__(

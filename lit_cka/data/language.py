@@ -196,6 +196,11 @@ class LanguageTestsDataModule(TestSetsDataModule):
     Raises:
         FileNotFoundError: if files are missing; it lists all of them.
         ValueError: if a row is not as described, or there is no tokenizer.
+
+    Example:
+        >>> data = LanguageTestsDataModule({"prose": "texts.jsonl", "questions": "questions.jsonl"})
+        >>> list(data.files)
+        ['prose', 'questions']
     """
 
     def __init__(

@@ -64,6 +64,11 @@ class ImageNetShiftsDataModule(TestSetsDataModule):
     Raises:
         FileNotFoundError: if folders or files are missing; it names them all.
         ValueError: if a set is unknown, a subfolder is no class, or the model has other than 1000 classes.
+
+    Example:
+        >>> data = ImageNetShiftsDataModule("data", sets=["ImageNet", "ImageNetR"])
+        >>> data.sets
+        ('ImageNet', 'ImageNetR')
     """
 
     def __init__(

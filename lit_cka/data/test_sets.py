@@ -29,6 +29,13 @@ class TestSet:
         collate: from a list of items to a batch; None for torch's default.
         groups: of each item, in order, what it was made from, such as the number of an image that is there in several
             versions, here or in other sets: items of a group are not independent. None: each is.
+
+    Example:
+        >>> import torch
+        >>> dataset = [(torch.zeros(3), 0), (torch.ones(3), 1)]
+        >>> half = TestSet("two of three classes", dataset, to_classes=lambda logits: logits[:, :2])
+        >>> half.to_classes(torch.zeros(5, 3)).shape
+        torch.Size([5, 2])
     """
 
     __test__: ClassVar[bool] = False  # for pytest, which takes every class Test... for a test
@@ -49,6 +56,15 @@ class TestSetsDataModule(pl.LightningDataModule):
 
     Attributes:
         test_sets: after `setup`, in the order of the dataloaders.
+
+    Example:
+        >>> class Squares(TestSetsDataModule):
+        ...     def read_test_sets(self):
+        ...         return [TestSet("squares", [(torch.tensor([2.0]), 4), (torch.tensor([3.0]), 9)])]
+        >>> data = Squares(batch_size=2)
+        >>> data.setup("test")
+        >>> data.test_names
+        ['squares']
     """
 
     __test__: ClassVar[bool] = False
@@ -169,6 +185,11 @@ class ImageFolderTestsDataModule(TestSetsDataModule):
     Raises:
         FileNotFoundError: if folders are missing or have no subfolders.
         ValueError: if a folder has classes that the first has not, or the model has another number of classes.
+
+    Example:
+        >>> data = ImageFolderTestsDataModule({"clean": "test", "sketches": "sketch"})  # of test/rose/1.jpg, ...
+        >>> list(data.folders)
+        ['clean', 'sketches']
     """
 
     def __init__(self, folders: dict[str, str], batch_size: int = 64, num_workers: int = 4) -> None:

@@ -98,6 +98,11 @@ class TextDataModule(PartsDataModule):
     Raises:
         FileNotFoundError: if a file is missing.
         ValueError: if a part that is needed was not named, or a file is not as described.
+
+    Example:
+        >>> data = TextDataModule(train="train.csv", val="val.csv", text_column="review", label_column="stars")
+        >>> data.parts
+        {'train': 'train.csv', 'val': 'val.csv', 'test': None}
     """
 
     def __init__(

@@ -26,6 +26,11 @@ class TextTestsDataModule(TestSetsDataModule):
     Raises:
         FileNotFoundError: if files are missing; all of them are named.
         ValueError: if a file is not as described, or there is no tokenizer.
+
+    Example:
+        >>> data = TextTestsDataModule({"reviews": "imdb.csv", "tweets": "tweets.csv"}, label_column="sentiment")
+        >>> list(data.files)
+        ['reviews', 'tweets']
     """
 
     def __init__(

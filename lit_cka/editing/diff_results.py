@@ -53,6 +53,18 @@ def save_diff(folder: str | os.PathLike[str], found: Diff, config: Mapping[str, 
         folder: where to; made where it is missing.
         found: the comparison.
         config: what was run: goes into the JSON, with the versions of packages.
+
+    Example:
+        >>> import torch
+        >>> from tempfile import TemporaryDirectory
+        >>> from safetensors.torch import save_file
+        >>> from lit_cka.editing import diff_files
+        >>> with TemporaryDirectory() as folder:
+        ...     for name, scale in (("base", 1.0), ("tuned", 1.5)):
+        ...         save_file({"fc.weight": scale * torch.eye(4)}, f"{folder}/{name}.safetensors")
+        ...     found = diff_files(f"{folder}/base.safetensors", f"{folder}/tuned.safetensors", progress=False)
+        ...     save_diff(f"{folder}/diff", found).name
+        'index.html'
     """
     folder = Path(folder)
     sides = [

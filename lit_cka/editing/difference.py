@@ -57,6 +57,18 @@ def diff_files(
     Raises:
         ValueError: if a file is damaged, needs `trusted`, or holds several sets of weights, or an argument is wrong.
         FileNotFoundError: if a checkpoint is missing.
+
+    Example:
+        >>> import torch
+        >>> from tempfile import TemporaryDirectory
+        >>> from safetensors.torch import save_file
+        >>> with TemporaryDirectory() as folder:
+        ...     for name, scale in (("base", 1.0), ("tuned", 1.5)):
+        ...         save_file({"fc.weight": scale * torch.eye(4)}, f"{folder}/{name}.safetensors")
+        ...     found = diff_files(f"{folder}/base.safetensors", f"{folder}/tuned.safetensors", progress=False)
+        >>> (tensor,) = found.tensors[0]
+        >>> tensor["name"], tensor["relative_change"], round(tensor["effective_rank"], 3)
+        ('fc.weight', 0.5, 4.0)
     """
     if len(others) not in (1, 2):
         raise ValueError(f"Expected two checkpoints to compare, or a base and two others, but got {1 + len(others)}.")

@@ -79,6 +79,13 @@ class MonoSoupEditor(pl.LightningModule):
 
     Raises:
         ValueError: if weights are missing, of another shape, damaged, NaN, or pickled, or an option is out of range.
+
+    Example:
+        >>> first, second = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2))
+        >>> editor = MonoSoupEditor(first, second, layers=["0", "1"])
+        >>> trainer.test(editor, datamodule)  # clean data first, then shifted  # doctest: +SKIP
+        >>> list(editor.edited.variants)
+        ['pretrained', 'finetuned', 'monosoup', 'highonly', 'lowonly']
     """
 
     def __init__(

@@ -218,6 +218,13 @@ def edit_weights(
     Raises:
         ValueError: if the edit is of several models, and there are no others; if it goes by depth, and no name tells
             it; or as `Edit.of_parameter` does.
+
+    Example:
+        >>> import torch
+        >>> W0 = {"fc.weight": torch.eye(4), "fc.bias": torch.zeros(4)}
+        >>> W1 = {"fc.weight": torch.eye(4) + 0.1, "fc.bias": torch.ones(4)}
+        >>> edit_weights(W0, W1, Edit("wise_ft", {"alpha": 0.5}))["fc.bias"].tolist()
+        [0.5, 0.5, 0.5, 0.5]
     """
     settings = settings or EditSettings()
     if edit.wants("others") and not others:

@@ -92,6 +92,17 @@ def edit_files(
         FileNotFoundError: if an input is missing.
         FileExistsError: if the output or the report exists, or comes into being meanwhile, or another job writes it.
         OSError: if there is no space for the output.
+
+    Example:
+        >>> import torch
+        >>> from tempfile import TemporaryDirectory
+        >>> from safetensors.torch import save_file
+        >>> with TemporaryDirectory() as folder:
+        ...     for name, scale in (("base", 1.0), ("tuned", 1.1)):
+        ...         save_file({"fc.weight": scale * torch.eye(4)}, f"{folder}/{name}.safetensors")
+        ...     records = edit_files(*(f"{folder}/{name}.safetensors" for name in ("base", "tuned", "edited")))
+        >>> [record["name"] for record in records]
+        ['fc.weight']
     """
     edit = None if variant in EDITED else Edit(variant, options or {})
     if edit is None and options:

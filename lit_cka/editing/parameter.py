@@ -21,7 +21,15 @@ _CHUNK = 2**22  # elements that are looked at at a time
 
 
 class ParameterRecord(TypedDict):
-    """What the edit did to one parameter. The numbers are None where it was left alone, and `reason` says why."""
+    """What the edit did to one parameter. The numbers are None where it was left alone, and `reason` says why.
+
+    Example:
+        >>> import torch
+        >>> from lit_cka.editing import edit_state_dicts
+        >>> (record,) = edit_state_dicts({"fc.bias": torch.zeros(4)}, {"fc.bias": torch.ones(4)}).records
+        >>> record["lambda_low"], record["reason"]
+        (None, 'fewer than two dimensions')
+    """
 
     name: str
     shape: list[int]

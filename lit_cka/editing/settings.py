@@ -29,6 +29,10 @@ class EditSettings:
 
     Raises:
         ValueError: if a setting is out of its range.
+
+    Example:
+        >>> EditSettings(rule="energy", R=0.9, exclude=["head.*"]).R
+        0.9
     """
 
     rule: RankRule = "effective_rank"

@@ -29,7 +29,21 @@ KINDS: dict[Kind, str] = {
 
 
 class TensorDiff(TypedDict):
-    """One tensor in a checkpoint and in the base, A. Numbers are None where `kind` or `note` says why."""
+    """One tensor in a checkpoint and in the base, A. Numbers are None where `kind` or `note` says why.
+
+    Example:
+        >>> import torch
+        >>> from tempfile import TemporaryDirectory
+        >>> from safetensors.torch import save_file
+        >>> from lit_cka.editing import diff_files
+        >>> with TemporaryDirectory() as folder:
+        ...     for name, scale in (("base", 1.0), ("tuned", 1.5)):
+        ...         save_file({"fc.weight": scale * torch.eye(4)}, f"{folder}/{name}.safetensors")
+        ...     found = diff_files(f"{folder}/base.safetensors", f"{folder}/tuned.safetensors", progress=False)
+        >>> (tensor,) = found.tensors[0]
+        >>> tensor["kind"], tensor["shape"]
+        ('changed', [4, 4])
+    """
 
     name: str
     kind: Kind
@@ -70,6 +84,10 @@ class Diff:
         spectra: for each of the others the singular values of its updates, (m,) float64, by name.
         cosines: by name, between the updates of B and of C.
         renamings: for each of the others in which words its names became those of the base; None where they are.
+
+    Example:
+        >>> Diff("base.pt", ("tuned.pt",), ([],), ({},), {}, (None,)).labels
+        ('B',)
     """
 
     base: str

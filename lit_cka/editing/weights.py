@@ -31,7 +31,16 @@ from lit_cka.progress import progress_bar
 
 @dataclass
 class EditedModel:
-    """State dicts by variant, which share the tensors that are the same, and a record per parameter."""
+    """State dicts by variant, which share the tensors that are the same, and a record per parameter.
+
+    Example:
+        >>> import torch
+        >>> W0 = {"fc.weight": torch.eye(4), "fc.bias": torch.zeros(4)}
+        >>> W1 = {"fc.weight": torch.eye(4) + 0.1, "fc.bias": torch.ones(4)}
+        >>> edited = edit_state_dicts(W0, W1)
+        >>> [(record["name"], record["reason"]) for record in edited.records]
+        [('fc.weight', None), ('fc.bias', 'fewer than two dimensions')]
+    """
 
     variants: dict[str, dict[str, Tensor]]
     records: list[ParameterRecord]
@@ -73,6 +82,14 @@ def edit_state_dicts(
 
     Raises:
         ValueError: if weights hold NaN or infinity.
+
+    Example:
+        >>> import torch
+        >>> W0 = {"fc.weight": torch.eye(4), "fc.bias": torch.zeros(4)}
+        >>> W1 = {"fc.weight": torch.eye(4) + 0.1, "fc.bias": torch.ones(4)}
+        >>> edited = edit_state_dicts(W0, W1)
+        >>> list(edited.variants)
+        ['pretrained', 'finetuned', 'monosoup', 'highonly', 'lowonly']
     """
     settings = settings or EditSettings()
     settings.check_patterns(W1)

@@ -52,6 +52,15 @@ class FeatureExtractor:
 
     Raises:
         ValueError: if `layers` matches nothing or `pooling` is unknown; see `collect` for what fails later.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> with FeatureExtractor(net, layers=["0", "2"]) as extractor:
+        ...     _ = net(torch.randn(5, 4))
+        ...     features = extractor.collect()
+        >>> {name: tuple(X.shape) for name, X in features.items()}
+        {'0': (5, 8), '2': (5, 3)}
     """
 
     _alone: ClassVar[SharedMode[FeatureExtractor]] = SharedMode()

@@ -23,7 +23,14 @@ _NORM_OR_ATTENTION = re.compile("norm|attention|attn", re.IGNORECASE)
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns all submodules by name, without the root, and without what wrappers put in names (see `plain_name`)."""
+    """Returns all submodules by name, without the root, and without what wrappers put in names (see `plain_name`).
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> list(named_layers(net))
+        ['0', '1', '2']
+    """
     layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         plain = plain_name(name)
@@ -48,6 +55,12 @@ def select_layers(model: nn.Module, layers: Layers | None = None) -> list[str]:
 
     Raises:
         ValueError: if a name is unknown (the nearest names are suggested) or a pattern matches nothing.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> select_layers(net, lambda name, module: isinstance(module, nn.Linear))
+        ['0', '2']
     """
     modules = named_layers(model)
     if layers is None:

@@ -59,6 +59,13 @@ def cka_from_moments(moments: PairedMoments, *, debiased: bool = False) -> Tenso
     """Returns the linear CKA of the samples that `moments` describe: the value of `linear_cka` on all of them at once.
 
     Returns a float64 scalar; NaN for constant or non-finite features and for fewer than 2 samples (4 if debiased).
+
+    Example:
+        >>> import torch
+        >>> X, Y = torch.randn(2, 20, 3, generator=torch.Generator().manual_seed(0)).double()
+        >>> from lit_cka.functional import linear_cka, paired_moments
+        >>> torch.allclose(cka_from_moments(paired_moments(X, Y), debiased=True), linear_cka(X, Y, debiased=True))
+        True
     """
     return cka_from_terms(terms_from_moments(moments), debiased=debiased)
 
@@ -70,6 +77,13 @@ def cka_from_terms(terms: CKATerms, *, debiased: bool = False, rounding: float =
         terms: of all samples.
         debiased: use the unbiased HSIC.
         rounding: of the products, relative: 1e-7 where they were in float32. What it leaves of an HSIC of 0 is 0.
+
+    Example:
+        >>> import torch
+        >>> X, Y = torch.randn(2, 20, 3, generator=torch.Generator().manual_seed(0)).double()
+        >>> from lit_cka.functional import Rows, linear_cka, sample_space_terms
+        >>> torch.allclose(cka_from_terms(sample_space_terms(Rows([X]), Rows([Y]))), linear_cka(X, Y))
+        True
     """
     n, xy, xx, yy, a, b, aa, bb, ab, varies_x, varies_y = terms
     hsic_xy, hsic_xx, hsic_yy = (
@@ -85,6 +99,12 @@ def cka_from_gram(K: Tensor, L: Tensor, *, debiased: bool = False) -> Tensor:
     """Returns the CKA of two Gram (kernel) matrices (n, n) of the same samples, any kernel; they need not be centred.
 
     Returns a float64 scalar, NaN where a matrix is constant after centring. Raises as `hsic`.
+
+    Example:
+        >>> import torch
+        >>> X, Y = torch.randn(2, 20, 3, generator=torch.Generator().manual_seed(0)).double()
+        >>> round(cka_from_gram(X @ X.T, 5 * X @ X.T).item(), 6)
+        1.0
     """
     _check_gram_matrices(K, L)
     K, L = _about_one(K), _about_one(L)
@@ -108,6 +128,12 @@ def hsic(K: Tensor, L: Tensor, *, unbiased: bool) -> Tensor:
 
     Raises:
         ValueError: unless both matrices are floating point, square, of equal size, and n >= 2 (biased) or 4 (unbiased).
+
+    Example:
+        >>> import torch
+        >>> X, Y = torch.randn(2, 20, 3, generator=torch.Generator().manual_seed(0)).double()
+        >>> bool(hsic(X @ X.T, X @ X.T, unbiased=True) > hsic(X @ X.T, Y @ Y.T, unbiased=True))
+        True
     """
     _check_gram_matrices(K, L)
     return pairwise_hsic(K[None], L[None], unbiased=unbiased)[0, 0]
@@ -125,7 +151,15 @@ def _check_gram_matrices(K: Tensor, L: Tensor) -> None:
 
 @takes_arrays
 def pairwise_hsic(Ks: Tensor, Ls: Tensor, *, unbiased: bool) -> Tensor:
-    """Returns `hsic` of every matrix in `Ks` (k, n, n) with every matrix in `Ls` (l, n, n): (k, l), by one product."""
+    """Returns `hsic` of every matrix in `Ks` (k, n, n) with every matrix in `Ls` (l, n, n): (k, l), by one product.
+
+    Example:
+        >>> import torch
+        >>> X, Y = torch.randn(2, 20, 3, generator=torch.Generator().manual_seed(0)).double()
+        >>> Ks = torch.stack([X @ X.T, Y @ Y.T])
+        >>> pairwise_hsic(Ks, Ks, unbiased=True).shape
+        torch.Size([2, 2])
+    """
     check_num_samples(Ks.shape[-1], unbiased)
     # Both estimators ignore a constant added to rows and columns, so centring first only removes cancellation.
     Ks, Ls = double_centred(Ks), double_centred(Ls)

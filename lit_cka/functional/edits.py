@@ -30,6 +30,12 @@ def wise_ft(W0: Tensor, W1: Tensor, *, alpha: float) -> Tensor:
         W0: pretrained.
         W1: fine-tuned.
         alpha: 0 is pretrained, 1 fine-tuned; any finite number.
+
+    Example:
+        >>> import torch
+        >>> W0, W1 = torch.zeros(2, 2), torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+        >>> wise_ft(W0, W1, alpha=0.5).tolist()
+        [[1.5, 0.0], [0.0, 0.5]]
     """
     if not math.isfinite(alpha):
         raise ValueError(f"Expected `alpha` to be a finite number, but got {alpha}.")
@@ -50,6 +56,12 @@ def lines(W0: Tensor, W1: Tensor, *, alpha: float, beta: float, depth: float | N
         beta: what it grows by up to the last block.
         depth: of the weight's block, from 0 for the first to 1 for the last; None outside of the blocks, which are
             scaled by `alpha` as in the authors' code.
+
+    Example:
+        >>> import torch
+        >>> W0, W1 = torch.zeros(2, 2), torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+        >>> lines(W0, W1, alpha=0.5, beta=0.5, depth=1.0).tolist()  # of the last block, all of it
+        [[3.0, 0.0], [0.0, 1.0]]
     """
     return wise_ft(W0, W1, alpha=alpha + beta * (depth or 0.0))
 
@@ -63,6 +75,12 @@ def trim(W0: Tensor, W1: Tensor, *, density: float) -> Tensor:
         W0: pretrained.
         W1: fine-tuned.
         density: share of the elements that are kept, in [0, 1], rounded to a whole number of them.
+
+    Example:
+        >>> import torch
+        >>> W0, W1 = torch.zeros(2, 2), torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+        >>> trim(W0, W1, density=0.25).tolist()
+        [[3.0, 0.0], [0.0, 0.0]]
     """
     _check_share("density", density)
     kept = round(density * W1.numel())
@@ -87,6 +105,13 @@ def dare(W0: Tensor, W1: Tensor, *, drop: float, seed: int) -> Tensor:
         W1: fine-tuned.
         drop: probability of an element of the update to be dropped, in [0, 1).
         seed: of the random numbers, which come from the CPU whatever the device is.
+
+    Example:
+        >>> import torch
+        >>> W1 = torch.ones(1000)
+        >>> edited = dare(torch.zeros(1000), W1, drop=0.5, seed=0)
+        >>> edited.unique().tolist()  # dropped, or rescaled
+        [0.0, 2.0]
     """
     _check_share("drop", drop)
     if drop == 1:
@@ -108,6 +133,13 @@ def dg_hard(W0: Tensor, W1: Tensor) -> Tensor:
     Args:
         W0: pretrained, of two or more dimensions, read as a matrix (out, rest).
         W1: fine-tuned.
+
+    Example:
+        >>> import torch
+        >>> noise = torch.randn(20, 20, generator=torch.Generator().manual_seed(0))
+        >>> W = dg_hard(torch.zeros(20, 20), torch.ones(20, 20) + 0.01 * noise)
+        >>> int(torch.linalg.matrix_rank(W, rtol=1e-5))  # one direction, without the noise
+        1
     """
     rows = rows_are_fewer(W1)
     gram, _ = gram_of_update(W0, W1, rows)
@@ -166,6 +198,13 @@ def shrink(
         rule: of MonoSoup, see `spectral_split`.
         R: likewise.
         min_rel_update: likewise; what MonoSoup leaves alone, with a smaller relative change, is left alone here.
+
+    Example:
+        >>> import torch
+        >>> W1 = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+        >>> factors = shrink(torch.zeros(8, 8), W1) / W1
+        >>> bool(factors.std() < 1e-5), bool(factors.mean() < 1)  # the same for all elements
+        (True, True)
     """
     split = spectral_split(W0, W1, rule=rule, R=R, min_rel_update=min_rel_update)
     return W1.clone() if isinstance(split, float) else wise_ft(W0, W1, alpha=split.coefficients.kept)
@@ -179,6 +218,12 @@ def shrink_by(W0: Tensor, W1: Tensor, *, factor: float) -> Tensor:
         W0: pretrained.
         W1: fine-tuned.
         factor: the share of the whole model's update, by its norm, that MonoSoup leaves.
+
+    Example:
+        >>> import torch
+        >>> W0, W1 = torch.zeros(2, 2), torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+        >>> shrink_by(W0, W1, factor=0.5).tolist()
+        [[1.5, 0.0], [0.0, 0.5]]
     """
     return wise_ft(W0, W1, alpha=factor)
 
@@ -191,6 +236,11 @@ def uniform_soup(W0: Tensor, W1: Tensor, *, others: Sequence[Tensor]) -> Tensor:
         W0: pretrained, of no use here.
         W1: fine-tuned.
         others: the same weight of other fine-tuned models.
+
+    Example:
+        >>> import torch
+        >>> uniform_soup(torch.zeros(2), torch.tensor([1.0, 2.0]), others=[torch.tensor([3.0, 0.0])]).tolist()
+        [2.0, 1.0]
     """
     return torch.stack([W1.to(torch.float64), *(W.to(W1.device, torch.float64) for W in others)]).mean(0).to(W1.dtype)
 

@@ -89,6 +89,14 @@ def change_interval(
 
     Returns:
         Lower and upper bounds (...); NaN where one of the CKAs is.
+
+    Example:
+        >>> from lit_cka.functional import linear_jackknife
+        >>> X, noise = torch.randn(2, 100, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        >>> before, now = linear_jackknife(X, X + noise), linear_jackknife(X, X + 2 * noise)
+        >>> low, high = change_interval(now.value, before.value, 100, (now.without, before.without))
+        >>> bool(high < 0)  # it has fallen, by more than chance
+        True
     """
     difference = without[0] - without[1]
     m = difference.shape[-1]

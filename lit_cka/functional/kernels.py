@@ -13,6 +13,11 @@ from lit_cka.functional.centring import about_mean, is_constant
 def linear_gram(X: Tensor) -> Tensor:
     """Returns the Gram matrix (..., n, n) of the centred features `X` (..., n, d): all zeros where they are constant
     but for rounding. HSIC and CKA ignore the centring.
+
+    Example:
+        >>> import torch
+        >>> linear_gram(torch.tensor([[1.0, 0.0], [1.0, 2.0]])).tolist()  # about the mean
+        [[1.0, -1.0], [-1.0, 1.0]]
     """
     Xc = about_mean(X)
     mean = X[..., :1, :].detach().to(torch.float64) - Xc[..., :1, :]
@@ -26,6 +31,12 @@ def rbf_gram(X: Tensor, *, bandwidth: float = 1.0) -> Tensor:
 
     `s` is `bandwidth` times the median distance between two different samples (Kornblith et al. 2019, section 3).
     Identical samples throughout have a median of 0; their Gram matrix is all ones.
+
+    Example:
+        >>> import torch
+        >>> gram = rbf_gram(torch.tensor([[0.0], [1.0], [3.0]]))
+        >>> gram.diagonal().tolist(), bool(gram[0, 1] > gram[0, 2])  # the nearer, the more alike
+        ([1.0, 1.0, 1.0], True)
     """
     if bandwidth <= 0:
         raise ValueError(f"Expected `bandwidth` to be positive, but got {bandwidth}.")

@@ -33,6 +33,13 @@ def cka_matrix(Xs: Sequence[Tensor], Ys: Sequence[Tensor], *, debiased: bool = F
 
     Raises:
         ValueError: on no layers, integer features, wrong shapes, unequal `n`, or fewer than 2 samples (4 if debiased).
+
+    Example:
+        >>> import torch
+        >>> X, Y = torch.randn(2, 20, 3, generator=torch.Generator().manual_seed(0)).double()
+        >>> values = cka_matrix([X, Y], [2 * X, X + Y])
+        >>> values.shape, round(values[0, 0].item(), 6)
+        (torch.Size([2, 2]), 1.0)
     """
     if not Xs or not Ys:
         raise ValueError("Expected features of at least one layer on both sides, but got none.")

@@ -25,6 +25,13 @@ class PairedMoments(NamedTuple):
     The fields from `aa` on serve the debiased estimator alone and cost O(d). Where `y` are the features of a frozen
     reference, the sums over `y` alone (`yy`, `bb`, `by`) are the same for every pass over the data, and may be left
     out: `yy` and `by` are then of size 0. See `with_yy` of `paired_moments`.
+
+    Example:
+        >>> import torch
+        >>> X, Y = torch.randn(2, 20, 3, generator=torch.Generator().manual_seed(0)).double()
+        >>> moments = paired_moments(X, Y)
+        >>> int(moments.n), tuple(moments.xy.shape)
+        (20, (3, 3))
     """
 
     n: Tensor  # ()         number of samples
@@ -45,7 +52,12 @@ class PairedMoments(NamedTuple):
 
 
 def empty_moments(num_features_x: int, num_features_y: int, device: torch.device | str | None = None) -> PairedMoments:
-    """Returns the moments of no samples at all: merging them changes nothing."""
+    """Returns the moments of no samples at all: merging them changes nothing.
+
+    Example:
+        >>> int(empty_moments(3, 4).n)
+        0
+    """
     d_x, d_y = num_features_x, num_features_y
     shapes = [(), (d_x,), (d_y,), (d_x, d_x), (d_y, d_y), (d_x, d_y), *[()] * 5, (d_x,), (d_y,), (d_x,), (d_y,)]
     return PairedMoments(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
@@ -124,6 +136,13 @@ def recentre_moments(moments: PairedMoments, mean_x: Tensor, mean_y: Tensor) -> 
     With `d = old mean - new mean`, every sample becomes `x + d` and its squared norm `a + 2 x.d + d.d`; the sums are
     expanded with `sum x = 0`, which holds for moments about the mean of their samples. The result is for adding to
     others measured from the same point; recentring it again would be wrong.
+
+    Example:
+        >>> import torch
+        >>> X, Y = torch.randn(2, 20, 3, generator=torch.Generator().manual_seed(0)).double()
+        >>> moments = recentre_moments(paired_moments(X, Y), torch.zeros(3).double(), torch.zeros(3).double())
+        >>> torch.allclose(moments.xy, X.T @ Y)  # about 0
+        True
     """
     d, e = moments.mean_x - mean_x, moments.mean_y - mean_y
     n = moments.n
@@ -160,7 +179,15 @@ def recentred_vectors(moments: PairedMoments, d: Tensor, e: Tensor) -> list[Tens
 
 
 def merge_moments(first: PairedMoments, second: PairedMoments) -> PairedMoments:
-    """Returns the moments of the union of two disjoint sets of samples. They are exact for any split."""
+    """Returns the moments of the union of two disjoint sets of samples. They are exact for any split.
+
+    Example:
+        >>> import torch
+        >>> X, Y = torch.randn(2, 20, 3, generator=torch.Generator().manual_seed(0)).double()
+        >>> moments = merge_moments(paired_moments(X[:7], Y[:7]), paired_moments(X[7:], Y[7:]))
+        >>> torch.allclose(moments.xy, paired_moments(X, Y).xy)
+        True
+    """
     n = first.n + second.n
     share = second.n / n.clamp(min=1)
     mean_x = first.mean_x + share * (second.mean_x - first.mean_x)
@@ -187,6 +214,13 @@ def add_samples(
 
     Raises:
         ValueError: as `paired_moments`, and on other `products`.
+
+    Example:
+        >>> import torch
+        >>> X, Y = torch.randn(2, 20, 3, generator=torch.Generator().manual_seed(0)).double()
+        >>> moments = add_samples(paired_moments(X[:7], Y[:7]), X[7:], Y[7:])
+        >>> torch.allclose(moments.xy, paired_moments(X, Y).xy)
+        True
     """
     check_features(X, Y)
     products = chosen_products(products, X.device)

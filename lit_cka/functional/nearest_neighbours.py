@@ -133,15 +133,14 @@ def neighbour_products(
     rows = tile or max(_TILE_ELEMENTS // (n * a), 1)
     for start in range(0, n, rows):
         stop = min(start + rows, n)
-        dense = weights.new_zeros(a, stop - start, n)
-        for A, part in zip(As, dense, strict=True):
-            part.scatter_add_(1, A.indices[start:stop], A.weights[start:stop])  # the ends of rows add 0
         first = torch.arange(stop - start, device=indices.device)[:, None] * n
+        dense = weights.new_zeros((stop - start) * n, a)  # all `As` side by side: one look-up finds them together
+        for column, A in zip(dense.T, As, strict=True):
+            # The ends of rows add 0.
+            column.index_add_(0, (first + A.indices[start:stop]).flatten(), A.weights[start:stop].flatten())
         for total, order, place in zip(sums, orders.to(indices.device), places, strict=True):
             moved = order[start:stop]
-            found = (first + place[indices[:, moved]]).flatten()
-            factors = weights[:, moved].flatten(1)
-            for part, row in zip(dense, total, strict=True):
-                row += (part.take(found).view_as(factors) * factors).sum(dim=1)
+            found = dense.index_select(0, (first + place[indices[:, moved]]).flatten())
+            total += torch.bmm(weights[:, moved].flatten(1)[:, None], found.view(len(Bs), -1, a))[:, 0].T
     defined = torch.stack([A.defined for A in As])[:, None] & torch.stack([B.defined for B in Bs])
     return sums.masked_fill(~defined, torch.nan)

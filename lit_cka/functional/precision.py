@@ -34,6 +34,10 @@ def has_fast_float64(device: torch.device | str) -> bool:
     8.6 (A10), 8.9 (L4), 10.3 (B300) and 12.x, have one float64 unit for 32 or 64 of float32 (NVIDIA, CUDA C++
     Programming Guide, "Throughput of Native Arithmetic Instructions"). Apple's MPS has no float64 at all, and of
     devices that are not known here it is not assumed.
+
+    Example:
+        >>> has_fast_float64("cpu")
+        True
     """
     device = torch.device(device)
     if device.type != "cuda":

@@ -22,6 +22,12 @@ class Rows:
         origins: for each block a point (d,) that it is measured from, or None: its features are `block + origin`.
         device: where to read them to, one that has float64; None for that of the first block.
         scale: to multiply all features by.
+
+    Example:
+        >>> import torch
+        >>> rows = Rows([torch.zeros(4, 3), torch.ones(2, 3)])
+        >>> len(rows)
+        6
     """
 
     def __init__(

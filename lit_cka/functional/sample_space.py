@@ -39,6 +39,10 @@ def cheaper_in_sample_space(n: int, d_x: int, d_y: int, *, with_yy: bool = True)
 
     Memory leads to the same rule: rows in float32 take `4 n (d_x + d_y)` bytes, and moments in float64 eight for each
     element of their matrices. For `d` features on both sides the rule is `n < 3 d`.
+
+    Example:
+        >>> cheaper_in_sample_space(100, 768, 768), cheaper_in_sample_space(10_000, 768, 768)
+        (True, False)
     """
     return n * (d_x + d_y) < 2 * (d_x * d_x + d_x * d_y + (d_y * d_y if with_yy else 0))
 
@@ -50,6 +54,13 @@ def sample_space_terms(X: Rows, Y: Rows, *, products: Products | None = None) ->
         X: features (n, d_x).
         Y: features (n, d_y) of the same samples in the same order.
         products: as for `add_samples`.
+
+    Example:
+        >>> import torch
+        >>> X, Y = torch.randn(2, 20, 3, generator=torch.Generator().manual_seed(0)).double()
+        >>> from lit_cka.functional import cka_from_terms, linear_cka
+        >>> torch.allclose(cka_from_terms(sample_space_terms(Rows([X]), Rows([Y]))), linear_cka(X, Y))
+        True
     """
     (mean_x, size_x), (mean_y, size_y) = X.mean_and_size(), Y.mean_and_size()
     scale_x, scale_y = 2.0 ** -unit_exponent(size_x), 2.0 ** -unit_exponent(size_y)

@@ -30,6 +30,13 @@ def signature(X: Tensor, *, debiased: bool = False) -> Tensor:
         U_ij = K_ij - sum_l K_il / (n - 2) - sum_k K_kj / (n - 2) + sum_kl K_kl / ((n - 1) (n - 2))      K_ii = 0
 
     NaN for constant and non-finite features. Raises as `signature_gram`.
+
+    Example:
+        >>> import torch
+        >>> X, Y = torch.randn(2, 20, 3, generator=torch.Generator().manual_seed(0)).double()
+        >>> from lit_cka.functional import linear_cka
+        >>> torch.allclose(signature(X) @ signature(Y), linear_cka(X, Y))
+        True
     """
     check_features(X, X, min_num_samples=min_num_samples(debiased))
     Xc = centred(in_usual_unit(X))
@@ -55,6 +62,13 @@ def signature_gram(features: Sequence[Tensor], *, debiased: bool = False) -> Ten
     Raises:
         ValueError: on no features, integer features, wrong shapes, unequal `n`, or fewer than 2 samples (4 if
             debiased).
+
+    Example:
+        >>> import torch
+        >>> X, Y = torch.randn(2, 20, 3, generator=torch.Generator().manual_seed(0)).double()
+        >>> from lit_cka.functional import linear_cka
+        >>> torch.allclose(signature_gram([X, Y])[0, 1], linear_cka(X, Y))
+        True
     """
     return cka_matrix(features, features, debiased=debiased)
 
@@ -78,6 +92,13 @@ def kernel_pca(K: Tensor, num_components: int = 3, *, centre: bool = True) -> tu
 
     Raises:
         ValueError: unless `K` is square and `num_components` at least 1.
+
+    Example:
+        >>> import torch
+        >>> points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [4.0, 0.0]])  # on a line
+        >>> coordinates, explained = kernel_pca(points @ points.T, num_components=1)
+        >>> [abs(round(value, 6)) for value in coordinates[:, 0].tolist()], round(explained[0].item(), 6)
+        ([2.0, 0.0, 2.0], 1.0)
     """
     if K.ndim != 2 or K.shape[0] != K.shape[1]:
         raise ValueError(f"Expected `K` to be a square matrix, but got {tuple(K.shape)}.")

@@ -211,6 +211,13 @@ def low_rank_split(
 
     Raises:
         ValueError: on factors that don't fit, NaN or infinity, an unknown rule, or `R` outside (0, 1].
+
+    Example:
+        >>> import torch
+        >>> B, A = torch.randn(8, 2, generator=torch.Generator().manual_seed(0)), torch.eye(2, 6)
+        >>> split = low_rank_split(B, A, W0_norm=10.0)
+        >>> split.num_singular_values, split.rank <= 2
+        (6, True)
     """
     check_rule(rule, R)
     if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0]:

@@ -17,6 +17,14 @@ class CKATerms(NamedTuple):
     The first three are `||Xc' Yc||_F^2` and so on, which equal the sums over the products of the Gram matrices
     `K = Xc Xc'` and `L = Yc Yc'`; `a_i` and `b_i` are the diagonals of these, the squared norms of the samples. CKA
     does not change if all `X`, or all `Y`, are in another unit.
+
+    Example:
+        >>> import torch
+        >>> X, Y = torch.randn(2, 20, 3, generator=torch.Generator().manual_seed(0)).double()
+        >>> from lit_cka.functional import Rows, sample_space_terms
+        >>> terms = sample_space_terms(Rows([X]), Rows([X]))
+        >>> bool(torch.allclose(terms.xy, terms.xx))  # of features with themselves
+        True
     """
 
     n: Tensor  # number of samples

@@ -19,7 +19,14 @@ _CHUNK = 2**19  # elements at a time
 
 
 class UpdateProducts(NamedTuple):
-    """The squared norm of the base, and the products of all updates with each other; both can be added up."""
+    """The squared norm of the base, and the products of all updates with each other; both can be added up.
+
+    Example:
+        >>> import torch
+        >>> first, second = (UpdateProducts(4.0, torch.eye(2)) for _ in range(2))
+        >>> UpdateProducts(first.base + second.base, first.products + second.products).products.tolist()
+        [[2.0, 0.0], [0.0, 2.0]]
+    """
 
     base: float  # ||W0||_F^2
     products: Tensor  # G (updates, updates), float64, on the CPU

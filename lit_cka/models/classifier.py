@@ -39,6 +39,17 @@ class Classifier(pl.LightningModule):
         learning_rate: the highest, after warm-up.
         weight_decay: of AdamW, for weights of two or more dimensions.
         warmup: the part of the training that warm-up takes, in [0, 1).
+
+    Example:
+        >>> class Linear(Classifier):
+        ...     def __init__(self):
+        ...         super().__init__(num_classes=3, learning_rate=1e-3, weight_decay=0.01, warmup=0.1)
+        ...         self.head = nn.Linear(4, 3)
+        ...
+        ...     def forward(self, x):
+        ...         return self.head(x)
+        >>> Linear()(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
     """
 
     def __init__(self, num_classes: int, learning_rate: float, weight_decay: float, warmup: float) -> None:

@@ -33,6 +33,13 @@ class ImageClassifier(Classifier):
 
     Raises:
         ValueError: if the checkpoint has another architecture or is damaged, or `layer_decay` is not in (0, 1].
+
+    Example:
+        >>> import torch
+        >>> size = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+        >>> model = ImageClassifier("vit_tiny_patch16_224", 10, model_kwargs=size)
+        >>> model(torch.zeros(1, 3, 8, 8)).shape
+        torch.Size([1, 10])
     """
 
     def __init__(
@@ -121,6 +128,12 @@ class CLIPImageClassifier(Classifier):
 
     Raises:
         ValueError: if the checkpoint has another architecture or is damaged.
+
+    Example:
+        >>> import torch
+        >>> model = CLIPImageClassifier("ViT-S-32-alt", 10)  # of random weights
+        >>> model(torch.zeros(1, 3, 224, 224)).shape
+        torch.Size([1, 10])
     """
 
     def __init__(

@@ -30,6 +30,17 @@ class CausalLanguageModel(pl.LightningModule):
 
     Raises:
         ValueError: if a folder is damaged, or names something outside of it.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> with TemporaryDirectory() as folder:  # a name on the hub does as well
+        ...     config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+        ...     GPT2LMHeadModel(config).save_pretrained(folder)
+        ...     model = CausalLanguageModel(folder)
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> model({"input_ids": ids, "attention_mask": torch.ones_like(ids)}).shape
+        torch.Size([1, 3, 50])
     """
 
     def __init__(self, model_name: str | PathLike[str], trust_remote_code: bool = False) -> None:

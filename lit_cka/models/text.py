@@ -35,6 +35,16 @@ class TextClassifier(Classifier):
         FileNotFoundError: if there is no checkpoint.
         ValueError: if a folder is damaged, or names something outside of it, the checkpoint has another architecture,
             or there is no head to train alone.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from transformers import BertConfig, BertModel
+        >>> sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> with TemporaryDirectory() as folder:  # a name on the hub does as well
+        ...     BertModel(BertConfig(vocab_size=50, **sizes)).save_pretrained(folder)
+        ...     model = TextClassifier(folder, num_classes=2)
+        >>> model.num_classes
+        2
     """
 
     def __init__(

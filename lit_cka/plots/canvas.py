@@ -76,6 +76,13 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], formats: Sequence[
 
     Raises:
         ValueError: if a format is another.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> figure, ax = new_axes(None, 3, 2)
+        >>> with TemporaryDirectory() as folder:
+        ...     [path.name for path in save_figure(figure, f"{folder}/one", (".png", ".svg"))]
+        ['one.png', 'one.svg']
     """
     path = Path(path)
     suffixes = formats or [path.suffix]
@@ -94,7 +101,13 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], formats: Sequence[
 
 
 def figure_pixels(figure: Figure, dpi: float | None = None) -> NDArray[np.uint8]:
-    """Returns the figure as an image (height, width, 3), at so many dots per inch, or at those it has."""
+    """Returns the figure as an image (height, width, 3), at so many dots per inch, or at those it has.
+
+    Example:
+        >>> figure, ax = new_axes(None, 3, 2)
+        >>> figure_pixels(figure).shape, figure_pixels(figure, dpi=200).shape
+        ((200, 300, 3), (400, 600, 3))
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = figure.canvas

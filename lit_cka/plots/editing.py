@@ -46,6 +46,11 @@ def lambda_figure(
         lambda_low: of all other directions, in [0, 1].
         title: of the axes.
         ax: axes to draw on; None for a new figure.
+
+    Example:
+        >>> figure, ax = lambda_figure(["blocks.0.fc.weight", "blocks.1.fc.weight"], [0.9, 0.8], [0.1, 0.2])
+        >>> len(ax.lines)
+        2
     """
     figure, ax = new_axes(ax, min(max(0.2 * len(names) + 1.5, 5), 14), 4.4)
     places = range(len(names))
@@ -87,6 +92,11 @@ def accuracy_plane(
         ylabel: what y is.
         title: of the axes.
         ax: axes to draw on; None for a new figure.
+
+    Example:
+        >>> figure, ax = accuracy_plane({"finetuned": (0.9, 0.5), "monosoup": (0.89, 0.6)})
+        >>> ax.get_xlabel()
+        'in-distribution accuracy'
     """
     figure, ax = new_axes(ax, 6.6, 4.4)
     zoom = _limits_of_the_others(points, errors or {})

@@ -79,6 +79,12 @@ def heatmap(
     Raises:
         ValueError: if names, values and mask don't fit each other, or there are none, the upper half of a matrix that
             is not square is to be left out, a format, depth or colour map is none, or `figsize` comes with `ax`.
+
+    Example:
+        >>> names = ["blocks.0", "blocks.1"]
+        >>> figure, ax = heatmap(np.eye(2), names, names, ylabel="before", xlabel="after")
+        >>> ax.get_ylabel()
+        'before'
     """
     values = np.asarray(values, dtype=np.float64)
     if values.shape != (len(row_names), len(column_names)):

@@ -39,6 +39,11 @@ def layer_time_heatmap(
 
     Raises:
         ValueError: if names, times and values don't fit each other, or there are none.
+
+    Example:
+        >>> figure, ax = layer_time_heatmap(np.array([[1.0, 0.9], [0.8, 0.3]]), ["blocks.0", "blocks.1"], ["10", "20"])
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['blocks.0', 'blocks.1']
     """
     values = np.asarray(values, dtype=np.float64)
     if values.shape != (len(layer_names), len(times)) or not values.size:

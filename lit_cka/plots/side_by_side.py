@@ -46,6 +46,13 @@ def side_by_side(
     Raises:
         ValueError: if there is no matrix, or another number of axes, `ncols` is below 1, or `figsize` or `ncols` come
             with `ax`; and as `heatmap`.
+
+    Example:
+        >>> names = ["blocks.0", "blocks.1"]
+        >>> matrices = {name: (np.eye(2), names, names) for name in ("BERT", "GPT-2", "both")}
+        >>> figure, axes = side_by_side(matrices, ncols=2)
+        >>> [ax.get_title() for ax in axes]
+        ['BERT', 'GPT-2', 'both']
     """
     if not matrices:
         raise ValueError("Expected `matrices` to hold at least one matrix, but it is empty.")

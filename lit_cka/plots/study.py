@@ -35,6 +35,11 @@ def interval_panels(
 
     Raises:
         ValueError: if a panel has another number of rows.
+
+    Example:
+        >>> figure, axes = interval_panels(["monosoup", "trim"], {"gain": [(1.0, 0.5, 1.5), None]})
+        >>> len(axes)
+        1
     """
     for each, values in panels.items():
         if len(values) != len(names):
@@ -71,6 +76,11 @@ def by_checkpoint(
         values: of each row, one for each checkpoint.
         xlabel: what they are.
         title: of the axes.
+
+    Example:
+        >>> figure, ax = by_checkpoint(["monosoup", "trim"], [[1.0, 2.0], [0.5, -0.5]], xlabel="gain")
+        >>> ax.get_xlabel()
+        'gain'
     """
     figure = new_figure(6.6, 1.4 + 0.3 * len(names))
     ax = figure.add_subplot()

@@ -44,6 +44,12 @@ def layer_trend(
     Raises:
         ValueError: if a curve or band has another number of values than there are layers, there are none, or a band
             has no curve.
+
+    Example:
+        >>> bands = {"CKA": ([0.8, 0.3], [0.95, 0.5])}
+        >>> figure, ax = layer_trend({"CKA": [0.9, 0.4]}, ["blocks.0", "blocks.1"], bands=bands)
+        >>> len(ax.lines)
+        1
     """
     if not len(layer_names) or not curves:
         raise ValueError(f"Expected a curve and a layer at least, but got {len(curves)} and {len(layer_names)}.")
@@ -101,6 +107,11 @@ def epoch_trend(
 
     Raises:
         ValueError: if `values` or `bands` don't have a row for each layer and a column for each time, or there is none.
+
+    Example:
+        >>> figure, ax = epoch_trend([[1.0, 0.9], [0.8, 0.3]], ["blocks.0", "blocks.1"], [10, 20])
+        >>> len(ax.lines)
+        2
     """
     from matplotlib import colormaps
 
@@ -151,6 +162,11 @@ def probe_figure(
         names: of the two models; where they are the same, "before" and "after" tell them apart.
         title: of the axes.
         ax: axes to draw on; None for a new figure.
+
+    Example:
+        >>> figure, ax = probe_figure(["blocks.0", "blocks.1"], [0.99, 0.4], [0.6, 0.6], [0.6, 0.9])
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['CKA of both', 'accuracy, pretrained', 'accuracy, fine-tuned']
     """
     if names[0] == names[1]:
         names = (f"{names[0]} before", f"{names[1]} after")

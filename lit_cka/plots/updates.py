@@ -45,6 +45,11 @@ def spectra_by_depth(
 
     Raises:
         ValueError: if there are none, or one has no positive value.
+
+    Example:
+        >>> figure, ax = spectra_by_depth({f"blocks.{layer}.fc.weight": [2.0, 1.0, 0.1] for layer in range(2)})
+        >>> ax.get_xscale()
+        'log'
     """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -107,6 +112,12 @@ def updates_by_layer(
 
     Raises:
         ValueError: if there are no names, or another number of values.
+
+    Example:
+        >>> names = [f"blocks.{layer}.fc.weight" for layer in range(3)]
+        >>> figure, axes = updates_by_layer(names, [0.01, 0.02, 0.04], [0.5, 0.4, 0.3])
+        >>> len(axes)
+        2
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 

@@ -38,6 +38,17 @@ def save_study(folder: str | os.PathLike[str], results: StudyResults, config: Ma
         folder: where to; made where it is missing.
         results: of the study.
         config: what was run: goes into the JSON, with the versions of packages.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from lit_cka.study.storage import SetResult
+        >>> right = np.array([[1, 0, 1, 1], [1, 1, 1, 0]], dtype=np.uint8)  # of each variant, sample by sample
+        >>> sets = [SetResult(name, "top1", right) for name in ("clean", "noisy")]
+        >>> checkpoints = [CheckpointResult(name, [], ["pretrained", "finetuned"], sets) for name in ("1.pt", "2.pt")]
+        >>> with TemporaryDirectory() as folder:
+        ...     rows = save_study(folder, StudyResults(checkpoints, {}), {"seed": 0})
+        >>> [row.label for row in rows]
+        ['pretrained', 'finetuned']
     """
     folder = Path(folder)
     rows = summarise(results.checkpoints)
@@ -66,7 +77,16 @@ def save_study(folder: str | os.PathLike[str], results: StudyResults, config: Ma
 
 
 def describe_study(results: StudyResults, rows: Sequence[Row]) -> list[str]:
-    """Returns what was studied, what came out, and what an interval is, a paragraph each."""
+    """Returns what was studied, what came out, and what an interval is, a paragraph each.
+
+    Example:
+        >>> from lit_cka.study.storage import SetResult
+        >>> right = np.array([[1, 0, 1, 1], [1, 1, 1, 0]], dtype=np.uint8)  # of each variant, sample by sample
+        >>> sets = [SetResult(name, "top1", right) for name in ("clean", "noisy")]
+        >>> checkpoints = [CheckpointResult(name, [], ["pretrained", "finetuned"], sets) for name in ("1.pt", "2.pt")]
+        >>> describe_study(StudyResults(checkpoints, {}), summarise(checkpoints))[0][:46]
+        '2 fine-tuned models of one pretrained model, 0'
+    """
     done = results.checkpoints
     sets = done[0].sets
     units = len({unit for each in Answers(done).units for unit in each.tolist()})

@@ -39,6 +39,10 @@ class StudyResults:
     Attributes:
         checkpoints: a result for each, in order.
         failed: why there is none, by the names of the others.
+
+    Example:
+        >>> StudyResults(checkpoints=[], failed={"7.pt": "Expected ..."}).failed
+        {'7.pt': 'Expected ...'}
     """
 
     checkpoints: list[CheckpointResult]
@@ -74,6 +78,12 @@ class Study:
 
     Raises:
         ValueError: if an edit doesn't exist or has no such option, or a checkpoint's name matches nothing.
+
+    Example:
+        >>> study = Study("pretrained.pt", ["tuned/*.pt"], edits={"monosoup": {}, "shrink": {}})
+        >>> results = study.run(datamodule, "runs/study")  # doctest: +SKIP
+        >>> list(study.edits)
+        ['monosoup', 'shrink']
     """
 
     def __init__(

@@ -105,6 +105,15 @@ def summarise(results: Sequence[CheckpointResult]) -> list[Row]:
 
     Raises:
         ValueError: if there is no result.
+
+    Example:
+        >>> import numpy as np
+        >>> from lit_cka.study.storage import CheckpointResult, SetResult
+        >>> right = np.array([[1, 0, 1, 1], [1, 1, 1, 0]], dtype=np.uint8)  # of each variant, sample by sample
+        >>> sets = [SetResult(name, "top1", right) for name in ("clean", "noisy")]
+        >>> checkpoints = [CheckpointResult(name, [], ["pretrained", "finetuned"], sets) for name in ("1.pt", "2.pt")]
+        >>> [(row.label, row.shifted) for row in summarise(checkpoints)]
+        [('pretrained', 0.75), ('finetuned', 0.75)]
     """
     if not results:
         raise ValueError("Expected results of at least one checkpoint, but got none.")

@@ -123,7 +123,7 @@ class CKAPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # it has no types
         return {tag: {datum.step: float(datum.value) for datum in data} for tag, data in read.get(run, {}).items()}
 
     def _order(self, context: Any, experiment: str) -> dict[str, list[str]]:
-        """Returns, by run, tags in the order of the chart that the callback has logged, which is that of depth."""
+        """Returns, by run, tags in the order of the charts that the callback has logged, which is that of depth."""
         from tensorboard.plugins.custom_scalar import layout_pb2
 
         read = self._provider.read_tensors(

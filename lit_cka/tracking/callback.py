@@ -89,6 +89,15 @@ class CKACallback(pl.Callback):
     Raises:
         ValueError: before the first training batch, for an unknown layer, an ambiguous layout, a reference of another
             architecture, and other misuse that can be known by then.
+
+    Example:
+        >>> callback = CKACallback(layers="model.blocks.*", pooling="cls")
+        >>> callback.options.pooling
+        'cls'
+        >>> trainer = pl.Trainer(callbacks=[callback])  # doctest: +SKIP
+        >>> trainer.fit(module, datamodule)  # logs cka/<layer> and cka/mean at each validation  # doctest: +SKIP
+        >>> callback.scores  # doctest: +SKIP
+        {'model.blocks.0': 0.998, 'model.blocks.1': 0.92}
     """
 
     def __init__(

@@ -33,7 +33,15 @@ def models(script: Any) -> Models:
     return found
 
 
-@pytest.mark.parametrize("pair", [("BERT", "BERT"), ("BERT", "GPT-2"), ("BERT", "DistilBERT")], ids="-".join)
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("BERT", "GPT-2"),
+        pytest.param(("BERT", "BERT"), marks=pytest.mark.slow),
+        pytest.param(("BERT", "DistilBERT"), marks=pytest.mark.slow),
+    ],
+    ids="-".join,
+)
 def test_the_minibatch_matrix_is_theirs_and_the_exact_one_keeps_its_value(
     script: Any, models: Models, pair: tuple[str, str]
 ) -> None:

@@ -28,6 +28,7 @@ from lit_cka.analysis.linear_probe import ProbeSettings
 from lit_cka.analysis.probes import ProbeRow, advice, probe_layers
 from lit_cka.analysis.projection import Projection, project
 from lit_cka.commands import project as project_command
+from lit_cka.functional import plan_samples
 from lit_cka.models import ImageClassifier
 from tests import oracles
 from tests.browser import CHROMIUM, Page, browser_page
@@ -156,7 +157,9 @@ def test_compare_two_models(checkpoints: Path, capsys: pytest.CaptureFixture[str
     assert "How often the best of all pairs of layers does, at random" in html
     assert f"Best of all pairs: {comparison.layers_a[best.row]} with {comparison.layers_b[best.column]}, " in html
     assert f"<td>{comparison.values[0, 0]:.4f}</td>" in html
-    for said_of_it in ("on average, whatever n", "95 % interval", "30 resamples", "19 permutations, so that", "below 0.05"):
+    for said_of_it in (
+        "on average, whatever n", "95 % interval", "30 resamples", "19 permutations, so that", "below 0.05"
+    ):  # fmt: skip
         assert said_of_it in html
     columns = {"layer", "value", "low", "high", "p", "p_best", "excess", "verdict"}
     assert table_columns(html) == columns == explained(html)
@@ -172,6 +175,40 @@ def test_compare_two_models(checkpoints: Path, capsys: pytest.CaptureFixture[str
     (typed,) = lit_cka_command.run(["compare", "--features", *paths, "--settings.measure=rsa", "--output=typed"])
     np.testing.assert_array_equal(typed.values, again.values)
     check_page("again")
+
+
+def test_plan(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = [entry("before", checkpoints), entry("after", checkpoints)]
+    rows = run("plan", models=models, data=DIGITS, width=0.1, output="out")
+    a, b = features("before"), features("after")
+    assert [row["layer"] for row in rows] == list(a.layers)
+    for row in rows:
+        plan = plan_samples(a.layers[row["layer"]], b.layers[row["layer"]], width=0.1)
+        assert [row[key] for key in ("CKA", "low", "high", "n", "plain at n")] == [*plan[1:4], plan.n, plan.plain]
+    most = max(rows, key=lambda row: row["n"])
+    said = f"{most['n']:,} samples give every layer an interval of at most 0.1: {most['layer']} takes so many."
+    assert said in capsys.readouterr().out
+    assert read_json("out/plan.json")["layers"] == rows
+    html = Path("out/index.html").read_text()
+    assert said in html
+    assert table_columns(html) == set(rows[0]) == explained(html)
+
+
+def test_plan_for_other_layers_and_undefined_ones(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A layer goes with the most similar one; of a dead one nothing is known."""
+    x = torch.randn(60, 9, dtype=torch.float64)
+    ids = [str(index) for index in range(60)]
+    Features({"a": x, "dead": torch.ones(60, 4, dtype=torch.float64)}, ids, model="one").save("one.safetensors")
+    reverse = list(reversed(range(60)))
+    others = {"x": torch.randn(60, 9, dtype=torch.float64), "y": x + 0.1 * torch.randn(60, 9, dtype=torch.float64)}
+    Features({name: each[reverse] for name, each in others.items()}, ids[::-1], model="two").save("two.safetensors")
+    rows = run("plan", features=["one.safetensors", "two.safetensors"], width=0.05, output="out")
+    assert rows[0]["layer"] == "a with y"
+    assert rows[0]["CKA"] > 0.9
+    assert rows[1]["n"] is None
+    assert "whose CKA is undefined" in capsys.readouterr().out
+    _, said = refused(capsys, "plan", features=["one.safetensors"])
+    assert "Expected two models to plan a comparison of" in said
 
 
 def test_compare_another_architecture_on_two_sets(checkpoints: Path) -> None:
@@ -436,7 +473,8 @@ def under_torchrun(*args: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("command", ["compare", pytest.param("project", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["compare", "project"])
 def test_ranks_share_the_batches(command: str, checkpoints: Path) -> None:
     """The features of one process, in the order of the samples; one report."""
     models = [entry("before", checkpoints), entry("other", checkpoints, depth=3, embed_dim=24)]

@@ -171,6 +171,7 @@ def test_a_saved_config_trains_the_same_again(
     assert scores[0] == scores[1]
 
 
+@pytest.mark.slow
 def test_on_several_ranks_the_end_is_said_once(tmp_path: Path) -> None:
     """By any name of a config, from any folder; Lightning starts the other processes as this one was started."""
     command = [sys.executable, "-m", "lit_cka", "fit", "--config", "digits"]
@@ -212,3 +213,24 @@ def test_demo(tmp_path: Path) -> None:
         torch.load(tmp_path / f"runs/digits/{name}.ckpt", weights_only=True) for name in ("pretrained", "finetuned")
     ]
     assert weights[0]["state_dict"].keys() == weights[1]["state_dict"].keys()
+
+
+@pytest.mark.slow
+def test_the_demo_has_layers_of_all_three_verdicts(tmp_path: Path) -> None:
+    """As the README shows it, in words and in a picture."""
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "fit",
+        "--config",
+        "digits",
+        "--trainer.enable_progress_bar=false",
+    ]
+    done = subprocess.run(
+        command, cwd=tmp_path, text=True, capture_output=True, timeout=280, env={**os.environ, "COLUMNS": "120"}
+    )
+    assert done.returncode == 0, done.stderr
+    words = re.findall(r"blocks\.\d .* (untouched|refined|rewritten) ", done.stdout)
+    assert len(words) == 6
+    assert list(dict.fromkeys(words)) == ["untouched", "refined", "rewritten"]
+    assert float(re.findall(r"val_acc: ([\d.]+)", done.stdout)[-1]) > 0.88

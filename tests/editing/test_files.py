@@ -591,6 +591,7 @@ def test_a_report_in_the_place_of_a_file_of_the_model(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_torchrun(tmp_path: Path) -> None:
     a, b = folder(tmp_path / "a", W0, 2), folder(tmp_path / "b", W1, 3)

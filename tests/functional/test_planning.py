@@ -60,7 +60,7 @@ def test_what_can_not_be_planned() -> None:
     X, Y = paired_features(30, 4, 4)
     assert plan_samples(X, torch.ones_like(Y)).n is None
     assert math.isnan(plan_samples(X, torch.ones_like(Y)).plain)
-    assert plan_samples(X, 2 * X + 1).n == 8  # the same features: one interval of 0
+    assert plan_samples(X, 2 * X + 1).n == 20  # the same features, an interval of 0: the fewest
     with pytest.raises(ValueError, match="at least 8 samples, but got 5"):
         plan_samples(X[:5], Y[:5])
     with pytest.raises(ValueError, match="`width` to be between 0 and 2, but got 0"):

@@ -175,3 +175,45 @@ def test_learning_rate_warms_up_and_decays_and_biases_do_not_decay(tmp_path: Pat
     decayed, free = trainer.optimizers[0].param_groups
     assert all(parameter.ndim > 1 for parameter in decayed["params"])
     assert free["weight_decay"] == 0
+
+
+def test_each_block_learns_slower_than_the_one_above(tmp_path: Path) -> None:
+    """The head by `learning_rate`, block i of d and what is beside it by that times `layer_decay ** (d - i)`."""
+    module = ImageClassifier("vit_tiny_patch16_224", 4, model_kwargs=VIT, learning_rate=0.1, layer_decay=0.5)
+    module.model.blocks[0].attn.requires_grad_(False)
+    groups = module.parameter_groups()
+    rate = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(rate)
+    factors = {
+        "model.head": 1,
+        "model.norm": 0.5,
+        "model.blocks.1": 0.5,
+        "model.blocks.0": 0.25,
+        "model.patch_embed": 0.125,
+    }
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            assert id(parameter) not in rate
+            continue
+        for start, factor in factors.items():
+            if name.startswith(start):
+                assert rate[id(parameter)] == pytest.approx(0.1 * factor), name
+        if parameter.ndim == 1:
+            assert decay[id(parameter)] == 0
+    trainer = pl.Trainer(max_steps=1, logger=False, accelerator="cpu", default_root_dir=tmp_path,
+                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    before = {name: value.clone() for name, value in module.named_parameters()}
+    images = [(torch.randn(3, 16, 16), label) for label in range(4)]
+    loader = torch.utils.data.DataLoader(images, batch_size=4)
+    trainer.fit(module, loader, loader)
+    moved = {name: (value - before[name]).abs().max().item() for name, value in module.named_parameters()}
+    # The first step of AdamW is the learning rate: the warm-up's, alike for all.
+    assert moved["model.blocks.1.mlp.fc2.bias"] == pytest.approx(2 * moved["model.blocks.0.mlp.fc2.bias"], rel=1e-3)
+    assert moved["model.blocks.0.attn.proj.weight"] == 0
+
+
+def test_layer_decay_out_of_range() -> None:
+    for layer_decay in (0, -0.5, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"Expected `layer_decay` to be in \(0, 1\], but got"):
+            ImageClassifier("vit_tiny_patch16_224", 4, model_kwargs=VIT, layer_decay=layer_decay)

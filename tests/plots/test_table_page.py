@@ -87,6 +87,15 @@ def test_it_sorts_and_filters(browser: Page, tmp_path: Path) -> None:
 
 
 @needs_browser
+def test_many_sentences_do_not_push_the_table_away(browser: Page, tmp_path: Path) -> None:
+    browser.open(write(tmp_path / "table.html", about=[f"Sentence {number}." for number in range(9)]))
+    assert "Sentence 1." in browser.text("#about")
+    assert "Sentence 2." not in browser.text("#about")
+    browser.click_on("summary")
+    assert "Sentence 8." in browser.text("#about")
+
+
+@needs_browser
 def test_all_is_text_and_explained(browser: Page, tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
     browser.open(write(tmp_path / "plain.html"))

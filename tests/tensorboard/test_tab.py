@@ -98,6 +98,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     broken = run_of(["ok", "dead"], 0.5)
     broken["cka/dead"] = dict.fromkeys(broken["cka/dead"], math.nan)
     write(folder / "broken", broken)
+    gaps = run_of(["a"], 0.5)
+    gaps["cka/a"] |= {20: math.nan, 30: math.nan}
+    write(folder / "gaps", gaps)
     write(folder / "once", {tag: {0: cells[0]} for tag, cells in run_of(["a", MARKUP], 0.5).items()})
     write(folder / "deep", run_of([f"layer.{number}" for number in range(500)], 0.5))
     write(folder / "other", {"loss": {0: 1.0}, "loss/mean": {0: 1.0}})
@@ -126,7 +129,7 @@ def test_runs_and_their_series(server: Server) -> None:
     runs = {run["name"]: run for run in server.ask("runs")["runs"]}
     assert {name: run["series"] for name, run in runs.items()} == {
         "fast": ["cka"], "slow": ["cka"], "two": ["cka", "pretrained"], "broken": ["cka"], "once": ["cka"],
-        "deep": ["cka"], "other": [],
+        "deep": ["cka"], "other": [], "gaps": ["cka"],
     }  # fmt: skip
     assert runs["fast"]["scalars"] == ["cka/mean", "val_acc"]
     assert runs["fast"]["last"] == 50
@@ -307,6 +310,10 @@ def test_values_that_are_not_there_are_walked_past(page: Page, server: Server) -
     for key in ("ArrowRight", "ArrowUp", "ArrowDown"):
         page.key(key)
         assert page.evaluate(f"{section}.querySelector('.readout').innerText").startswith("ok ")
+    opened(page, server, run="gaps")
+    page.evaluate(f"{section}.querySelector('canvas').focus()")
+    page.key("ArrowRight", times=3)
+    assert page.evaluate(f"{section}.querySelector('.readout').innerText").endswith("at step 40")
     assert no_errors(page)
 
 

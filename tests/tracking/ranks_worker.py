@@ -42,8 +42,9 @@ class Case(NamedTuple):
 
 
 CASES = [
-    *(Case(n, size, "exact") for n, size in product(range(2, 11), (1, 3))),
-    *(Case(n, size, "exact") for n, size in product((37, 44), (4, 8, 64))),
+    *(Case(n, 3, "exact") for n in range(2, 11)),
+    *(Case(n, 1, "exact") for n in (2, 5, 9)),
+    *(Case(n, size, "exact") for n, size in ((37, 4), (37, 64), (44, 8))),
     *(Case(n, 3, "debiased") for n in (4, 5, 7, 10, 37)),
     *(Case(n, size, "minibatch") for n, size in ((10, 4), (13, 4), (37, 8), (44, 5))),
     *(Case(n, 3, "shuffled") for n in (2, 5, 10, 37)),

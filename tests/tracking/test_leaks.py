@@ -118,7 +118,7 @@ class Quiet(Classifier):
 @pytest.mark.parametrize(
     ("options", "num_between"),
     [
-        ("exact", 20),
+        ("exact", 10),
         *(pytest.param(name, 10, marks=pytest.mark.slow) for name in OPTIONS if name != "exact"),
         pytest.param("exact", 50, marks=pytest.mark.slow),
     ],
@@ -167,7 +167,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> list[Usage]:
     "kind",
     [
         pytest.param("a new callback", marks=pytest.mark.slow),
-        "one callback",
+        pytest.param("one callback", marks=pytest.mark.slow),
         pytest.param("a new module", marks=pytest.mark.slow),
     ],
 )

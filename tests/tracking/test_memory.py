@@ -44,6 +44,7 @@ def test_there_is_no_second_model() -> None:
     assert case.feature_bytes // 4 < above_bare(measured("heavy")) < weights / 10 + case.feature_bytes
 
 
+@pytest.mark.slow
 def test_wide_layers_of_few_samples_take_their_features() -> None:
     """At most 6 times the features of 128 samples of 4 layers, 4096 wide, and 0.3 s; moments would be 63 times that."""
     case, seen = CASES["wide"], measured("wide")

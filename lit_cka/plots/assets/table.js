@@ -39,9 +39,9 @@ function matching() {
   );
 }
 
-/** A name, which breaks behind its dots rather than within words. */
+/** A name, which breaks behind its dots and the like rather than within words. */
 function nameCell(name) {
-  const parts = name.split(/(?<=\.)/).flatMap((part) => [part, element("wbr", {})]);
+  const parts = name.split(/(?<=[._(])/).flatMap((part) => [part, element("wbr", {})]);
   return element("th", { scope: "row", title: name }, element("bdi", {}, ...parts));
 }
 
@@ -100,7 +100,13 @@ function buildFilters() {
   });
 }
 
-byId("about").append(...data.about.map((text) => element("p", {}, text)));
+// More than a screen of sentences would push the table away.
+const paragraphs = data.about.map((text) => element("p", {}, text));
+const FIRST = paragraphs.length > 6 ? 2 : paragraphs.length;
+byId("about").append(...paragraphs.slice(0, FIRST));
+if (FIRST < paragraphs.length) {
+  byId("about").append(element("details", {}, element("summary", {}, "The same in sentences, and how to read it"), ...paragraphs.slice(FIRST)));
+}
 for (const [source, caption] of data.pictures) {
   byId("pictures").append(element("figure", {}, element("img", { src: source, alt: caption }), element("figcaption", {}, caption)));
 }

@@ -204,13 +204,14 @@ class Tab {
     this.wanted = [];
     const steps = shown.flatMap((table) => [table.steps[0], table.steps[table.steps.length - 1]]);
     this.domain = [Math.min(...steps), Math.max(...steps)];
-    const values = shown.flatMap((table) => table.values.map((row) => Math.min(...row.map((value) => value ?? 1))));
-    const lowest = Math.min(...values);
+    const least = (rows) => Math.min(1, ...(rows ?? []).map((row) => Math.min(...(row ?? []).map((value) => value ?? 1))));
+    const lowest = Math.min(...shown.map((table) => least(table.values)));
     const low = this.state.fit ? Math.min(0.99, Math.floor(lowest * 100) / 100) : Math.min(0, Math.floor(lowest * 10) / 10);
     const scale = { color: valueColor(low), range: [low, 1], format: formatValue, what: "CKA" };
     const pick = (step) => this.setIndex(nearestIndex(this.main.steps, step));
     const heat = (table) => this.panel(`heat ${table.id}`, `${table.id}: layers over steps`, () => new LayerTime(table.id, pick)).show(table, scale, this.domain);
-    const floor = Math.floor(Math.min(lowest, this.state.refined) * 20) / 20;
+    const lowestEnd = Math.min(...shown.map((table) => least(table.low)));  // of intervals, which the curves have
+    const floor = Math.floor(Math.min(lowest, lowestEnd, this.state.refined) * 20) / 20;
     const dark = document.documentElement.dataset.theme === "dark";
     const curves = (table) => {
       const lines = table.layers.map((name, index) => ({ name, color: depthColor(index, table.layers.length, dark), xs: table.steps, ys: table.values[index], low: table.low?.[index], high: table.high?.[index] }));

@@ -48,6 +48,8 @@ def zoo(*kinds: str) -> tuple[str, ...]:
 
 LOOPS, RECORDED = "tracking/evaluation_loops.py", "reference/recorded_dataloader.py"
 PRESERVED, TRACKER = "tracking/preserved_state.py", "tracking/tracker.py"
+JACKKNIFE, INTERVALS = "functional/jackknife.py", "functional/intervals.py"
+OF_JACKKNIFE = ("tests/functional/test_jackknife.py",)
 F32, EDITS = "functional/float32_spectrum.py", "functional/edits.py"
 SPLITS = ("tests/functional/test_float32_spectrum.py",)
 FUNCTIONS, BY_NAME = ("tests/functional/test_edits.py",), ("tests/editing/test_edits.py",)
@@ -184,7 +186,7 @@ MUTANTS = [
                 "        if buffer is not None:\n",
             ),
         ),
-        zoo("BatchNormInTrainMode", "CountsItsCalls"),
+        (*zoo("against_another"),),
     ),
     Mutant(
         "submodules that are added stay",
@@ -202,6 +204,7 @@ MUTANTS = [
             ),
         ),
         zoo("MetricsThatAreLogged", "StoppedEarly"),
+        survives="Lightning resets them at the end of each evaluation; this is for one that fails",
     ),
     Mutant(
         "results of the training are reset in place of the validation's",
@@ -223,7 +226,7 @@ MUTANTS = [
                 "        trainer.state.stage = stage\n",
             ),
         ),
-        zoo("StoppedEarly", "SchedulerByValidation", "WeightsLoadedByACallbackThatLogs"),
+        ("tests/tracking/test_loops.py", "-k", "logged_before"),
     ),
     Mutant(
         "loggers are reached",
@@ -822,6 +825,71 @@ MUTANTS = [
         "a sample without rows has the mean over none",
         (("features/packed.py", "            if 0 in lengths:\n", "            if -1 in lengths:\n"),),
         ("tests/features/test_packed.py",),
+    ),
+    Mutant(
+        "a sample is left out of the trace once, not twice",
+        ((JACKKNIFE, "- 2 * self.products\n        total_K", "- self.products\n        total_K"),),
+        OF_JACKKNIFE,
+    ),
+    Mutant(
+        "what crosses rows is kept of a deleted sample", ((JACKKNIFE, "- both - self.across", "- both"),), OF_JACKKNIFE
+    ),
+    Mutant("pairs count once in the variance", ((JACKKNIFE, "(m * (m - 3)) ** 2", "m * (m - 3)"),), OF_JACKKNIFE),
+    Mutant(
+        "the part of pairs stays in that of single samples",
+        ((INTERVALS, "- 2 * (pair_error / (1 - T)).square()", ""),),
+        OF_JACKKNIFE,
+    ),
+    Mutant("an interval of a part is that of all", ((INTERVALS, "* (m / n)\n    q", "\n    q"),), OF_JACKKNIFE),
+    Mutant("pairs fall as single samples do", ((INTERVALS, "* (m / n) ** 2", "* (m / n)"),), OF_JACKKNIFE),
+    Mutant(
+        "the variance is that at the estimate",
+        ((INTERVALS, "c1.nan_to_num(0.0) * middle", "c1.nan_to_num(0.0) * cka"),),
+        OF_JACKKNIFE,
+    ),
+    Mutant(
+        "a normal quantile", ((INTERVALS, ".clamp(2.5, m - 1).nan_to_num(m - 1)", ".clamp(1e9, 1e9)"),), OF_JACKKNIFE
+    ),
+    Mutant(
+        "changes are not paired",
+        ((INTERVALS, "difference = without[0] - without[1]", "difference = without[0]"),),
+        OF_JACKKNIFE,
+    ),
+    Mutant(
+        "each rank draws by itself",
+        (("statistics/subsample.py", "hashes[order][: each.size]", "hashes[order]"),),
+        ("tests/statistics/test_layer.py", "-k", "draw"),
+    ),
+    Mutant(
+        "the last samples are drawn, not the same ones",
+        (("statistics/subsample.py", "chosen = hashes < self._limit", "chosen = hashes > -self._limit"),),
+        ("tests/statistics/test_layer.py", "-k", "draw"),
+    ),
+    Mutant(
+        "a resumed training has forgotten its last evaluation",
+        (("tracking/callback.py", 'self._intervals.load(state_dict.get("intervals", {}))', "pass"),),
+        ("tests/tracking/test_intervals.py",),
+    ),
+    Mutant(
+        "changes of other samples",
+        (
+            (
+                "tracking/intervals.py",
+                "return now.n == before.n and torch.equal(now.hashes, before.hashes)",
+                "return len(now.hashes) == len(before.hashes) or True",
+            ),
+        ),
+        ("tests/tracking/test_intervals.py",),
+    ),
+    Mutant(
+        "the reference does not move",
+        ((TRACKER, "self.recording.dataloaders[dataloader] = recorded", "pass"),),
+        ("tests/tracking/test_moving.py",),
+    ),
+    Mutant(
+        "every evaluation is the best one",
+        (("tracking/moving.py", "broadcast(value < self._best)", "broadcast(True)"),),
+        ("tests/tracking/test_moving.py",),
     ),
 ]
 

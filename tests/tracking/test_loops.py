@@ -616,3 +616,37 @@ def test_stages_in_any_order(tmp_path: Path) -> None:
     assert [record["stage"] for record in fitted] == ["validate", "test", "validate"]
     assert all(record["scores"] == pytest.approx(after, abs=1e-9) for record in fitted)
     assert callback.history[0]["scores"] == pytest.approx(dict.fromkeys(BLOCKS, 1.0))
+
+
+def test_what_was_logged_before_a_recording_stays(tmp_path: Path) -> None:
+    """Of data that come later in a fit, which are recorded then, between two validations."""
+
+    class Logs(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self.log("train_loss", loss)
+            return loss
+
+        def val_dataloader(self) -> Any:
+            return loader(seed=self.current_epoch + 1)
+
+        def train_dataloader(self) -> Any:
+            return train_loader()
+
+    class Notes(pl.Callback):
+        def __init__(self) -> None:
+            self.seen: list[dict[str, float]] = []
+
+        def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.seen.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+
+    seen = []
+    for callbacks in ([], [CKACallback()]):
+        pl.seed_everything(0, verbose=False)
+        notes = Notes()
+        trainer(tmp_path, notes, *callbacks, reload_dataloaders_every_n_epochs=1, max_epochs=3).fit(Logs())
+        seen.append(
+            [{name: value for name, value in each.items() if not name.startswith("cka/")} for each in notes.seen]
+        )
+    assert seen[0] == seen[1]
+    assert ["train_loss" in each for each in seen[0]] == [False, True, True, True]  # a sanity check, and three epochs

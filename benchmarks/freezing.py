@@ -105,15 +105,20 @@ def fitted(task: Task, seed: int, args: Any, callback: pl.Callback | None = None
 def compared(task: Task, seed: int, args: Any) -> dict[str, Fit]:
     """Fine-tune in every way from the same start."""
     options = {"limit": args.limit, "num_evaluations": args.evaluations, "patience": args.patience}
-    fits = {"freeze": fitted(task, seed, args, FreezeConverged(**options))}
-    fits["early"] = fitted(task, seed, args, FreezeConverged(**{**options, "num_evaluations": 1}))
-    fits["full"] = fitted(task, seed, args)
-    fits["cache"] = fitted(task, seed, args, FreezeConverged(**options, cache="memory"))
-    fits["gradual"] = fitted(task, seed, args, GradualUnfreezing(args.epochs))
-    # A backward takes twice a forward, of blocks that take as much each.
-    depth = len(task.pretrained.blocks)  # type: ignore[arg-type]
-    num_fixed = min(round(1.5 * depth * fits["freeze"].flops_saved), depth - 1)
-    fits["fixed"] = fitted(task, seed, args, num_frozen=num_fixed)
+    new: dict[str, Callable[[], pl.Callback | None]] = {
+        "freeze": lambda: FreezeConverged(**options),
+        "full": lambda: None,
+        "early": lambda: FreezeConverged(**{**options, "num_evaluations": 1}),
+        "cache": lambda: FreezeConverged(**options, cache="memory"),
+        "gradual": lambda: GradualUnfreezing(args.epochs),
+    }
+    chosen = {"full", "freeze", *args.methods}
+    fits = {name: fitted(task, seed, args, make()) for name, make in new.items() if name in chosen}
+    if "fixed" in chosen:
+        # A backward takes twice a forward, of blocks that take as much each.
+        depth = len(task.pretrained.blocks)  # type: ignore[arg-type]
+        num_fixed = min(round(1.5 * depth * fits["freeze"].flops_saved), depth - 1)
+        fits["fixed"] = fitted(task, seed, args, num_frozen=num_fixed)
     return fits
 
 
@@ -128,6 +133,8 @@ def table(name: str, fits: Sequence[dict[str, Fit]], args: Any) -> Result:
     full = [each["full"] for each in fits]
     rows = []
     for method, title in METHODS.items():
+        if method not in fits[0]:
+            continue
         ours = [each[method] for each in fits]
         speed = ratios([fit.seconds for fit in full], [fit.seconds for fit in ours])
         accuracy = mean_and_error([fit.accuracy for fit in ours])
@@ -177,6 +184,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=0.05)
     parser.add_argument("--evaluations", type=int, default=2, help="in a row below the limit")
     parser.add_argument("--patience", type=int, default=4, help="evaluations until a worse loss has all trained again")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="beside full and freeze")
     parser.add_argument("--tasks", nargs="+", choices=("text", "image"), default=["text", "image"])
     parser.set_defaults(threads=1)
     quick = {"seeds": 1, "epochs": 2, "samples": 64, "width": 8, "pretraining": 2, "limit": 0.5}

@@ -126,6 +126,7 @@ def test_freezing(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(parameter.requires_grad for parameter in names["module"].parameters())
 
 
+@pytest.mark.slow
 def test_forgetting(capsys: pytest.CaptureFixture[str]) -> None:
     names, _ = executed("forgetting.py")
     (old, new), (old_kept, new_kept) = re.findall(r"old digits (\S+), new digits (\S+)", capsys.readouterr().out)

@@ -111,7 +111,7 @@ def test_slows_layers_down(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-@pytest.mark.parametrize("action", ["slow", "roll_back"])
+@pytest.mark.parametrize("action", ["slow", pytest.param("roll_back", marks=pytest.mark.slow)])
 def test_goes_on_bit_for_bit(tmp_path: Path, action: Any) -> None:
     def callbacks() -> list[pl.Callback]:
         saving = ModelCheckpoint(tmp_path, f"{action}-{{epoch}}", save_top_k=-1, save_on_train_epoch_end=True)

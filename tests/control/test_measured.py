@@ -54,6 +54,7 @@ def test_alone_in_a_trainer_it_freezes_what_has_not_changed_since_the_last_valid
     assert changes
 
 
+@pytest.mark.slow
 def test_reads_a_callback_of_the_user(tmp_path: Path) -> None:
     module, callback = new(), converging()
     cka = CKACallback(reference="previous", log_figures=False)
@@ -87,6 +88,7 @@ def test_goes_on_bit_for_bit_with_what_it_has_measured(tmp_path: Path) -> None:
         assert all(torch.equal(value, weights(module)[name]) for name, value in weights(whole).items())
 
 
+@pytest.mark.slow
 def test_a_second_fit_has_one_measurement_again(tmp_path: Path) -> None:
     callback = converging()
     run = fit(tmp_path, new(), callback)

@@ -30,7 +30,7 @@ def trained(folder: Path, cache: str | None, *numbers: int, net: Any = Chain, **
     return module, callback
 
 
-@pytest.mark.parametrize("cache", ["memory", "disk"])
+@pytest.mark.parametrize("cache", ["disk", pytest.param("memory", marks=pytest.mark.slow)])
 def test_weights_are_those_without_a_cache(tmp_path: Path, cache: str) -> None:
     data = train_data(shuffle=True)
     module, callback = trained(tmp_path, cache, 1, 1, 3, data=data, max_epochs=6)
@@ -143,6 +143,7 @@ def test_a_connection_around_blocks_counts_where_it_passes_by() -> None:
     assert [part.can_skip for part in trace.plan(loss, 8).parts] == [True, False, False, False]
 
 
+@pytest.mark.slow
 def test_what_memory_does_not_hold_is_not_kept(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module, callback = Adam(), freezing(2, cache="memory", cache_memory=20 * WIDTH * 8 / 2**30)
@@ -171,6 +172,7 @@ def test_blocks_that_are_trained_again_are_not_taken_from_the_cache(tmp_path: Pa
         torch.testing.assert_close(weights(runs[0])[name], value, rtol=0, atol=1e-12, msg=name)
 
 
+@pytest.mark.slow
 def test_other_batch_sizes_find_their_samples(tmp_path: Path) -> None:
     """The last batch is ragged, and another one in each epoch."""
     data = DataLoader(dataset(30), batch_size=8, shuffle=True)

@@ -75,6 +75,7 @@ def test_a_vision_transformer_of_timm() -> None:
     assert FreezePlan.of(plan.state()) == plan
 
 
+@pytest.mark.slow
 def test_a_residual_network_with_stages() -> None:
     import timm
 

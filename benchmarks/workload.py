@@ -102,19 +102,22 @@ class PeerAtEpochEnd(pl.Callback):
 VARIANTS = {
     "bare": "bare",
     "tracked": "tracked",
+    "no_intervals": "tracked, without intervals",
     "figures": "tracked, with figures",
     "in_file": "tracked, recording in a file",
     "peer": "pytorch-cka at epoch end",
 }
 
 
-RECORDING = {"tracked", "figures", "in_file"}  # the variants that record before the first batch
+RECORDING = {"tracked", "no_intervals", "figures", "in_file"}  # the variants that record before the first batch
 
 
 def new_callbacks(variant: str) -> list[pl.Callback]:
     """The callbacks of one of `VARIANTS`."""
     if variant == "tracked":
         return [CKACallback(log_figures=False)]
+    if variant == "no_intervals":
+        return [CKACallback(log_figures=False, intervals=False)]
     if variant == "figures":
         return [CKACallback()]
     if variant == "in_file":

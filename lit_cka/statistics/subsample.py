@@ -6,6 +6,7 @@ order they come, the same ones are drawn, at every evaluation of the same data.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from lit_cka.functional.jackknife import MIN_SAMPLES, Jackknife, jackknife_cka, unit_gram
 from lit_cka.functional.precision import float64_device
+from lit_cka.functional.rankme import rankme_from_gram
 from lit_cka.parallel.exchange import Group
 
 SIZE = 256
@@ -29,6 +31,7 @@ class SampledLayer(NamedTuple):
     hashes: Tensor  # (m,) int64, in ascending order: which samples they are
     samples: Jackknife
     num_repeated: int  # of them, that have the reference's features of another one
+    rank: float = math.nan  # how many directions they use in the live model: RankMe, about the mean
 
 
 class _Part(NamedTuple):
@@ -120,7 +123,7 @@ def _mixed(words: np.ndarray[tuple[int, ...], np.dtype[np.uint64]]) -> np.ndarra
 
 
 def jackknives_of_all_ranks(
-    subsamples: Mapping[str, Subsample], device: torch.device, group: Group
+    subsamples: Mapping[str, Subsample], device: torch.device, group: Group, *, with_ranks: bool = False
 ) -> dict[str, SampledLayer]:
     """Returns what the drawn samples of all ranks say, by layer, of those layers that have enough of them.
 
@@ -130,6 +133,7 @@ def jackknives_of_all_ranks(
         subsamples: of each layer.
         device: of the collectives, and where to compute.
         group: of the ranks.
+        with_ranks: count the directions, too.
     """
     device = float64_device(device)
     for each in subsamples.values():
@@ -142,11 +146,11 @@ def jackknives_of_all_ranks(
         if len(hashes) < MIN_SAMPLES:
             continue
         if waiting and (len(waiting) == _LAYERS_AT_ONCE or len(waiting[0][1]) != len(hashes)):
-            layers.update(_jackknives(waiting))
+            layers.update(_jackknives(waiting, with_ranks=with_ranks))
             waiting = []
         X, Y = _all_rows(subsample, places, len(hashes), widths, device, group)
         waiting.append((name, hashes, unit_gram(X), unit_gram(Y)))
-    layers.update(_jackknives(waiting))
+    layers.update(_jackknives(waiting, with_ranks=with_ranks))
     return layers
 
 
@@ -193,7 +197,7 @@ def _all_rows(
     return group.add_up(sides)
 
 
-def _jackknives(layers: Sequence[tuple[str, Tensor, Tensor, Tensor]]) -> dict[str, SampledLayer]:
+def _jackknives(layers: Sequence[tuple[str, Tensor, Tensor, Tensor]], *, with_ranks: bool) -> dict[str, SampledLayer]:
     if not layers:
         return {}
     Ks, Ls = torch.stack([K for _, _, K, _ in layers]), torch.stack([L for *_, L in layers])
@@ -201,8 +205,8 @@ def _jackknives(layers: Sequence[tuple[str, Tensor, Tensor, Tensor]]) -> dict[st
     repeated = _num_repeated(Ls).tolist()
     each = [Jackknife(*values) for values in zip(*(field.cpu() for field in fields), strict=True)]
     return {
-        name: SampledLayer(hashes, samples, number)
-        for (name, hashes, _, _), samples, number in zip(layers, each, repeated, strict=True)
+        name: SampledLayer(hashes, samples, number, rankme_from_gram(K) if with_ranks else math.nan)
+        for (name, hashes, K, _), samples, number in zip(layers, each, repeated, strict=True)
     }
 
 

@@ -66,6 +66,8 @@ class CKACallback(pl.Callback):
         intervals: with the exact estimator, give every score a 95 % confidence interval for the population's CKA
             (`lit_cka.functional.cka_interval`), about the debiased estimate, from at most 256 of the samples: in
             `history`, and logged as `cka_low/<layer>` and `cka_high/<layer>`. The samples must be independent.
+        effective_ranks: also count the directions that each layer uses (RankMe, about the mean, over the samples that
+            the intervals are from): in `history`, and logged as `cka_rank/<layer>`.
         stages: any of "validate" and "test". The validations within `fit` count as "validate".
         dataloaders: indices of the dataloaders to track; None for all.
         every_n_validations: track the first, and then each n-th validation of a `fit`.
@@ -109,6 +111,7 @@ class CKACallback(pl.Callback):
         estimator: Estimator = "exact",
         debiased: bool = True,
         intervals: bool = True,
+        effective_ranks: bool = False,
         stages: Sequence[Stage] = ("validate", "test"),
         dataloaders: Sequence[int] | None = None,
         every_n_validations: int = 1,
@@ -129,6 +132,7 @@ class CKACallback(pl.Callback):
             estimator=estimator,
             debiased=debiased,
             intervals=intervals,
+            effective_ranks=effective_ranks,
             stages=stages,
             dataloaders=dataloaders,
             every_n_validations=every_n_validations,
@@ -304,8 +308,11 @@ class CKACallback(pl.Callback):
         on_step: bool = False,
     ) -> None:
         """Give the scores to the history, the loggers, and whoever monitors them."""
-        of_dataloaders = scores.items()
-        records = [record_of(trainer, stage, number, layers, self._intervals) for number, layers in of_dataloaders]
+        with_ranks = self.options.effective_ranks
+        records = [
+            record_of(trainer, stage, number, layers, self._intervals, with_ranks=with_ranks)
+            for number, layers in scores.items()
+        ]
         for layers in scores.values():
             if not self._hinted and not self.options.uses_unbiased_hsic:
                 self._hinted = warn_bias(layers)

@@ -119,7 +119,13 @@ class TrackedEvaluation:
 
 
 def record_of(
-    trainer: pl.Trainer, stage: Stage, dataloader: int, layers: dict[str, LayerScore], intervals: Intervals | None
+    trainer: pl.Trainer,
+    stage: Stage,
+    dataloader: int,
+    layers: dict[str, LayerScore],
+    intervals: Intervals | None,
+    *,
+    with_ranks: bool = False,
 ) -> Record:
     """Return the entry of the history for the scores of one dataloader, with intervals if there are to be some."""
     record = Record(
@@ -132,4 +138,7 @@ def record_of(
     )
     if intervals is not None:
         record.update(intervals.of(f"{stage} {dataloader}", layers))  # type: ignore[typeddict-item]
+        if with_ranks:
+            ranks = {name: layer.sampled.rank for name, layer in layers.items() if layer.sampled is not None}
+            record["rank"] = {name: rank for name, rank in ranks.items() if rank == rank}
     return record

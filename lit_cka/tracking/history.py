@@ -27,9 +27,11 @@ class Record(TypedDict):
     high: NotRequired[dict[str, float]]
     change_low: NotRequired[dict[str, float]]
     change_high: NotRequired[dict[str, float]]
+    rank: NotRequired[dict[str, float]]  # with `effective_ranks`
 
 
 BOUNDS = ("low", "high", "change_low", "change_high")
+LOGGED_BESIDE = ("low", "high", "rank")  # as `<prefix>_low/<layer>` and so on
 
 
 def checked_history(value: Any) -> list[Record]:
@@ -48,7 +50,7 @@ def checked_history(value: Any) -> list[Record]:
 
 
 def _by_layer(record: Mapping[str, Any]) -> list[str]:
-    return [key for key in ("scores", *BOUNDS) if key in record]
+    return [key for key in ("scores", *BOUNDS, "rank") if key in record]
 
 
 def _holds_numbers(layers: Mapping[str, Any]) -> bool:

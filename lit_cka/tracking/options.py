@@ -30,6 +30,7 @@ class TrackingOptions:
     estimator: Estimator
     debiased: bool
     intervals: bool
+    effective_ranks: bool
     stages: Sequence[Stage]
     dataloaders: Sequence[int] | None
     every_n_validations: int
@@ -61,6 +62,10 @@ class TrackingOptions:
         if self.cache_memory < 0:
             raise ValueError(f"Expected `cache_memory` to be GiB from 0 on, but got {self.cache_memory}.")
         _check_one_of("cache_dtype", self.cache_dtype, ("auto", "float64", "bfloat16"))
+        if self.effective_ranks and not (self.intervals and self.estimator == "exact"):
+            raise ValueError(
+                'Expected `intervals` and the "exact" estimator with `effective_ranks`: they are of the same samples.'
+            )
         parse_pooling(self.pooling)
         self._check_probe()
         self._check_moving()

@@ -221,11 +221,12 @@ class PairedPass:
         # Processes that hold the same samples may round in other ways.
         return scores if ranks.replicas is None else scores_of_first_rank(scores, ranks.device)
 
-    def sampled(self, ranks: DataRanks) -> dict[str, SampledLayer]:
+    def sampled(self, ranks: DataRanks, *, with_ranks: bool) -> dict[str, SampledLayer]:
         """Return what tells the errors of the scores, after `scores`; every process has to call it."""
         if self._subsamples is None:
             return {}
-        layers = jackknives_of_all_ranks(self._subsamples, ranks.device, Group(ranks.rank, ranks.size, ranks.group))
+        group = Group(ranks.rank, ranks.size, ranks.group)
+        layers = jackknives_of_all_ranks(self._subsamples, ranks.device, group, with_ranks=with_ranks)
         return layers if ranks.replicas is None else jackknives_of_first_rank(layers, ranks.device)
 
     def _finish(self, device: torch.device, group: Group) -> None:

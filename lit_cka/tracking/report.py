@@ -23,7 +23,7 @@ from lit_cka.features.lightning_private import logging_step, note_same_on_all_ra
 from lit_cka.files import write_bytes
 from lit_cka.parallel.warning import warn
 from lit_cka.tracking.artifacts import log_charts, log_files, log_images, takes_files, takes_images
-from lit_cka.tracking.history import BOUNDS, THRESHOLDS, Record, first_series, mean_score, verdict
+from lit_cka.tracking.history import BOUNDS, LOGGED_BESIDE, THRESHOLDS, Record, first_series, mean_score, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,8 +84,9 @@ def log_records(
         charted += [f"{prefix}/{name}{suffix}" for name in named]
         values.update({f"{prefix}/{name}{suffix}": value for name, value in named.items()})
         values[f"{prefix}/num_samples{suffix}"] = record["n"]
-        for end, bounds in (("low", record.get("low", {})), ("high", record.get("high", {}))):
-            ends.update({f"{prefix}_{end}/{name}{suffix}": value for name, value in bounds.items()})
+        for key in LOGGED_BESIDE:
+            of_layers: dict[str, float] = record.get(key, {})  # type: ignore[assignment]
+            ends.update({f"{prefix}_{key}/{name}{suffix}": value for name, value in of_layers.items()})
     if trainer.barebones:  # which logs nothing, and warns of each attempt
         return charted
     # All ranks have the same values already, so there is nothing to synchronise.
@@ -180,11 +181,12 @@ def write_report(folder: str | os.PathLike[str], history: Sequence[Record], thre
     rows = io.StringIO()
     writer = csv.writer(rows)
     about = ("step", "epoch", "stage", "dataloader", "n")
-    writer.writerow([*about, "layer", "cka", "verdict", *BOUNDS])
+    beside = (*BOUNDS, "rank") if any("rank" in record for record in history) else BOUNDS
+    writer.writerow([*about, "layer", "cka", "verdict", *beside])
     for record in history:
         of_layers: Any = record
         for name, cka in record["scores"].items():
-            bounds = [of_layers.get(key, {}).get(name) for key in BOUNDS]
+            bounds = [of_layers.get(key, {}).get(name) for key in beside]
             writer.writerow([*(of_layers[key] for key in about), name, cka, verdict(cka, thresholds), *bounds])
     write_bytes(folder / "cka_history.csv", rows.getvalue().encode())
     plots.save_figure(heatmap(history, thresholds), folder / "cka_heatmap.png")

@@ -72,6 +72,7 @@ class TrackedModel:
             options.debiased,
             options.mask,
             options.intervals,
+            options.effective_ranks,
             self._new_recording() if moves(options.reference) else None,
         )
 

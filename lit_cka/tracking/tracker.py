@@ -54,6 +54,7 @@ class Tracker:
         mask: which tokens count, by a name in the batch or in the model's call, or by a callable of the step's batch;
             None for the mask that the model is called with.
         with_errors: keep what tells the errors of the exact estimator.
+        with_ranks: count the directions that the live model's features use, too, from the same samples.
         upcoming: an empty recording, to be filled with what the live model gives in each pass, which `adopt` then makes
             the reference; None where the reference stays what it is.
     """
@@ -69,6 +70,7 @@ class Tracker:
         debiased: bool = False,
         mask: Mask | None = None,
         with_errors: bool = False,
+        with_ranks: bool = False,
         upcoming: Recording | None = None,
     ) -> None:
         self.layer_names = layer_names
@@ -78,6 +80,7 @@ class Tracker:
         self.can_record = True  # unless the data differ at every pass
         self._estimator = estimator
         self._debiased = debiased
+        self._with_ranks = with_ranks
         self._with_errors = with_errors and estimator == "exact"
         self._step = WatchedStep(live, layer_names, pooling, running, mask)
         self._passes: list[PairedPass] = []
@@ -269,7 +272,7 @@ class Tracker:
         """
         paired = self._passes[dataloader]
         layers = paired.scores(self._ranks, debiased=self._debiased)
-        sampled = paired.sampled(self._ranks)
+        sampled = paired.sampled(self._ranks, with_ranks=self._with_ranks)
         self._explanations.of_repeated(f"{self._stage} dataloader {dataloader}", sampled)
         is_undefined = not any(score.n for score in layers.values())
         where = f"{self._stage} dataloader {dataloader}"

@@ -192,3 +192,25 @@ def test_trained_weights_that_are_no_adapter_s_are_an_error(tmp_path: Path) -> N
     module.model.base_model.model.bert.encoder.layer[1].output.dense.weight.requires_grad_(True)
     with pytest.raises(ValueError, match=r"The weight '.*1\.output\.dense\.weight' is trained and is no adapter's"):
         fit(tmp_path, module, CKACallback(reference="adapter-off"))
+
+
+@pytest.mark.parametrize("name", ["running_mean", "calls"])
+def test_buffers_that_a_validation_changes_are_put_back(tmp_path: Path, name: str) -> None:
+    """With adapters off, no weights are exchanged that would bring them along."""
+
+    class Counted(Text):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__(model)
+            self.norm = nn.BatchNorm1d(2)
+            self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+        def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+            self.calls += 1
+            self.norm.train()(self.model(**batch).logits)
+
+    seen = []
+    for callbacks in ((), (CKACallback(reference="adapter-off"),)):
+        torch.manual_seed(0)
+        module = fit(tmp_path, Counted(with_lora().model), *callbacks)
+        seen.append(module.norm.running_mean if name == "running_mean" else module.calls)
+    assert torch.equal(*seen)

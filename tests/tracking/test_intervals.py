@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from lit_cka import CKACallback
-from lit_cka.functional import change_interval, cka_interval, linear_jackknife
+from lit_cka.functional import change_interval, cka_interval, linear_jackknife, rankme
 from lit_cka.tracking.history import change_mark
 from lit_cka.tracking.report import curves
 from tests.tracking.helpers import (
@@ -159,3 +159,21 @@ def test_more_samples_than_are_drawn(tmp_path: Path) -> None:
     for name in BLOCKS:
         assert seen[0]["low"][name] == pytest.approx(seen[1]["low"][name], abs=1e-5)
         assert seen[0]["low"][name] < seen[0]["scores"][name] < seen[0]["high"][name]
+
+
+def test_effective_ranks(tmp_path: Path) -> None:
+    module, logger, keeper = Classifier(), PlainLogger(), Keeper()
+    callback = CKACallback(effective_ranks=True)
+    trainer(tmp_path, callback, keeper, logger=logger).fit(module, train_loader(), loader())
+    logged = [values for _, values in logger.seen if f"cka_rank/{BLOCKS[0]}" in values]
+    for record, model, values in zip(callback.history, keeper.models, logged, strict=True):
+        taken = features(model, BLOCKS, list(loader()))
+        for name in BLOCKS:
+            expected = rankme(torch.cat(taken[name]), centre=True)
+            assert record["rank"][name] == pytest.approx(expected, rel=1e-4)
+            assert values[f"cka_rank/{name}"] == record["rank"][name]
+    callback.save(tmp_path / "report")
+    with (tmp_path / "report/cka_history.csv").open() as file:
+        assert float(next(csv.DictReader(file))["rank"]) == callback.history[0]["rank"][BLOCKS[0]]
+    with pytest.raises(ValueError, match=r'Expected `intervals` and the "exact" estimator with `effective_ranks`'):
+        CKACallback(effective_ranks=True, estimator="minibatch")

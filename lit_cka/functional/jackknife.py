@@ -60,12 +60,15 @@ def jackknife_cka(K: Tensor, L: Tensor) -> Jackknife:
     value = _ratio(xy.all(), xx.all(), yy.all())
     without = _ratio(xy.without_each(), xx.without_each(), yy.without_each())
     A, B = u_centred(K), u_centred(L)
-    x, y, cross = A.square().sum((-2, -1)), B.square().sum((-2, -1)), (A * B).sum((-2, -1))
-    T, scale = (cross / (x * y).sqrt())[..., None, None], (x * y).sqrt()[..., None, None]
-    Q = A * B / scale - T / 2 * (A.square() / x[..., None, None] + B.square() / y[..., None, None])
+    x, y = _inner(A, A).sqrt(), _inner(B, B).sqrt()
+    concentration = _concentration(A, x) * _concentration(B, y)
+    A, B = A.div_(x[..., None, None]), B.div_(y[..., None, None])
+    # Q = A B / (|A| |B|) - T / 2 (A^2 / |A|^2 + B^2 / |B|^2), element by element
+    squares = (A * A).addcmul_(B, B)
+    Q = A.mul_(B).sub_(squares.mul_(value[..., None, None] / 2))
     # Where pairs say no more than single samples do, it is what rounding leaves of 0, and may be negative.
     pairs = (_Sums(Q, Q).all() * (m * (m - 3)) ** 2).clamp(min=0)
-    return Jackknife(value, without, pairs, _concentration(A, x) * _concentration(B, y))
+    return Jackknife(value, without, pairs, concentration)
 
 
 def linear_jackknife(X: Tensor, Y: Tensor) -> Jackknife:
@@ -86,7 +89,9 @@ def unit_gram(X: Tensor) -> Tensor:
 
 def without_diagonal(K: Tensor) -> Tensor:
     """Returns matrices (..., m, m) with zeros on their diagonals."""
-    return K - torch.diag_embed(K.diagonal(dim1=-2, dim2=-1))
+    K = K.clone()
+    K.diagonal(dim1=-2, dim2=-1).zero_()
+    return K
 
 
 def u_centred(K: Tensor) -> Tensor:
@@ -95,7 +100,14 @@ def u_centred(K: Tensor) -> Tensor:
     """
     m, rows = K.shape[-1], K.sum(-1)
     shift = (rows - rows.sum(-1, keepdim=True) / (2 * (m - 1))) / (m - 2)
-    return without_diagonal(K - shift[..., :, None] - shift[..., None, :])
+    centred = (K - shift[..., :, None]).sub_(shift[..., None, :])
+    centred.diagonal(dim1=-2, dim2=-1).zero_()
+    return centred
+
+
+def _inner(A: Tensor, B: Tensor) -> Tensor:
+    inner: Tensor = torch.linalg.vecdot(A.flatten(-2), B.flatten(-2))
+    return inner
 
 
 class _Sums:
@@ -104,8 +116,9 @@ class _Sums:
     def __init__(self, K: Tensor, L: Tensor) -> None:
         self.m = K.shape[-1]
         self.rows_K, self.rows_L = K.sum(-1), L.sum(-1)
-        self.products = (K * L).sum(-1)  # of each row with its own
-        self.across = (K @ self.rows_L[..., None] + L @ self.rows_K[..., None])[..., 0]
+        self.products = torch.linalg.vecdot(K, L)  # of each row with its own
+        across = K @ self.rows_L[..., None]
+        self.across = (2 * across if K is L else across + L @ self.rows_K[..., None])[..., 0]
 
     def _hsic(self, m: int, trace: Tensor, totals: Tensor, rows: Tensor) -> Tensor:
         hsic = trace + totals / ((m - 1) * (m - 2)) - 2 / (m - 2) * rows
@@ -132,14 +145,14 @@ def _ratio(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
     return value.masked_fill(~((xx > 0) & (yy > 0)), torch.nan)
 
 
-def _concentration(A: Tensor, square: Tensor) -> Tensor:
+def _concentration(A: Tensor, size: Tensor) -> Tensor:
     """Returns the largest eigenvalue of matrices over their Frobenius norm, at least nearly: by the power method, from
     the longest row, which is the same in any order of the samples.
     """
-    longest = A.square().sum(-1).argmax(-1)[..., None, None]
+    longest = torch.linalg.vecdot(A, A).argmax(-1)[..., None, None]
     vector = A.take_along_dim(longest, dim=-2).mT
     for _ in range(_POWER_STEPS):
         vector = vector / vector.norm(dim=-2, keepdim=True).clamp(min=1e-300)
         vector = A @ vector
     largest: Tensor = vector.norm(dim=-2)[..., 0]
-    return largest / square.sqrt()
+    return largest / size

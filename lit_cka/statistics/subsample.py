@@ -21,7 +21,7 @@ from lit_cka.functional.rankme import rankme_from_gram
 from lit_cka.parallel.exchange import Group
 
 SIZE = 256
-_LAYERS_AT_ONCE = 8
+_LAYERS_AT_ONCE = 8  # on an accelerator; a CPU's cache holds the matrices of one
 _NONE = torch.iinfo(torch.int64).max
 
 
@@ -136,6 +136,7 @@ def jackknives_of_all_ranks(
         with_ranks: count the directions, too.
     """
     device = float64_device(device)
+    at_once = 1 if device.type == "cpu" else _LAYERS_AT_ONCE
     for each in subsamples.values():
         each.prune()
     drawn = _draw(subsamples, device, group)
@@ -145,7 +146,7 @@ def jackknives_of_all_ranks(
         hashes, places, widths = drawn[name]
         if len(hashes) < MIN_SAMPLES:
             continue
-        if waiting and (len(waiting) == _LAYERS_AT_ONCE or len(waiting[0][1]) != len(hashes)):
+        if waiting and (len(waiting) == at_once or len(waiting[0][1]) != len(hashes)):
             layers.update(_jackknives(waiting, with_ranks=with_ranks))
             waiting = []
         X, Y = _all_rows(subsample, places, len(hashes), widths, device, group)

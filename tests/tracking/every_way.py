@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lit_cka.tracking.history import BOUNDS
 from tests.tracking.sharded_worker import LAYERS, NUM_TEST, NUM_VAL, WHOLE, Way
 
 
@@ -30,8 +31,15 @@ def whole(folder: Path, job: str, way: Way = WHOLE) -> Any:
 
 
 def same(history: list[dict[str, Any]], tolerance: float = 1e-6) -> list[dict[str, Any]]:
-    """The same entries, with scores that are as close."""
-    return [{**record, "scores": pytest.approx(record["scores"], abs=tolerance)} for record in history]
+    """The same entries, with scores that are as close, and bounds of them that are nearly so."""
+    return [
+        {
+            **record,
+            "scores": pytest.approx(record["scores"], abs=tolerance),
+            **{key: pytest.approx(record[key], abs=100 * tolerance) for key in BOUNDS if key in record},
+        }
+        for record in history
+    ]
 
 
 def done(history: list[dict[str, Any]], way: Way) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lit_cka.functional.arrays import takes_arrays
 from lit_cka.functional.cka import is_hsic_rounding
 from lit_cka.functional.kernels import linear_gram
 from lit_cka.functional.units import in_usual_unit
@@ -38,6 +39,7 @@ class Jackknife(NamedTuple):
     concentration: Tensor  # (...) how much of both sides is in one direction: largest eigenvalue / Frobenius norm
 
 
+@takes_arrays
 def jackknife_cka(K: Tensor, L: Tensor) -> Jackknife:
     """Returns the jackknife of the debiased CKA of Gram matrices, any kernel, (..., m, m) each, of the same m samples.
 
@@ -52,22 +54,44 @@ def jackknife_cka(K: Tensor, L: Tensor) -> Jackknife:
         >>> [round(value, 3) for value in jackknife_cka(K, L).without.tolist()]
         [-0.022, -0.427, -0.301, -0.302, -0.302, -0.301, -0.427, -0.022]
     """
-    m = K.shape[-1]
-    if m < MIN_SAMPLES:
-        raise ValueError(f"Expected at least {MIN_SAMPLES} samples for an interval of CKA, but got {m}.")
-    K, L = without_diagonal(K), without_diagonal(L)
-    xy, xx, yy = _Sums(K, L), _Sums(K, K), _Sums(L, L)
-    value = _ratio(xy.all(), xx.all(), yy.all())
-    without = _ratio(xy.without_each(), xx.without_each(), yy.without_each())
-    A, B = u_centred(K), u_centred(L)
-    x, y, cross = A.square().sum((-2, -1)), B.square().sum((-2, -1)), (A * B).sum((-2, -1))
-    T, scale = (cross / (x * y).sqrt())[..., None, None], (x * y).sqrt()[..., None, None]
-    Q = A * B / scale - T / 2 * (A.square() / x[..., None, None] + B.square() / y[..., None, None])
+    return pair_jackknife(SampledGram(K), SampledGram(L))
+
+
+class SampledGram:
+    """Gram matrices (..., m, m) of m samples, and what the jackknife takes of them alone, once for all pairs.
+
+    Args:
+        K: any kernel, float64 and centred.
+
+    Raises:
+        ValueError: for fewer than `MIN_SAMPLES` samples.
+    """
+
+    def __init__(self, K: Tensor) -> None:
+        if K.shape[-1] < MIN_SAMPLES:
+            raise ValueError(f"Expected at least {MIN_SAMPLES} samples for an interval of CKA, but got {K.shape[-1]}.")
+        self.K, self.A = without_diagonal(K), u_centred(K)
+        sums = _Sums(self.K, self.K)
+        self.hsic, self.hsic_without = sums.all(), sums.without_each()
+        self.square = self.A.square().sum((-2, -1))
+        self.concentration = _concentration(self.A, self.square)
+
+
+def pair_jackknife(x: SampledGram, y: SampledGram) -> Jackknife:
+    """Returns the `jackknife_cka` of two Gram matrices of the same samples, each of which may be in other pairs too."""
+    m, xy = x.K.shape[-1], _Sums(x.K, y.K)
+    value = _ratio(xy.all(), x.hsic, y.hsic)
+    without = _ratio(xy.without_each(), x.hsic_without, y.hsic_without)
+    AB, size = x.A * y.A, (x.square * y.square).sqrt()
+    T = AB.sum((-2, -1)) / size
+    squares = x.A.square() / x.square[..., None, None] + y.A.square() / y.square[..., None, None]
+    Q = AB / size[..., None, None] - T[..., None, None] / 2 * squares
     # Where pairs say no more than single samples do, it is what rounding leaves of 0, and may be negative.
     pairs = (_Sums(Q, Q).all() * (m * (m - 3)) ** 2).clamp(min=0)
-    return Jackknife(value, without, pairs, _concentration(A, x) * _concentration(B, y))
+    return Jackknife(value, without, pairs, x.concentration * y.concentration)
 
 
+@takes_arrays
 def linear_jackknife(X: Tensor, Y: Tensor) -> Jackknife:
     """Returns the `jackknife_cka` of linear CKA, of features (..., m, d_x) and (..., m, d_y) in any floating dtype.
 
@@ -90,12 +114,18 @@ def without_diagonal(K: Tensor) -> Tensor:
 
 
 def u_centred(K: Tensor) -> Tensor:
-    """Returns the U-centring (Szekely & Rizzo 2014, arXiv 1310.2926) of matrices (..., m, m) with zero diagonals: rows
-    that sum to 0, and zeros on the diagonal still.
+    """Returns the U-centring (Szekely & Rizzo 2014, arXiv 1310.2926) of centred matrices (..., m, m): rows that sum to
+    0, and zeros on the diagonal. All zeros where nothing but rounding is left, as for equidistant samples.
+
+    Their inner products are m (m - 3) times the unbiased HSIC.
     """
-    m, rows = K.shape[-1], K.sum(-1)
+    m, size = K.shape[-1], K.square().sum((-2, -1)) + K.diagonal(dim1=-2, dim2=-1).square().sum(-1)
+    K = without_diagonal(K)
+    rows = K.sum(-1)
     shift = (rows - rows.sum(-1, keepdim=True) / (2 * (m - 1))) / (m - 2)
-    return without_diagonal(K - shift[..., :, None] - shift[..., None, :])
+    A = without_diagonal(K - shift[..., :, None] - shift[..., None, :])
+    is_rounding = is_hsic_rounding(A.square().sum((-2, -1)), size, m)
+    return A.masked_fill(is_rounding[..., None, None], 0.0)
 
 
 class _Sums:

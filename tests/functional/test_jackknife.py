@@ -12,8 +12,16 @@ from scipy.optimize import brentq
 from scipy.stats import t as student
 from torch import Tensor
 
-from lit_cka.functional import change_interval, cka_interval, jackknife_cka, linear_cka, linear_jackknife, rbf_gram
-from lit_cka.functional.jackknife import MIN_SAMPLES, Jackknife
+from lit_cka.functional import (
+    change_interval,
+    cka_interval,
+    jackknife_cka,
+    linear_cka,
+    linear_gram,
+    linear_jackknife,
+    rbf_gram,
+)
+from lit_cka.functional.jackknife import MIN_SAMPLES, Jackknife, SampledGram, pair_jackknife, u_centred
 from tests import oracles
 from tests.oracles import paired_features
 
@@ -62,6 +70,28 @@ def test_the_variance_of_pairs_is_that_of_their_contributions() -> None:
     assert samples.pairs.item() == pytest.approx(max(oracles.unbiased_hsic(Q, Q), 0), rel=1e-9)
     largest = [np.abs(np.linalg.eigvalsh(each)).max() / np.linalg.norm(each) for each in (A, B)]
     assert samples.concentration.item() == pytest.approx(math.prod(largest), rel=0.05)
+
+
+def test_inner_products_of_u_centred_matrices_are_the_unbiased_hsic() -> None:
+    n, K, L = 9, *(linear_gram(each) for each in paired_features(9, 4, 3))
+    A, B = u_centred(K), u_centred(L)
+    assert (A * B).sum().item() == pytest.approx(n * (n - 3) * oracles.unbiased_hsic(K.numpy(), L.numpy()), rel=1e-12)
+    assert A.diagonal().count_nonzero() == 0
+    assert A.sum(0).abs().max() < 1e-12
+    equidistant = torch.eye(n, dtype=torch.float64) - 1 / n
+    together = u_centred(torch.stack([equidistant, K]))
+    assert together[0].count_nonzero() == 0  # not rounding, whose cosines would be anything
+    assert torch.equal(together[1], A)
+
+
+def test_a_gram_matrix_is_prepared_once_for_all_its_pairs() -> None:
+    (X, Y), (Z, _) = paired_features(12, 4, 3), paired_features(12, 5, 3, seed=1)
+    x = SampledGram(linear_gram(X))
+    for other in (Y, Z, X):
+        for one, two in zip(
+            pair_jackknife(x, SampledGram(linear_gram(other))), linear_jackknife(X, other), strict=True
+        ):
+            torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
 
 
 def interval_by_hand(cka: float, n: int, samples: Jackknife) -> tuple[float, float]:

@@ -63,6 +63,13 @@ def test_they_are_those_of_each_pair(measure: Any, debiased: bool, level: float)
     assert (values < ends[1]).all()
 
 
+def test_a_wide_rbf_kernel_has_the_intervals_of_the_linear_one() -> None:
+    """All of it is 1 but for some 1e-8, which is not rounding."""
+    a, b = models(30)
+    wide = bounds(compare_features(a, b, Settings("rbf_cka", bandwidth=3e3)))
+    np.testing.assert_allclose(wide, bounds(compare_features(a, b)), rtol=0, atol=1e-5)
+
+
 @KERNELS
 def test_of_more_samples_512_are_drawn(measure: Any) -> None:
     X, Y = paired_features(520, 4, 5)

@@ -21,6 +21,7 @@ from lit_cka.functional import (
     linear_jackknife,
     rbf_gram,
 )
+from lit_cka.functional.centring import double_centred
 from lit_cka.functional.jackknife import MIN_SAMPLES, Jackknife, SampledGram, pair_jackknife, u_centred
 from tests import oracles
 from tests.oracles import paired_features
@@ -161,6 +162,15 @@ def test_what_is_the_same_has_no_error_and_what_is_undefined_no_interval() -> No
         assert all(end.isnan() for end in cka_interval(samples.value, 20, samples))
     with pytest.raises(ValueError, match=f"at least {MIN_SAMPLES} samples for an interval of CKA, but got 7"):
         linear_jackknife(X[:7], Y[:7])
+
+
+def test_nearly_equidistant_samples_have_no_interval_rather_than_one_of_no_width() -> None:
+    """Of two sums, one may be taken for rounding, and the other not yet."""
+    noise = torch.randn(20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    K = double_centred(torch.eye(20, dtype=torch.float64) + 3e-8 * (noise + noise.T))
+    samples = jackknife_cka(K, linear_gram(paired_features(20, 4, 3)[0]))
+    assert samples.value.isfinite()
+    assert all(end.isnan() for end in cka_interval(samples.value, 20, samples))
 
 
 def test_a_change_is_told_where_intervals_overlap() -> None:

@@ -88,6 +88,9 @@ def measure(name: str, samples: int, batch_size: int, image_size: int, repetitio
                     model(batch)
 
     def exact(turns: Turns) -> None:
+        compare(*models, turns, settings=Settings(intervals=False), device=device, progress=False)
+
+    def with_intervals(turns: Turns) -> None:
         compare(*models, turns, device=device, progress=False)
 
     def minibatch(turns: Turns) -> None:
@@ -97,6 +100,7 @@ def measure(name: str, samples: int, batch_size: int, image_size: int, repetitio
     runs: dict[str, Callable[[Turns], None]] = {
         "both forward passes, again: the noise": bare,
         "compare, exact, debiased": exact,
+        "compare, exact, debiased, with intervals": with_intervals,
         "compare, minibatch": minibatch,
     }
     seconds: dict[str, list[float]] = {name: [] for name in runs}

@@ -60,6 +60,7 @@ NEAREST, MOMENTS = "functional/nearest_neighbours.py", "functional/permutation_m
 CALIBRATION, PERMUTED = "analysis/calibration.py", "functional/permutations.py"
 OF_NEAREST, OF_CCA = ("tests/functional/test_nearest_neighbours.py",), ("tests/functional/test_svcca.py",)
 OF_PERMUTED, OF_CALIBRATION = ("tests/functional/test_permutations.py",), ("tests/analysis/test_calibration.py",)
+UNCERTAINTY, OF_UNCERTAINTY = "analysis/uncertainty.py", ("tests/analysis/test_uncertainty.py",)
 OF_SAMPLED, OF_RANKME = ("tests/functional/test_sampled_features.py",), ("tests/functional/test_rankme.py",)
 
 MUTANTS = [
@@ -102,6 +103,32 @@ MUTANTS = [
     ),
     Mutant("measures: no share of features", (("functional/sampled_features.py", " * (d / (d - 1))", ""),), OF_SAMPLED),
     Mutant("measures: ranks from 0", (("functional/rankme.py", "    if centre:\n", "    if False:\n"),), OF_RANKME),
+    Mutant(
+        "intervals: of the part that was drawn",
+        ((UNCERTAINTY, "(debiased[i, first:], n, samples", "(debiased[i, first:], len(drawn), samples"),),
+        OF_UNCERTAINTY,
+    ),
+    Mutant(
+        "intervals: the first samples",
+        (
+            (
+                UNCERTAINTY,
+                "torch.randperm(n, generator=torch.Generator().manual_seed(settings.seed))",
+                "torch.arange(n)",
+            ),
+        ),
+        OF_UNCERTAINTY,
+    ),
+    Mutant(
+        "intervals: half of a matrix with itself",
+        ((UNCERTAINTY, "first = i if is_same else 0", "first = i + 1 if is_same else 0"),),
+        OF_UNCERTAINTY,
+    ),
+    Mutant(
+        "intervals: about the plain estimate",
+        (("analysis/comparison.py", "values if settings.debiased else", "values if True else"),),
+        OF_UNCERTAINTY,
+    ),
     Mutant(
         "chance: a triangle counted once",
         ((PERMUTED, "(block.triu(1) + block.triu(0))", "block.triu(0)"),),

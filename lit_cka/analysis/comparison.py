@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,13 @@ from torch import nn
 from lit_cka.analysis.calibration import Calibration, calibrate
 from lit_cka.analysis.extraction import extract
 from lit_cka.analysis.features import Features, matched
-from lit_cka.analysis.measures import gram_matrices, similarity
+from lit_cka.analysis.measures import similarity
 from lit_cka.analysis.settings import Settings
-from lit_cka.analysis.uncertainty import bootstrap_cka
+from lit_cka.analysis.uncertainty import cka_intervals
 from lit_cka.features.given_masks import Mask
 from lit_cka.features.layers import Layers
 from lit_cka.features.pooling import Pooling
+from lit_cka.functional.jackknife import MIN_SAMPLES
 from lit_cka.functional.rankme import rankme
 from lit_cka.tracking.history import verdict
 
@@ -32,7 +33,8 @@ class Comparison:
 
     Attributes:
         values: (layers of a, layers of b); NaN where undefined.
-        low: lower ends of the intervals.
+        low: lower ends of the intervals for the population's CKA, about the debiased estimates; None for other measures
+            and for fewer than 8 samples.
         high: upper ends.
         calibration: p-values, and how far the values are above chance.
         ranks_a: how many directions each layer of model a uses (RankMe).
@@ -176,7 +178,7 @@ def compare_features(a: Features, b: Features, settings: Settings | None = None)
         >>> X, Y = torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(0)).double()
         >>> ids = [str(number) for number in range(30)]
         >>> before, after = (Features({"blocks.0": Z}, ids, model=name) for Z, name in ((X, "a"), (X + Y, "b")))
-        >>> row = compare_features(before, after, Settings(num_resamples=50)).diagonal()[0]
+        >>> row = compare_features(before, after).diagonal()[0]
         >>> row["layer"], row["low"] < row["value"] < row["high"]
         ('blocks.0', True)
     """
@@ -187,13 +189,9 @@ def compare_features(a: Features, b: Features, settings: Settings | None = None)
     Ys = Xs if same else list(b.layers.values())
     values = similarity(Xs, Ys, settings)
     low = high = ranks_a = ranks_b = None
-    if settings.num_resamples:
-        Ks = gram_matrices(Xs, settings)
-        ends = bootstrap_cka(
-            Ks, Ks if same else gram_matrices(Ys, settings), debiased=settings.debiased,
-            num_resamples=settings.num_resamples, level=settings.level, seed=settings.seed,
-        )  # fmt: skip
-        low, high = (end.numpy() for end in ends)
+    if settings.with_intervals and a.num_samples >= MIN_SAMPLES:
+        debiased = values if settings.debiased else similarity(Xs, Ys, replace(settings, debiased=True))
+        low, high = (end.numpy() for end in cka_intervals(Xs, Ys, debiased, settings))
     calibration = calibrate(Xs, Ys, values, settings) if settings.calibrated else None
     if settings.effective_ranks:
         ranks_a = [rankme(X) for X in Xs]

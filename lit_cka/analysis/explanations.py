@@ -50,9 +50,7 @@ VERDICT = (
     "layer changed does not say that the change was good."
 )
 _INTERVAL = (
-    "end of the {level:g} % interval for other samples like these {n} (studentised bootstrap, {num_resamples} "
-    "resamples). "
-    "Narrower is surer."
+    "end of the {level:g} % interval for the CKA of all samples like these {n} (jackknife). Narrower is surer.{about}"
 )
 COMPARISON_COLUMNS = {
     "layer": "In both models.{beginning}",
@@ -141,8 +139,8 @@ def comparison_columns(comparison: Comparison, beginning: str = "") -> dict[str,
         measure=describe_measure(settings.measure, settings.debiased),
         n=comparison.num_samples,
         level=100 * settings.level,
-        num_resamples=settings.num_resamples,
         null=_null(settings),
+        about="" if settings.debiased else " It is about the debiased estimate, so that the plain one may be outside.",
     )
 
 

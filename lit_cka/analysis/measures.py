@@ -9,12 +9,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lit_cka.analysis.resampling import u_centred
 from lit_cka.analysis.rsa import pairwise_rsa
 from lit_cka.analysis.settings import Settings
 from lit_cka.functional.centring import double_centred
 from lit_cka.functional.cka import cka_from_hsic, min_num_samples, pairwise_hsic, self_hsic
 from lit_cka.functional.cknna import cknna_weights
+from lit_cka.functional.jackknife import u_centred
 from lit_cka.functional.kernels import linear_gram, rbf_gram
 from lit_cka.functional.matrix import cka_matrix
 from lit_cka.functional.moments import check_features
@@ -48,8 +48,8 @@ def _gram(X: Tensor, settings: Settings) -> Tensor:
 def centred_grams(layers: Sequence[Tensor], settings: Settings) -> Tensor:
     """Returns the matrices (layers, n, n) whose cosines are the CKA of the settings' estimator."""
     debiased = settings.debiased or settings.measure == "sampled_features_cka"
-    grams = (_gram(X, settings) for X in layers)  # one at a time: each is n x n
-    return torch.stack([u_centred(K, True).A if debiased else double_centred(K) for K in grams])
+    grams = (double_centred(_gram(X, settings)) for X in layers)  # one at a time: each is n x n
+    return torch.stack([u_centred(K) if debiased else K for K in grams])
 
 
 def neighbours(layers: Sequence[Tensor], settings: Settings) -> list[WeightedNeighbours]:

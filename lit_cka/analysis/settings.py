@@ -49,13 +49,14 @@ class Settings:
         bandwidth: of "rbf_cka", as a multiple of the median distance.
         num_neighbours: of "mutual_knn" and "cknna", fewer than the samples.
         variance: of "svcca": the share of each layer's variance whose directions are compared.
-        num_resamples: bootstrap resamples for the intervals, 0 for none; for "cka" and "rbf_cka".
+        intervals: give every value of "cka" and "rbf_cka" an interval for the population's CKA, from 8 samples on. It
+            is about the debiased estimate, whatever `debiased` is: the plain one, biased upward, may be outside.
         num_permutations: permutations of the samples for p-values and calibrated scores, 0 for none.
         null: where these come from; "permutations", or "moments": the first three of all permutations, in closed form,
             which draw none; for "cka", "rbf_cka" and "sampled_features_cka".
         level: of the intervals, and the quantile of the null that calibrated scores are measured from.
         effective_ranks: count the directions that each layer uses (RankMe).
-        seed: of resamples and permutations.
+        seed: of permutations, and of the samples that intervals are from where there are more than 512.
 
     Raises:
         ValueError: if an option is unknown or out of range, or asked for where there is no such thing.
@@ -73,7 +74,7 @@ class Settings:
     bandwidth: float = 1.0
     num_neighbours: int = 10
     variance: float = 0.99
-    num_resamples: int = 0
+    intervals: bool = True
     num_permutations: int = 0
     null: Null = "permutations"
     level: float = 0.95
@@ -89,7 +90,6 @@ class Settings:
         for name, least in (
             ("batch_size", min_num_samples(debiased=True)),
             ("num_neighbours", 1),
-            ("num_resamples", 0),
             ("num_permutations", 0),
         ):
             if getattr(self, name) < least:
@@ -104,13 +104,16 @@ class Settings:
 
     def _check_measure(self) -> None:
         """Raise a ValueError where the measure has no such thing."""
-        if self.num_resamples and self.measure not in WITH_INTERVALS:
-            raise ValueError(f"Intervals are for 'cka' and 'rbf_cka', but `measure` is {self.measure!r}.")
         if self.null == "moments" and self.measure not in WITH_MOMENTS:
             raise ValueError(
                 f"Expected `measure` to be one of {', '.join(WITH_MOMENTS)} for the moments of the null, but got "
                 f"{self.measure!r}: set `null` to 'permutations'."
             )
+
+    @property
+    def with_intervals(self) -> bool:
+        """Whether intervals are asked for, of a measure that has them."""
+        return self.intervals and self.measure in WITH_INTERVALS
 
     @property
     def calibrated(self) -> bool:

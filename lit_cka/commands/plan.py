@@ -80,7 +80,7 @@ def _plan(options: Any, config: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _rows(pair: list[Features], width: float) -> list[dict[str, Any]]:
     before, after = pair[0], matched(pair[0], pair[1])
-    comparison = compare_features(before, after, Settings())
+    comparison = compare_features(before, after, Settings(intervals=False))
     rows = []
     for index, name in enumerate(before.layers):
         other = name if comparison.has_counterparts else comparison.layers_b[int(comparison.values[index].argmax())]

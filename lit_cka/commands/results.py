@@ -93,7 +93,8 @@ def save_comparison(comparison: Comparison, heatmaps: Mapping[str, Figure], fold
             limits=limits(comparison),
         )  # fmt: skip
         plots.save_figure(figure, folder / f"{name}_diagonal", FORMATS)
-        band = f"; the band is the {100 * comparison.settings.level:g} % interval" if bands else ""
+        about = "" if comparison.settings.debiased else " about the debiased CKA"
+        band = f"; the band is the {100 * comparison.settings.level:g} % interval{about}" if bands else ""
         pictures[f"{name}_diagonal.svg"] = f"The diagonal: each layer with its counterpart{band}"
     return pictures
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_cka.functional.arrays import takes_arrays
 from lit_cka.functional.jackknife import Jackknife
 
 ONE = 1 - 1e-12  # from here on, a CKA is that of features with themselves
 _HALVINGS = 50  # of the range that a bound is looked for in
 
 
+@takes_arrays
 def cka_interval(cka: Tensor, n: int | Tensor, samples: Jackknife, level: float = 0.95) -> tuple[Tensor, Tensor]:
     """Returns the confidence interval for the population's CKA about the debiased estimate of `n` samples.
 
@@ -67,11 +69,12 @@ def cka_interval(cka: Tensor, n: int | Tensor, samples: Jackknife, level: float 
             is_inside = sign * (_phi(middle) - start) < q * error
             near, far = torch.where(is_inside, middle, near), torch.where(is_inside, far, middle)
         bounds.append(torch.where(cka >= ONE, cka, (near + far) / 2))
-    undefined = cka.isnan() | samples.without.isnan().any(-1)
+    undefined = cka.isnan() | samples.pairs.isnan() | samples.without.isnan().any(-1)
     low, high = (bound.masked_fill(undefined, torch.nan) for bound in bounds)
     return low, high
 
 
+@takes_arrays
 def change_interval(
     now: Tensor, before: Tensor, n: int | Tensor, without: tuple[Tensor, Tensor], level: float = 0.95
 ) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lit_cka.functional.arrays import takes_arrays
 from lit_cka.functional.cka import is_hsic_rounding
 from lit_cka.functional.kernels import linear_gram
 from lit_cka.functional.units import in_usual_unit
@@ -38,6 +39,7 @@ class Jackknife(NamedTuple):
     concentration: Tensor  # (...) how much of both sides is in one direction: largest eigenvalue / Frobenius norm
 
 
+@takes_arrays
 def jackknife_cka(K: Tensor, L: Tensor) -> Jackknife:
     """Returns the jackknife of the debiased CKA of Gram matrices, any kernel, (..., m, m) each, of the same m samples.
 
@@ -52,25 +54,44 @@ def jackknife_cka(K: Tensor, L: Tensor) -> Jackknife:
         >>> [round(value, 3) for value in jackknife_cka(K, L).without.tolist()]
         [-0.022, -0.427, -0.301, -0.302, -0.302, -0.301, -0.427, -0.022]
     """
-    m = K.shape[-1]
-    if m < MIN_SAMPLES:
-        raise ValueError(f"Expected at least {MIN_SAMPLES} samples for an interval of CKA, but got {m}.")
-    K, L = without_diagonal(K), without_diagonal(L)
-    xy, xx, yy = _Sums(K, L), _Sums(K, K), _Sums(L, L)
-    value = _ratio(xy.all(), xx.all(), yy.all())
-    without = _ratio(xy.without_each(), xx.without_each(), yy.without_each())
-    A, B = u_centred(K), u_centred(L)
-    x, y = _inner(A, A).sqrt(), _inner(B, B).sqrt()
-    concentration = _concentration(A, x) * _concentration(B, y)
-    A, B = A.div_(x[..., None, None]), B.div_(y[..., None, None])
-    # Q = A B / (|A| |B|) - T / 2 (A^2 / |A|^2 + B^2 / |B|^2), element by element
-    squares = (A * A).addcmul_(B, B)
-    Q = A.mul_(B).sub_(squares.mul_(value[..., None, None] / 2))
+    return pair_jackknife(SampledGram(K), SampledGram(L))
+
+
+class SampledGram:
+    """Gram matrices (..., m, m) of m samples, and what the jackknife takes of them alone, once for all pairs.
+
+    Args:
+        K: any kernel, float64 and centred.
+
+    Raises:
+        ValueError: for fewer than `MIN_SAMPLES` samples.
+    """
+
+    def __init__(self, K: Tensor) -> None:
+        if K.shape[-1] < MIN_SAMPLES:
+            raise ValueError(f"Expected at least {MIN_SAMPLES} samples for an interval of CKA, but got {K.shape[-1]}.")
+        self.K, self.A = without_diagonal(K), u_centred(K)
+        sums = _Sums(self.K, self.K)
+        self.hsic, self.hsic_without = sums.all(), sums.without_each()
+        size = _inner(self.A, self.A).sqrt()
+        self.concentration = _concentration(self.A, size)
+        self.A.div_(size[..., None, None])  # of length 1
+
+
+def pair_jackknife(x: SampledGram, y: SampledGram) -> Jackknife:
+    """Returns the `jackknife_cka` of two Gram matrices of the same samples, each of which may be in other pairs too."""
+    m, xy = x.K.shape[-1], _Sums(x.K, y.K)
+    value = _ratio(xy.all(), x.hsic, y.hsic)
+    without = _ratio(xy.without_each(), x.hsic_without, y.hsic_without)
+    # Q = A B - T / 2 (A^2 + B^2), element by element
+    squares = (x.A * x.A).addcmul_(y.A, y.A)
+    Q = (x.A * y.A).sub_(squares.mul_(_inner(x.A, y.A)[..., None, None] / 2))
     # Where pairs say no more than single samples do, it is what rounding leaves of 0, and may be negative.
     pairs = (_Sums(Q, Q).all() * (m * (m - 3)) ** 2).clamp(min=0)
-    return Jackknife(value, without, pairs, concentration)
+    return Jackknife(value, without, pairs, x.concentration * y.concentration)
 
 
+@takes_arrays
 def linear_jackknife(X: Tensor, Y: Tensor) -> Jackknife:
     """Returns the `jackknife_cka` of linear CKA, of features (..., m, d_x) and (..., m, d_y) in any floating dtype.
 
@@ -95,14 +116,19 @@ def without_diagonal(K: Tensor) -> Tensor:
 
 
 def u_centred(K: Tensor) -> Tensor:
-    """Returns the U-centring (Szekely & Rizzo 2014, arXiv 1310.2926) of matrices (..., m, m) with zero diagonals: rows
-    that sum to 0, and zeros on the diagonal still.
+    """Returns the U-centring (Szekely & Rizzo 2014, arXiv 1310.2926) of centred matrices (..., m, m): rows that sum to
+    0, and zeros on the diagonal. All zeros where nothing but rounding is left, as for equidistant samples.
+
+    Their inner products are m (m - 3) times the unbiased HSIC.
     """
-    m, rows = K.shape[-1], K.sum(-1)
+    m, size = K.shape[-1], _inner(K, K) + K.diagonal(dim1=-2, dim2=-1).square().sum(-1)
+    K = without_diagonal(K)
+    rows = K.sum(-1)
     shift = (rows - rows.sum(-1, keepdim=True) / (2 * (m - 1))) / (m - 2)
-    centred = (K - shift[..., :, None]).sub_(shift[..., None, :])
-    centred.diagonal(dim1=-2, dim2=-1).zero_()
-    return centred
+    A = (K - shift[..., :, None]).sub_(shift[..., None, :])
+    A.diagonal(dim1=-2, dim2=-1).zero_()
+    is_rounding = is_hsic_rounding(_inner(A, A), size, m)
+    return A.masked_fill(is_rounding[..., None, None], 0.0)
 
 
 def _inner(A: Tensor, B: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -25,7 +26,7 @@ def features(model: str, seed: int) -> Features:
 
 @pytest.mark.parametrize("measure", get_args(Measure))
 def test_each_measure_and_each_column_of_a_comparison(measure: str) -> None:
-    errors = {"num_resamples": 5, "num_permutations": 99} if measure in ("cka", "rbf_cka") else {}
+    errors = {"num_permutations": 99} if measure in ("cka", "rbf_cka") else {}
     comparison = compare_features(features("a", 0), features("b", 1), Settings(measure=measure, **errors))  # type: ignore[arg-type]
     columns = explanations.comparison_columns(comparison, "m.")
     for row in comparison.diagonal():
@@ -40,6 +41,9 @@ def test_each_measure_and_each_column_of_a_comparison(measure: str) -> None:
     if errors:
         assert "below 0.01)" in columns["p"]  # 1 / (1 + 99)
         assert "95 %" in columns["low"]
+        assert "plain" not in columns["low"]
+        plain = replace(comparison, settings=replace(comparison.settings, debiased=False))
+        assert "the plain one may be outside." in explanations.comparison_columns(plain)["high"]
 
 
 def test_the_estimator_is_said_where_there_are_two() -> None:

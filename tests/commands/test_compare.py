@@ -123,8 +123,7 @@ def features(model: str, data: str = "digits") -> Features:
 def test_compare_two_models(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = run(
         "compare", "--settings.num_permutations=19", "--settings.seed=1",
-        models=[entry("before", checkpoints), entry("after", checkpoints)], data=DIGITS,
-        settings={"num_resamples": 30}, output="out",
+        models=[entry("before", checkpoints), entry("after", checkpoints)], data=DIGITS, output="out",
     )  # fmt: skip
     (comparison,) = found
     assert isinstance(comparison, Comparison)
@@ -149,7 +148,7 @@ def test_compare_two_models(checkpoints: Path, capsys: pytest.CaptureFixture[str
         np.testing.assert_array_equal(arrays[key], held)
         np.testing.assert_array_equal(said[key], held)
     assert (said["model_a"], said["model_b"], said["data"], said["num_samples"]) == ("before", "after", "digits", 71)
-    assert (said["settings"]["num_resamples"], said["settings"]["num_permutations"]) == (30, 19)
+    assert (said["settings"]["intervals"], said["settings"]["num_permutations"]) == (True, 19)
     assert said["settings"]["seed"] == written["config"]["settings"]["seed"] == 1
     assert written["versions"]["torch"]
     html = check_page()
@@ -158,7 +157,7 @@ def test_compare_two_models(checkpoints: Path, capsys: pytest.CaptureFixture[str
     assert f"Best of all pairs: {comparison.layers_a[best.row]} with {comparison.layers_b[best.column]}, " in html
     assert f"<td>{comparison.values[0, 0]:.4f}</td>" in html
     for said_of_it in (
-        "on average, whatever n", "95 % interval", "30 resamples", "19 permutations, so that", "below 0.05"
+        "on average, whatever n", "95 % interval", "(jackknife)", "19 permutations, so that", "below 0.05"
     ):  # fmt: skip
         assert said_of_it in html
     columns = {"layer", "value", "low", "high", "p", "p_best", "excess", "verdict"}
@@ -333,7 +332,7 @@ def test_probe(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_probe_with_the_plain_estimator_and_a_given_probe(checkpoints: Path) -> None:
     models = {"before": entry("before", checkpoints), "after": entry("after", checkpoints)}
     options = ["--num_folds=3", "--C=0.5", "--standardize=true", "--settings.debiased=false"]
-    rows = run("probe", *options, **models, data=DIGITS, output="out", settings={"num_resamples": 5})
+    rows = run("probe", *options, **models, data=DIGITS, output="out")
     for row in rows:
         X, Y = (features(name).layers[row.layer] for name in ("before", "after"))
         assert row.cka == pytest.approx(oracles.linear_cka(X, Y, debiased=False), abs=1e-9)
@@ -643,7 +642,7 @@ def test_the_report_in_a_browser(command: str, checkpoints: Path, browser: Page,
     """All pictures show, all links lead to files, nothing is loaded from elsewhere, on any screen, light and dark."""
     models = [entry("before", checkpoints), entry("after", checkpoints)]
     options: dict[str, Any] = {
-        "compare": {"models": models, "data": DIGITS, "settings": {"num_resamples": 10}},
+        "compare": {"models": models, "data": DIGITS},
         "probe": {"before": models[0], "after": models[1], "data": DIGITS},
         "project": {"models": models, "data": [DIGITS, NOISY]},
     }[command]

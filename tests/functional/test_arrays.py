@@ -13,7 +13,6 @@ from torch import Tensor
 from lit_cka import LinearCKA, MinibatchCKA, functional
 from lit_cka.analysis import Features, ProbeSettings, Settings, compare_features, probe_layers
 from lit_cka.analysis.rsa import compare_rdms, pairwise_rsa, rsa
-from lit_cka.analysis.uncertainty import bootstrap_cka
 from lit_cka.functional.arrays import as_tensors
 from lit_cka.functional.procrustes import orthogonal_alignment
 from lit_cka.functional.signatures import component_label_correlation
@@ -54,7 +53,17 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "rsa": (rsa, (X, Y)),
     "compare_rdms": (compare_rdms, (abs(K), abs(L))),
     "pairwise_rsa": (pairwise_rsa, (abs(K)[None], abs(L)[None])),
-    "bootstrap_cka": (lambda K, L: bootstrap_cka(K, L, num_resamples=20), (K[None], L[None])),
+    "jackknife_cka": (functional.jackknife_cka, (K, L)),
+    "linear_jackknife": (functional.linear_jackknife, (X, Y)),
+    "cka_interval": (
+        lambda cka, X: functional.cka_interval(cka, 12, functional.linear_jackknife(X, X[:, :2])),
+        (np.array(0.5), X),
+    ),
+    "change_interval": (
+        lambda now, before, X, Y: functional.change_interval(now, before, 12, (X.T, Y.T)),
+        (X[0, :4], Y[0], X[:, :4], Y),
+    ),
+    "plan_samples": (functional.plan_samples, (X, Y)),
     "permutation_moments": (functional.permutation_moments, (K[None], L[None])),
     "permuted_products": (functional.permuted_products, (K[None], L[None], np.arange(12)[None, ::-1])),
     "mutual_knn": (lambda X, Y: functional.mutual_knn(X, Y, k=3), (X, Y)),
@@ -90,9 +99,9 @@ def test_arrays_give_what_tensors_give(name: str) -> None:
 def test_every_public_function_of_features_is_tried() -> None:
     others = {name for name in functional.__all__ if name not in FUNCTIONS}
     assert others == {
-        "CKATerms", "PairedMoments", "Rows", "UpdateProducts", "cheaper_in_sample_space", "cka_from_moments",
-        "cka_from_terms", "empty_moments", "has_fast_float64", "merge_moments", "recentre_moments",
-        "sample_space_terms",
+        "CKATerms", "Jackknife", "PairedMoments", "Rows", "SamplePlan", "UpdateProducts", "cheaper_in_sample_space",
+        "cka_from_moments", "cka_from_terms", "empty_moments", "has_fast_float64", "merge_moments",
+        "recentre_moments", "sample_space_terms",
     }  # fmt: skip
 
 

@@ -12,8 +12,17 @@ from scipy.optimize import brentq
 from scipy.stats import t as student
 from torch import Tensor
 
-from lit_cka.functional import change_interval, cka_interval, jackknife_cka, linear_cka, linear_jackknife, rbf_gram
-from lit_cka.functional.jackknife import MIN_SAMPLES, Jackknife
+from lit_cka.functional import (
+    change_interval,
+    cka_interval,
+    jackknife_cka,
+    linear_cka,
+    linear_gram,
+    linear_jackknife,
+    rbf_gram,
+)
+from lit_cka.functional.centring import double_centred
+from lit_cka.functional.jackknife import MIN_SAMPLES, Jackknife, SampledGram, pair_jackknife, u_centred
 from tests import oracles
 from tests.oracles import paired_features
 
@@ -62,6 +71,28 @@ def test_the_variance_of_pairs_is_that_of_their_contributions() -> None:
     assert samples.pairs.item() == pytest.approx(max(oracles.unbiased_hsic(Q, Q), 0), rel=1e-9)
     largest = [np.abs(np.linalg.eigvalsh(each)).max() / np.linalg.norm(each) for each in (A, B)]
     assert samples.concentration.item() == pytest.approx(math.prod(largest), rel=0.05)
+
+
+def test_inner_products_of_u_centred_matrices_are_the_unbiased_hsic() -> None:
+    n, K, L = 9, *(linear_gram(each) for each in paired_features(9, 4, 3))
+    A, B = u_centred(K), u_centred(L)
+    assert (A * B).sum().item() == pytest.approx(n * (n - 3) * oracles.unbiased_hsic(K.numpy(), L.numpy()), rel=1e-12)
+    assert A.diagonal().count_nonzero() == 0
+    assert A.sum(0).abs().max() < 1e-12
+    equidistant = torch.eye(n, dtype=torch.float64) - 1 / n
+    together = u_centred(torch.stack([equidistant, K]))
+    assert together[0].count_nonzero() == 0  # not rounding, whose cosines would be anything
+    assert torch.equal(together[1], A)
+
+
+def test_a_gram_matrix_is_prepared_once_for_all_its_pairs() -> None:
+    (X, Y), (Z, _) = paired_features(12, 4, 3), paired_features(12, 5, 3, seed=1)
+    x = SampledGram(linear_gram(X))
+    for other in (Y, Z, X):
+        for one, two in zip(
+            pair_jackknife(x, SampledGram(linear_gram(other))), linear_jackknife(X, other), strict=True
+        ):
+            torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
 
 
 def interval_by_hand(cka: float, n: int, samples: Jackknife) -> tuple[float, float]:
@@ -131,6 +162,15 @@ def test_what_is_the_same_has_no_error_and_what_is_undefined_no_interval() -> No
         assert all(end.isnan() for end in cka_interval(samples.value, 20, samples))
     with pytest.raises(ValueError, match=f"at least {MIN_SAMPLES} samples for an interval of CKA, but got 7"):
         linear_jackknife(X[:7], Y[:7])
+
+
+def test_nearly_equidistant_samples_have_no_interval_rather_than_one_of_no_width() -> None:
+    """Of two sums, one may be taken for rounding, and the other not yet."""
+    noise = torch.randn(20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    K = double_centred(torch.eye(20, dtype=torch.float64) + 3e-8 * (noise + noise.T))
+    samples = jackknife_cka(K, linear_gram(paired_features(20, 4, 3)[0]))
+    assert samples.value.isfinite()
+    assert all(end.isnan() for end in cka_interval(samples.value, 20, samples))
 
 
 def test_a_change_is_told_where_intervals_overlap() -> None:

@@ -136,7 +136,7 @@ def test_required_options(line: str, said: str, capsys: pytest.CaptureFixture[st
         ),
         (
             "compare --output=o --settings.measure=cca",
-            "to be one of 'cka', 'minibatch_cka', 'rbf_cka', 'rsa', ",
+            "to be one of 'cka', 'minibatch_cka', 'rbf_cka', 'sampled_features_cka', 'rsa', ",
         ),
         ("compare --output=o --num_threads=0", "Expected `num_threads` to be a PositiveInt, but got '0'."),
         ("compare --output=o --models=x", "Expected `models` to be a list, but got 'x'."),

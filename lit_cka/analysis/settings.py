@@ -44,13 +44,13 @@ class Settings:
             features, "mutual_knn" and "cknna" of nearest neighbours alone.
         debiased: use the unbiased HSIC, for "cka" and "rbf_cka".
         batch_size: of "minibatch_cka", at least 4; a rest of fewer than 4 samples is left out.
-        distance: of "rsa": "cosine", "correlation" or "euclidean".
-        comparison: of "rsa": "spearman", "pearson" or "kendall".
+        distance: of "rsa"; "cosine", "correlation" or "euclidean".
+        comparison: of "rsa"; "spearman", "pearson" or "kendall".
         bandwidth: of "rbf_cka", as a multiple of the median distance.
         num_neighbours: of "mutual_knn" and "cknna", fewer than the samples.
         variance: of "svcca": the share of each layer's variance whose directions are compared.
-        intervals: give every value of "cka" and "rbf_cka" an interval for the population's CKA, from 8 samples on. It
-            is about the debiased estimate, whatever `debiased` is: the plain one, biased upward, may be outside.
+        intervals: confidence intervals, for "cka" and "rbf_cka"; of the population's CKA, about the debiased estimate
+            whatever `debiased` is, from 8 samples on.
         num_permutations: permutations of the samples for p-values and calibrated scores, 0 for none.
         null: where these come from; "permutations", or "moments": the first three of all permutations, in closed form,
             which draw none; for "cka", "rbf_cka" and "sampled_features_cka".

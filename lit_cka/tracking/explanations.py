@@ -44,9 +44,10 @@ class Explanations:
         )
 
     def of_repeated(self, where: str, layers: Mapping[str, SampledLayer]) -> None:
-        """Warn of samples that come up more than once, which the intervals take for different ones."""
-        if layers and (num_repeated := min(layer.num_repeated for layer in layers.values())):
-            m = max(len(layer.hashes) for layer in layers.values())
+        """Warn of many samples that come up more than once, which the intervals take for different ones."""
+        num_repeated = min((layer.num_repeated for layer in layers.values()), default=0)
+        m = max((len(layer.hashes) for layer in layers.values()), default=0)
+        if num_repeated > _FEW * m:
             self.once(
                 where,
                 "repeated",
@@ -94,4 +95,5 @@ class Explanations:
         return is_empty or bool(paired.num_unmatched or num_others)
 
 
+_FEW = 0.05  # as a share, repeated samples make an interval no more than 3 % too narrow
 _LEFT_OUT = "they are left out, and n says how many were compared."

@@ -24,7 +24,7 @@ from lit_cka import CKACallback
 from lit_cka.features.extractor import FeatureExtractor
 from tests.tracking.helpers import BLOCKS, Classifier, hooks_of, loader, train_loader, trainer
 
-RECORD_OBJECTS, RECORD_BYTES = 1, 1800  # of the history, each: a record, its scores and their bounds
+RECORD_OBJECTS, RECORD_BYTES = 1, 2400  # of the history, each: a record, its scores and their bounds
 NOISE_OBJECTS, NOISE_BYTES = 2, 6_000  # what Python and Lightning may keep, from one measurement to the next
 NUM_BETWEEN = 5  # evaluations or fits from one measurement to the next
 

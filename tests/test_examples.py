@@ -67,6 +67,7 @@ def test_each_example_is_listed_and_short() -> None:
     assert {path.name: n for path in SCRIPTS if (n := len(path.read_text().splitlines())) > 60} == {}
 
 
+@pytest.mark.slow
 def test_the_first_example_as_a_notebook(capsys: pytest.CaptureFixture[str]) -> None:
     names, before = executed("first.ipynb")
     run = {"run": lambda module, batch: module.network(batch[0]), "pool": of_first}
@@ -94,6 +95,7 @@ def test_text_classifier() -> None:
     assert names["trainer"].callback_metrics["val_acc"] > 0.9
 
 
+@pytest.mark.slow
 def test_language_model_lora() -> None:
     names, before = executed("language_model_lora.py")  # before the fit, adapters add nothing
     scores, batches = names["callback"].scores, list(names["trainer"].val_dataloaders)
@@ -113,6 +115,7 @@ def test_plain_loop(capsys: pytest.CaptureFixture[str]) -> None:
     assert {name: float(score) for name, score in printed.items()} == pytest.approx(expected, abs=6e-5)
 
 
+@pytest.mark.slow
 def test_freezing(capsys: pytest.CaptureFixture[str]) -> None:
     names, _ = executed("freezing.py")
     printed = capsys.readouterr().out

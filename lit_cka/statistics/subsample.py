@@ -7,7 +7,8 @@ order they come, the same ones are drawn, at every evaluation of the same data.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from lit_cka.functional.jackknife import MIN_SAMPLES, Jackknife, jackknife_cka, unit_gram
 from lit_cka.functional.precision import float64_device
 from lit_cka.functional.rankme import rankme_from_gram
-from lit_cka.parallel.exchange import Group
+from lit_cka.parallel.exchange import Group, in_buckets
 
 SIZE = 256
 _LAYERS_AT_ONCE = 8  # on an accelerator; a CPU's cache holds the matrices of one
@@ -140,19 +141,22 @@ def jackknives_of_all_ranks(
     for each in subsamples.values():
         each.prune()
     drawn = _draw(subsamples, device, group)
+    chosen = [name for name in subsamples if len(drawn[name].hashes) >= MIN_SAMPLES]
     layers: dict[str, SampledLayer] = {}
-    waiting: list[tuple[str, Tensor, Tensor, Tensor]] = []
-    for name, subsample in subsamples.items():
-        hashes, places, widths = drawn[name]
-        if len(hashes) < MIN_SAMPLES:
-            continue
-        if waiting and (len(waiting) == at_once or len(waiting[0][1]) != len(hashes)):
-            layers.update(_jackknives(waiting, with_ranks=with_ranks))
-            waiting = []
-        X, Y = _all_rows(subsample, places, len(hashes), widths, device, group)
-        waiting.append((name, hashes, unit_gram(X), unit_gram(Y)))
-    layers.update(_jackknives(waiting, with_ranks=with_ranks))
+    for some in in_buckets(chosen, [8 * len(drawn[name].hashes) * sum(drawn[name].widths) for name in chosen]):
+        sides = [side for name in some for side in _own_rows(subsamples[name], drawn[name], device)]
+        whole = iter(group.add_up(sides))
+        grams = [_Grams(name, drawn[name].hashes, unit_gram(next(whole)), unit_gram(next(whole))) for name in some]
+        for together in _alike(grams, at_once):
+            layers.update(_jackknives(together, with_ranks=with_ranks))
     return layers
+
+
+class _Grams(NamedTuple):
+    name: str
+    hashes: Tensor  # (m,)
+    K: Tensor  # (m, m) of the live model
+    L: Tensor  # (m, m) of the reference
 
 
 class _Drawn(NamedTuple):
@@ -162,52 +166,57 @@ class _Drawn(NamedTuple):
 
 
 def _draw(subsamples: Mapping[str, Subsample], device: torch.device, group: Group) -> dict[str, _Drawn]:
-    mine = [[len(each), *each.widths] for each in subsamples.values()]
-    told = group.gather_integers(mine, device)
-    size = max((numbers[0] for rank in told for numbers in rank), default=0)
-    padded = torch.full((len(subsamples), size), _NONE)
-    for row, each in zip(padded, subsamples.values(), strict=True):
-        row[: len(each)] = each.hashes
-    all_hashes = group.gather(padded.to(device))
+    """Returns which samples are drawn, by layer: from one collective for all."""
+    size = max((each.size for each in subsamples.values()), default=0)
+    mine = torch.full((len(subsamples), size + 2), _NONE)
+    for row, each in zip(mine, subsamples.values(), strict=True):
+        row[:2] = torch.tensor(each.widths)
+        row[2 : 2 + len(each)] = each.hashes
+    ranks = [rank.cpu() for rank in group.gather(mine.to(device))]
     drawn = {}
     for number, (name, each) in enumerate(subsamples.items()):
-        hashes = torch.cat(
-            [rank[number, : counts[number][0]].cpu() for rank, counts in zip(all_hashes, told, strict=True)]
-        )
+        hashes = torch.cat([rank[number, 2:] for rank in ranks])
+        is_there = hashes != _NONE
         # Ranks may number samples alike that are not known by what they are: the lower rank's is first.
         order = hashes.argsort(stable=True)
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order))
-        first = sum(counts[number][0] for counts in told[: group.rank])
+        first = group.rank * size
         own = places[first : first + len(each)]
-        widths = max(counts[number][1] for counts in told), max(counts[number][2] for counts in told)
-        drawn[name] = _Drawn(hashes[order][: each.size], own.masked_fill(own >= each.size, -1), widths)
+        d_x, d_y = (max(int(rank[number, side]) for rank in ranks) for side in (0, 1))
+        num_drawn = min(int(is_there.sum()), each.size)
+        drawn[name] = _Drawn(hashes[order][:num_drawn], own.masked_fill(own >= each.size, -1), (d_x, d_y))
     return drawn
 
 
-def _all_rows(
-    subsample: Subsample, places: Tensor, m: int, widths: tuple[int, int], device: torch.device, group: Group
-) -> list[Tensor]:
-    """Returns the drawn samples' features (m, d_x) and (m, d_y), of all ranks."""
-    sides = [torch.zeros(m, width, dtype=torch.float64, device=device) for width in widths]
-    chosen = places >= 0
+def _own_rows(subsample: Subsample, drawn: _Drawn, device: torch.device) -> list[Tensor]:
+    """Returns the drawn samples' features (m, d_x) and (m, d_y) as far as this rank has them, zeros else."""
+    sides = [torch.zeros(len(drawn.hashes), width, dtype=torch.float64, device=device) for width in drawn.widths]
+    chosen = drawn.places >= 0
     if bool(chosen.any()):
-        places, chosen = places[chosen].to(device), chosen.to(device)
+        places, chosen = drawn.places[chosen].to(device), chosen.to(device)
         for side, rows in zip(sides, subsample.rows(device), strict=True):
             side[places] = rows[chosen]
-    return group.add_up(sides)
+    return sides
 
 
-def _jackknives(layers: Sequence[tuple[str, Tensor, Tensor, Tensor]], *, with_ranks: bool) -> dict[str, SampledLayer]:
-    if not layers:
-        return {}
-    Ks, Ls = torch.stack([K for _, _, K, _ in layers]), torch.stack([L for *_, L in layers])
-    fields = jackknife_cka(Ks, Ls)
+def _alike(layers: Sequence[_Grams], limit: int) -> Iterator[list[_Grams]]:
+    """Yields neighbouring layers with as many samples, at most so many at a time."""
+    for _, some in groupby(layers, key=lambda each: len(each.hashes)):
+        together = list(some)
+        for start in range(0, len(together), limit):
+            yield together[start : start + limit]
+
+
+def _jackknives(layers: Sequence[_Grams], *, with_ranks: bool) -> dict[str, SampledLayer]:
+    Ks, Ls = torch.stack([each.K for each in layers]), torch.stack([each.L for each in layers])
+    fields = (field.cpu() for field in jackknife_cka(Ks, Ls))
+    samples = [Jackknife(*values) for values in zip(*fields, strict=True)]
     repeated = _num_repeated(Ls).tolist()
-    each = [Jackknife(*values) for values in zip(*(field.cpu() for field in fields), strict=True)]
+    ranks = [rankme_from_gram(each.K) if with_ranks else math.nan for each in layers]
     return {
-        name: SampledLayer(hashes, samples, number, rankme_from_gram(K) if with_ranks else math.nan)
-        for (name, hashes, K, _), samples, number in zip(layers, each, repeated, strict=True)
+        each.name: SampledLayer(each.hashes, *values)
+        for each, *values in zip(layers, samples, repeated, ranks, strict=True)
     }
 
 

@@ -124,6 +124,7 @@ for line in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="of Linux's capabilities")
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     """Said before anything is computed; in one process, which loads the libraries once."""

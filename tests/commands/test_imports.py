@@ -71,6 +71,7 @@ def test_commands_that_need_torch_load_no_more(name: str) -> None:
     assert not (after - torch) & SLOW
 
 
+@pytest.mark.slow
 def test_commands_that_train_load_lightning_and_no_more() -> None:
     found = loaded_after([["import", "lightning.pytorch"], ["monosoup", "--help"], ["fit", "--help"]])
     lightning = packages(found["import lightning.pytorch"])

@@ -117,6 +117,7 @@ def test_the_config_end_to_end(checkpoints: Path, tmp_path: Path, capsys: pytest
         torch.testing.assert_close(content["state_dict"][name], value)
 
 
+@pytest.mark.slow
 def test_it_is_repeatable_and_options_count(checkpoints: Path) -> None:
     quick = ["--editor.wise_ft=[]", "--editor.max_cka_batches=0", "--trainer.limit_test_batches=1"]
     quick += ["--data.init_args.batch_size=50", "--editor.rule=energy", "--editor.R=0.5"]
@@ -171,6 +172,7 @@ def test_one_batch_is_not_all(limit: str, checkpoints: Path) -> None:
     assert repr(trainer.limit_test_batches) == {"null": "1.0"}.get(limit, limit)
 
 
+@pytest.mark.slow
 def test_what_is_needed_is_trained_first(
     checkpoints: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -101,6 +101,7 @@ def test_clip(tmp_path: Path) -> None:
     assert exported.keys() == {*held, "module.model.logit_scale"}
 
 
+@pytest.mark.slow
 def test_convnext(tmp_path: Path) -> None:
     """W0 is a body without the fine-tuned head, which both take."""
     import timm

@@ -128,6 +128,7 @@ def test_the_study_of_digits_needs_what_it_reads() -> None:
     assert {**finetuning["model"]["init_args"], **model} == finetuning["model"]["init_args"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:ObjectNet has 18574 images")
 def test_the_study_of_model_soups_on_small_models(tmp_path: Path) -> None:
     from lit_cka.models import CLIPImageClassifier

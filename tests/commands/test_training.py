@@ -155,6 +155,7 @@ def test_pretraining_needs_a_place_for_its_weights(tmp_path: Path, capsys: pytes
     assert "'p.yaml' to have `save_weights`" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_saved_config_trains_the_same_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

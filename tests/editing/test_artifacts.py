@@ -155,7 +155,10 @@ def test_written_again_it_is_replaced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
-@pytest.mark.parametrize("name", WEIRD, ids=range(len(WEIRD)))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, id=str(i), marks=[pytest.mark.slow] if i > 2 else []) for i, name in enumerate(WEIRD)],
+)
 def test_names_of_any_kind(tmp_path: Path, name: str) -> None:
     found = results([name, f"{name}2"])
     written = save_results(tmp_path / "folder", found, [record()], {})

@@ -147,7 +147,7 @@ FORMATS: dict[str, tuple[Callable[[int], nn.Module], str, Callable[..., None], C
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("sequential", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_files_come_back_in_their_format(tmp_path: Path, kind: str, sequential: bool) -> None:
     make, name, write, read = FORMATS[kind]
     for seed, folder in enumerate(("pretrained", "finetuned")):

@@ -221,7 +221,15 @@ def test_defaults() -> None:
 # Against the oracle
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(
+            shape, id=name, marks=[pytest.mark.slow] if name in ("ViT-B-32 c_proj", "ViT-B-32 in_proj") else []
+        )
+        for name, shape in SHAPES.items()
+    ],
+)
 def test_shapes_of_real_models(shape: tuple[int, ...]) -> None:
     W0, W1 = weights(shape, low_rank(shape, 24) + 0.3 * noise(shape))
     assert_is_the_oracle_s(W0, W1, [("effective_rank", 0.9), ("energy", 0.8)])

@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_the_moments_of_all_ranks_are_those_of_all_samples(folder: Path, world_size: int) -> None:
     ranks = seen_by_ranks(folder, "moments", world_size)
     for case, (num_samples, _) in enumerate(sync_worker.CASES):
@@ -33,14 +33,14 @@ def test_the_moments_of_all_ranks_are_those_of_all_samples(folder: Path, world_s
                 assert torch.equal(seen[f"{case} {name}"], ranks[0][f"{case} {name}"])  # no rank differs by a bit
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_the_moments_of_a_rank_are_left_alone(folder: Path, world_size: int) -> None:
     for seen in seen_by_ranks(folder, "moments", world_size):
         assert all(seen[f"{case} alone"] for case in range(len(sync_worker.CASES)))
     assert set(PairedMoments._fields) <= {name.split()[1] for name in seen}
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_agree_on_sizes_that_some_do_not_know(folder: Path, world_size: int) -> None:
     for seen in seen_by_ranks(folder, "sizes", world_size):
         for start in range(len(sync_worker.SIZES)):

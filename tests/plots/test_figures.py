@@ -197,6 +197,7 @@ def test_long_titles_stay_within_the_figure(tmp_path: Path) -> None:
         assert box.y1 <= figure.bbox.height
 
 
+@pytest.mark.slow
 def test_many_names_do_not_crowd() -> None:
     names = [f"model.layers.{index}" for index in range(200)]
     figure, ax = plots.heatmap(np.zeros((200, 200)), names, names)

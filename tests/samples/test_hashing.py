@@ -153,6 +153,7 @@ def test_equal_values_have_equal_hashes_and_no_two_others() -> None:
         assert a != b, f"{one} and {other}"
 
 
+@pytest.mark.slow
 def test_hashes_are_the_same_in_another_process() -> None:
     """Where strings, sets and addresses are hashed by Python, they are not."""
     script = (

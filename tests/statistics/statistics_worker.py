@@ -233,7 +233,7 @@ def memory(rank: int, world_size: int) -> Seen:
 def main(folder: Path) -> None:
     world_sizes = {unequal: (2, 3), groups: (3,), memory: (2, 3), collectives: (1, 3)}
     for job in (scored, subsamples, degenerate, unequal, minibatches, groups, collectives, memory):
-        for world_size in world_sizes.get(job, (1, 2, 3, 4)):
+        for world_size in world_sizes.get(job, (1, 2, 3)):
             fork_ranks(work, job, world_size, folder, SECONDS)
 
 

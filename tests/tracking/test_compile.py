@@ -171,7 +171,7 @@ def assert_by_hand(callback: CKACallback, before: nn.Module, weights: list[dict[
         *((way, "in_place" in way, 0 if "net" in way else 2, None) for way in WAYS),
         ("module", True, 0, None),
         ("net", True, 2, None),
-        ("module", True, 2, "aot_eager"),
+        pytest.param("module", True, 2, "aot_eager", marks=pytest.mark.slow),
         ("net_in_place", False, 0, "aot_eager"),
     ],
     ids=str,

@@ -147,7 +147,9 @@ def repeated(module: pl.LightningModule, once: Callable[[], None]) -> list[Usage
     return seen
 
 
-@pytest.mark.parametrize("stage", [pytest.param("validate", marks=pytest.mark.slow), "test"])
+@pytest.mark.parametrize(
+    "stage", [pytest.param("validate", marks=pytest.mark.slow), pytest.param("test", marks=pytest.mark.slow)]
+)
 def test_evaluations(tmp_path: Path, stage: str) -> None:
     module, callback = Quiet(), CKACallback(log_figures=False)
     run = trainer(tmp_path, callback)

@@ -49,7 +49,7 @@ def test_ranks_agree_on_sizes_that_some_do_not_know(folder: Path, world_size: in
         assert seen["none"].tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_that_differ_all_say_so(folder: Path, world_size: int) -> None:
     for seen in seen_by_ranks(folder, "sizes", world_size):
         assert seen["differ 0"] == "Expected the same sizes on all ranks, but got from [5, 4] to [6, 4]."

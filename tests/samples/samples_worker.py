@@ -298,5 +298,5 @@ def work(job: Callable[[int, int, Path], Any], rank: int, world_size: int, folde
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    for job, world_size in [*product((validated, fitted), (1, 2, 3, 4)), (in_parts, 4)]:
+    for job, world_size in [*product((validated, fitted), (1, 2, 3)), (in_parts, 4)]:
         fork_ranks(work, job, world_size, folder, SECONDS)

@@ -69,6 +69,7 @@ def test_as_good_as_what_one_would_publish(load: Callable[[], tuple[np.ndarray, 
     assert found >= max(means.values()) - 0.01
 
 
+@pytest.mark.slow
 def test_the_scaling_is_off_where_it_hurts_and_on_where_it_helps() -> None:
     X, y = sentence_embeddings()
     found = {scaled: probe(X, y, ProbeSettings(2, C=1.0, standardize=scaled)).accuracy for scaled in (True, False)}

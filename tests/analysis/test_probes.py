@@ -89,6 +89,7 @@ def test_the_error_of_a_difference_is_that_of_pairs() -> None:
     assert row.error_difference == pytest.approx(((b + c - (b - c) ** 2 / n) / (n * (n - 1))) ** 0.5)
 
 
+@pytest.mark.slow
 def test_both_models_have_the_same_folds() -> None:
     two = dict(list(BEFORE.layers.items())[1:])
     first, copy = (replace(BEFORE, layers=two, model=model) for model in ("before", "copy"))

@@ -36,7 +36,7 @@ def models(script: Any) -> Models:
 @pytest.mark.parametrize(
     "pair",
     [
-        ("BERT", "GPT-2"),
+        pytest.param(("BERT", "GPT-2"), marks=pytest.mark.slow),
         pytest.param(("BERT", "BERT"), marks=pytest.mark.slow),
         pytest.param(("BERT", "DistilBERT"), marks=pytest.mark.slow),
     ],

@@ -149,6 +149,7 @@ def test_cka_alone_without_pictures(checkpoints: Path) -> None:
     assert all(0 < summary[name]["cka_mean"]["noisy"] < 1 for name in ("finetuned", "monosoup"))
 
 
+@pytest.mark.slow
 def test_it_is_deterministic_while_it_runs(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     during, start = [], MonoSoupEditor.on_test_start
 

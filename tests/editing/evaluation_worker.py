@@ -180,5 +180,4 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    for world_size in (2, 3):
-        fork_ranks(ranks_worker.work, all_jobs, world_size, folder, SECONDS)
+    fork_ranks(ranks_worker.work, all_jobs, 3, folder, SECONDS)  # which have all that two have

@@ -150,7 +150,7 @@ def next_to_a_whole_rank(seed: int, above: float) -> tuple[Tensor, Tensor]:
     return at(high)[:2]
 
 
-@pytest.mark.parametrize("above", [3e-7, -3e-7])
+@pytest.mark.parametrize("above", [3e-7, pytest.param(-3e-7, marks=pytest.mark.slow)])
 def test_a_rank_that_float32_can_not_tell_is_that_of_float64(above: float) -> None:
     for seed in range(6):
         W0, W1 = next_to_a_whole_rank(seed, above)

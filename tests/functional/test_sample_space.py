@@ -178,6 +178,7 @@ for n in map(int, sys.argv[1:]):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from Linux's /proc")
 def test_memory_grows_with_neither_the_samples_nor_the_width() -> None:
     """Features of 4 and 16 MiB in float32, of which moments would take 402."""

@@ -118,7 +118,7 @@ class Quiet(Classifier):
 @pytest.mark.parametrize(
     ("options", "num_between"),
     [
-        ("exact", 10),
+        pytest.param("exact", 10, marks=pytest.mark.slow),
         *(pytest.param(name, 10, marks=pytest.mark.slow) for name in OPTIONS if name != "exact"),
         pytest.param("exact", 50, marks=pytest.mark.slow),
     ],

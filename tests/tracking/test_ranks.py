@@ -66,10 +66,9 @@ def own_batches(case: Case, world_size: int) -> list[Any]:
     return [batch for batch in batches if len(batch[0]) >= 4]
 
 
-@WORLD_SIZES
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.num_samples} by {case.batch_size} {case.kind}")
-def test_a_validation_has_the_scores_of_one_process_twice(folder: Path, case: Case, world_size: int) -> None:
-    n = case.num_samples
+def test_a_validation_has_the_scores_of_one_process_twice(folder: Path, case: Case) -> None:
+    n, world_size = case.num_samples, 3
     if case.kind == "minibatch":
         batches = own_batches(case, world_size)
     elif case.kind == "dropping":

@@ -370,7 +370,8 @@ def killed(folder: Path, num_chains: int, sizes: list[int]) -> list[list[Any]]:
     return [json.loads((folder / f"{name}.json").read_text()) for name in names]
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, 20])
 @pytest.mark.timeout(900)
 def test_killed_at_any_moment(tmp_path: Path, kills: int) -> None:
     whole, *histories = killed(tmp_path, kills, [1, 1])

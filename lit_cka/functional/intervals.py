@@ -29,9 +29,9 @@ def cka_interval(cka: Tensor, n: int | Tensor, samples: Jackknife, level: float 
     `q` is the quantile of Student's t, its degrees of freedom from the kurtosis of the T_i (Satterthwaite 1946).
 
     In simulations at 95 % (features narrower and wider than the samples are many, spectra flat and steep, CKA from 0
-    to 0.99) it covered the population's CKA of normal features in 92 to 98 % of trainings, for n of 50, 200 and 2,000;
-    of heavy-tailed samples (t with 6 degrees of freedom) in 92 % or more for n of 50 and 200, and in 88 % or more where 256
-    of 2,000 tell the error. Samples must be independent: repeated or grouped ones make it too narrow.
+    to 0.99) it covered the population's CKA of normal features in 92 to 98 % of trainings, for n of 50, 200 and 2,000.
+    Of heavy-tailed samples (t with 6 degrees of freedom) it did in 92 % or more for n of 50 and 200, and in 88 % or
+    more where 256 of 2,000 tell the error. Samples must be independent: repeated or grouped ones make it too narrow.
 
     Args:
         cka: debiased estimates (...), of all `n` samples.

@@ -45,6 +45,7 @@ def accuracies(X: np.ndarray, labels: list[Any], settings: ProbeSettings) -> np.
     return np.array(scores)
 
 
+@pytest.mark.slow
 def test_labels_are_not_read_from_rounding() -> None:
     """A dead feature whose last bits happen to know the classes, beside others that don't."""
     rng = np.random.default_rng(0)
@@ -202,6 +203,7 @@ def test_advice(rows: list[ProbeRow], text: str) -> None:
     assert advice(rows) == text
 
 
+@pytest.mark.slow
 def test_the_advice_does_not_change_with_the_regularisation() -> None:
     """The accuracies do: the advice rests on CKA and on gains beyond their error."""
     rng = np.random.default_rng(3)

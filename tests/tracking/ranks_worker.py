@@ -14,7 +14,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -371,9 +370,10 @@ def write(seen: Any, folder: Path, name: str, world_size: int, rank: int) -> Non
 
 def fork_all(folder: Path) -> None:
     jobs = (validated, too_few, changed, fitted, shared, reshuffled, missing, skipping, mixing, probed, lacking)
-    for job, world_size in product(jobs, (2, 3)):
-        if (job, world_size) != (validated, 2):  # which is the longest, and of three has all that two have
-            fork_ranks(work, job, world_size, folder, SECONDS)
+    for job in jobs:
+        fork_ranks(
+            work, job, 3, folder, SECONDS
+        )  # with samples that do not share out evenly, three have all that two have
     for world_size in (2, 3, 1):
         fork_ranks(work, continued, world_size, folder, SECONDS)
 

@@ -172,7 +172,7 @@ def assert_by_hand(callback: CKACallback, before: nn.Module, weights: list[dict[
         ("module", True, 0, None),
         ("net", True, 2, None),
         pytest.param("module", True, 2, "aot_eager", marks=pytest.mark.slow),
-        ("net_in_place", False, 0, "aot_eager"),
+        pytest.param("net_in_place", False, 0, "aot_eager", marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -17,7 +17,7 @@ from tests.tracking import ranks_worker
 from tests.tracking.helpers import BLOCKS, dataset, features, hand_cka
 from tests.tracking.ranks_worker import CASES, NUM_UNEVEN, OPTIONS, Case
 
-WORLD_SIZES = pytest.mark.parametrize("world_size", [2, 3])
+WORLD_SIZES = pytest.mark.parametrize("world_size", [3])
 
 
 @pytest.fixture(scope="module")

@@ -380,6 +380,7 @@ def test_killed_at_any_moment(tmp_path: Path, kills: int) -> None:
     assert all(history == whole for history in histories)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_chains", "sizes"),
     [

@@ -146,7 +146,7 @@ def test_each_script_runs_by_itself(script: Path) -> None:
     assert re.search(r"\b0\.\d{3}", done.stdout)
     if script.stem == "fsdp2":
         assert done.stdout.count(f"n = {NUM_VAL} samples") == 1
-        rows = re.findall(r"network\.blocks\.(\d) │ +(\S+) │ +(\S+) │ +(\S+) │", done.stdout)
+        rows = re.findall(r" blocks\.(\d) │ +(\S+) │ +(\S+) │ +(\S+)(?: [↓↑=])? │", done.stdout)
         assert [row[0] for row in rows] == list("0123")
         assert all(0 < float(lowest) <= float(last) < 0.99 for _, _, lowest, last in rows)
         assert float(re.findall(r"val_acc: (\S+)", done.stdout)[0]) > 0.7

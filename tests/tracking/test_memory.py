@@ -46,12 +46,12 @@ def test_there_is_no_second_model() -> None:
 
 @pytest.mark.slow
 def test_wide_layers_of_few_samples_take_their_features() -> None:
-    """At most 6 times the features of 128 samples of 4 layers, 4096 wide, and 0.3 s; moments would be 63 times that."""
+    """At most 6 times the features of 128 samples of 4 layers, 4096 wide, and 0.5 s; moments would be 63 times that."""
     case, seen = CASES["wide"], measured("wide")
     assert case.feature_bytes == 32 * 2**20
     assert case.feature_bytes // 4 < above_bare(seen) < 6 * case.feature_bytes
     seconds = [median(seen[kind]["seconds"][1:]) for kind in ("tracked", "bare")]
-    assert seconds[0] - seconds[1] < 0.3
+    assert seconds[0] - seconds[1] < 0.5
 
 
 @pytest.mark.slow

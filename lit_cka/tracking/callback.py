@@ -158,7 +158,8 @@ class CKACallback(pl.Callback):
         self._hinted = False
         self._has_warned = False  # that there is nothing to track
         self._figures = LoggedFigures(prefix, thresholds)
-        self._intervals = Intervals() if intervals and estimator == "exact" else None
+        has_intervals = intervals and estimator == "exact"
+        self._intervals = Intervals(with_changes=not moves(reference)) if has_intervals else None
         self._moving = MovingReference(reference)
 
     @property
@@ -180,7 +181,10 @@ class CKACallback(pl.Callback):
         if stage == "fit":
             self._num_validations = 0
             model = self._recorder.model
-            self.history = self.history if model is None or model.module is pl_module else []
+            if model is not None and model.module is not pl_module:  # another training
+                self.history = []
+                if self._intervals is not None:
+                    self._intervals.forget()
         self._recorder.set_up(trainer, pl_module, stage)
 
     def _check_prefix(self, trainer: pl.Trainer) -> None:

@@ -34,11 +34,23 @@ class _Before(NamedTuple):
     hashes: Tensor  # (m,) which samples were drawn
     without: Tensor  # (m,) as in `Jackknife`
 
+    def is_whole(self) -> bool:
+        """Whether it is what it should be, though it comes from a file."""
+        is_drawn = isinstance(self.hashes, Tensor) and self.hashes.dtype == torch.int64 and self.hashes.ndim == 1
+        is_known = isinstance(self.without, Tensor) and self.without.dtype == torch.float64
+        are_numbers = isinstance(self.n, int) and isinstance(self.cka, float)
+        return is_drawn and is_known and are_numbers and self.hashes.shape == self.without.shape
+
 
 class Intervals:
-    """Takes the evaluations of a training in turn."""
+    """Takes the evaluations of a training in turn.
 
-    def __init__(self) -> None:
+    Args:
+        with_changes: tell what has changed since the evaluation before: not where that had another reference.
+    """
+
+    def __init__(self, *, with_changes: bool = True) -> None:
+        self._with_changes = with_changes
         self._before: dict[str, dict[str, _Before]] = {}  # by stage and dataloader, by layer
 
     def of(self, where: str, layers: Mapping[str, LayerScore]) -> Bounds:
@@ -48,7 +60,7 @@ class Intervals:
             where: its stage and dataloader.
             layers: its scores, of the exact estimator.
         """
-        before = self._before.get(where, {})
+        before = self._before.get(where, {}) if self._with_changes else {}
         bounds = Bounds(low={}, high={}, change_low={}, change_high={})
         sampled = {name: layer.sampled for name, layer in layers.items() if layer.sampled is not None}
         now = {
@@ -67,7 +79,7 @@ class Intervals:
             _put(
                 bounds, ("change_low", "change_high"), some, change_interval(cka, cka_then, n, (without[0], without[1]))
             )
-        self._before[where] = now
+        self._before[where] = now if self._with_changes else {}
         return bounds
 
     def state(self) -> dict[str, Any]:
@@ -77,10 +89,24 @@ class Intervals:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
-        self._before = {
-            where: {name: _Before(**each) for name, each in layers.items()} for where, layers in state.items()
-        }
+        """Go on from there.
+
+        Raises:
+            ValueError: if that is no such state.
+        """
+        try:
+            before = {
+                where: {name: _Before(**each) for name, each in layers.items()} for where, layers in state.items()
+            }
+        except (AttributeError, TypeError):
+            before = {"": {"": _Before(0, 0.0, torch.empty(0), torch.empty(0, 0))}}
+        if not all(each.is_whole() for layers in before.values() for each in layers.values()):
+            raise ValueError(f"Expected the checkpoint to hold intervals of CKACallback, but it holds {state!r:.80}.")
+        self._before = before
+
+    def forget(self) -> None:
+        """Begin anew: another training."""
+        self._before = {}
 
 
 def _are_the_same(now: _Before, before: _Before) -> bool:

@@ -177,3 +177,35 @@ def test_effective_ranks(tmp_path: Path) -> None:
         assert float(next(csv.DictReader(file))["rank"]) == callback.history[0]["rank"][BLOCKS[0]]
     with pytest.raises(ValueError, match=r'Expected `intervals` and the "exact" estimator with `effective_ranks`'):
         CKACallback(effective_ranks=True, estimator="minibatch")
+
+
+def test_another_training_is_not_compared_with_the_last_one(tmp_path: Path) -> None:
+    callback = CKACallback()
+    for _ in range(2):
+        trainer(tmp_path, callback, max_epochs=1).fit(Classifier(), train_loader(), loader())
+    (record,) = callback.history
+    assert record["low"]
+    assert record["change_low"] == {}
+
+
+def test_evaluations_with_other_references_are_not_compared(tmp_path: Path) -> None:
+    callback = CKACallback(reference="previous")
+    trainer(tmp_path, callback, max_epochs=3).fit(Classifier(), train_loader(), loader())
+    assert all(record["low"] and not record["change_low"] for record in callback.history)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        3,
+        {"validate 0": 3},
+        {"validate 0": {"a": {"n": 3}}},
+        {"validate 0": {"a": {"n": 3, "cka": 0.5, "hashes": [1], "without": [0.5]}}},
+        {"validate 0": {"a": {"n": 3, "cka": 0.5, "hashes": torch.arange(3), "without": torch.zeros(2).double()}}},
+    ],
+    ids=str,
+)
+def test_a_damaged_state_is_one_error(state: Any) -> None:
+    callback = CKACallback()
+    with pytest.raises(ValueError, match="Expected the checkpoint to hold intervals of CKACallback, but it holds"):
+        callback.load_state_dict({"history": [], "intervals": state})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, TypeAlias, Union
 
 from torch import Tensor, nn
@@ -60,6 +61,12 @@ def make_reference(
         return LiveReference(adapters_off=True)
     if spec in (INITIAL, PREVIOUS, BEST):
         return LiveReference()
+    near = get_close_matches(str(spec), (INITIAL, ADAPTER_OFF, PREVIOUS, BEST), 1)
+    if near and not os.path.exists(spec):
+        raise FileNotFoundError(
+            f"Expected `reference` to be one of its names, or the path of a checkpoint, but there is no file {spec!r}: "
+            f"did you mean {near[0]!r}?"
+        )
     return LiveReference(own_shards(live, weights_for(live, load_state_dict(spec), layer_names)))
 
 

@@ -85,8 +85,8 @@ class TrackedModel:
     def how_compared(self) -> str:
         """A few words on how the reference came to be, for people."""
         if moves(self._options.reference):
-            which = "one before" if self._options.reference == PREVIOUS else "best one so far"
-            return f"the model at the evaluations' {which}"
+            is_previous = self._options.reference == PREVIOUS
+            return f"the model at the {'evaluation before' if is_previous else 'best evaluation so far'}"
         return "recorded before the first step" if self.tracker.can_record else "run beside the model at every pass"
 
     def is_recorded(self, stage: str, words: Mapping[int, set[int]]) -> bool:

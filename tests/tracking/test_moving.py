@@ -140,6 +140,16 @@ def test_what_they_can_not_be(tmp_path: Path) -> None:
         trainer(tmp_path, CKACallback(reference="best")).fit(Classifier(), train_loader(), loader())
 
 
+def test_a_name_with_a_slip_is_no_path(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no file 'previuos': did you mean 'previous'"):
+        trainer(tmp_path, CKACallback(reference="previuos")).fit(Classifier(), train_loader(), loader())
+
+
+def test_the_table_says_what_the_reference_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer(tmp_path, CKACallback(reference="previous")).fit(Classifier(), train_loader(), loader())
+    assert "reference: the model at the evaluation before" in capsys.readouterr().out
+
+
 def test_data_that_differ_at_every_pass(tmp_path: Path) -> None:
     class Drawn(torch.utils.data.Dataset[Any]):
         def __len__(self) -> int:

@@ -256,7 +256,7 @@ def test_weights_of_another_architecture(tmp_path: Path, spoil: Any, message: st
 def test_a_path_without_a_file(tmp_path: Path) -> None:
     assert_refused(tmp_path, tmp_path / "none.ckpt", "Expected a checkpoint file at '.*none.ckpt'", FileNotFoundError)
     # A misspelt "initial" is taken for a path.
-    assert_refused(tmp_path, "inital", "Expected a checkpoint file at 'inital'", FileNotFoundError)
+    assert_refused(tmp_path, "inital", "there is no file 'inital': did you mean 'initial'", FileNotFoundError)
 
 
 @pytest.mark.parametrize("name", ["damaged.pt", "damaged.ckpt", "damaged.safetensors"])

@@ -60,10 +60,12 @@ def test_heavy_libraries_are_imported_where_they_are_used(path: Path) -> None:
 
 def test_mathematics_imports_torch_alone() -> None:
     for path in (PACKAGE / "functional").glob("*.py"):
-        standard = {"__future__", "collections", "functools", "math", "threading", "typing"}
+        standard = {"__future__", "collections", "ctypes", "functools", "math", "threading", "typing"}
         assert {name.split(".")[0] for name in imports(path, top_level=True)} <= standard | {"torch", "lit_cka"}, path
         roots = {name.split(".")[0] for name in imports(path, top_level=False)}
-        assert roots <= standard | {"torch", "lit_cka", "scipy"}, path  # SciPy's functions where they are called
+        assert roots <= standard | {"torch", "lit_cka", "scipy", "threadpoolctl"}, (
+            path
+        )  # SciPy's functions where they are called
 
 
 def test_modules_have_one_idea() -> None:

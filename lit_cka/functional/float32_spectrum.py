@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lit_cka.functional.lapack import SymmetricEigen
+
 EPS = torch.finfo(torch.float32).eps
 SMALLEST = 128  # rows: below, float64 takes no longer
 _BLOCK = 24  # directions that are looked for
@@ -29,9 +31,9 @@ class Spectrum(NamedTuple):
     """Singular values of an update, and the eigenvectors of its Gram matrix."""
 
     singular_values: Tensor  # (m,), descending, float64
-    vectors: Tensor  # (m, m), columns in ascending order of the singular values, as `torch.linalg.eigh` has them
-    gram: Tensor  # (m, m), float64, with these eigenvectors, and the large eigenvalues lowered
-    num_lowered: int
+    eigen: SymmetricEigen  # of `gram`
+    leading: Tensor  # (m, l), float64, descending: eigenvectors whose eigenvalues were lowered
+    gram: Tensor  # (m, m), float64, with the eigenvectors of the update's, and the large eigenvalues lowered
     errors: Tensor  # (m,), how far each singular value may be off
     mixing: tuple[float, float]  # entries of an error of the Gram matrix: LAPACK's, and that of its sums
 
@@ -40,6 +42,13 @@ class Spectrum(NamedTuple):
         """(m,), how far each squared singular value may be off."""
         return (2 * self.singular_values + self.errors) * self.errors
 
+    def vectors(self, first: int, last: int) -> Tensor:
+        """Returns eigenvectors (m, last - first) in float32: from `first` to before `last`, in ascending order."""
+        num_others = len(self.singular_values) - self.leading.shape[1]
+        leading = self.leading.flip(1)[:, max(first - num_others, 0) : max(last - num_others, 0)]
+        others = self.eigen.vectors(min(first, num_others), min(last, num_others))
+        return torch.cat([others, leading.to(torch.float32)], dim=1)
+
 
 def float32_spectrum(gram: Tensor) -> Spectrum | None:
     """Returns the spectrum of a Gram matrix; None where its large eigenvalues could not be told from the rest.
@@ -47,9 +56,9 @@ def float32_spectrum(gram: Tensor) -> Spectrum | None:
     Args:
         gram: (m, m), float64, of which the lower triangle counts; it is overwritten.
     """
-    diagonal, symmetric = gram.diagonal().clone(), gram.tril_(-1)
-    symmetric += symmetric.T.clone()
-    symmetric.diagonal().copy_(diagonal)
+    symmetric = gram.tril_()
+    symmetric.diagonal().div_(2)
+    symmetric += symmetric.T.contiguous()
     values, vectors, level = _leading(symmetric)
     number = len(values)
     ceiling = 2 * level  # above all that stays as it is, of which `level` is an estimate from below
@@ -58,13 +67,10 @@ def float32_spectrum(gram: Tensor) -> Spectrum | None:
     scale = level.clamp_min(torch.finfo(torch.float64).tiny)
     rounded = torch.empty_like(symmetric, dtype=torch.float32)
     torch.div(symmetric, scale, out=rounded)
-    eigenvalues, Q = torch.linalg.eigh(rounded)
-    del rounded
-    rest = eigenvalues.flip(0)[number:].to(torch.float64).clamp_min(0) * scale
-    if number:
-        Q[:, -number:] = vectors.flip(1).to(torch.float32)
-        if not float(rest[0]) < 1.5 * float(level):
-            return None
+    eigen = SymmetricEigen(rounded)
+    rest = eigen.values.flip(0)[number:].to(torch.float64).clamp_min(0) * scale
+    if number and not float(rest[0]) < 1.5 * float(level):
+        return None
     squares = torch.cat([values, rest])
     largest, next_one = float(squares[0]), float(rest[0])
     # Of LAPACK, and of the sums in the Gram matrix. All factors are by trials, on spectra of many kinds, with a margin.
@@ -73,8 +79,8 @@ def float32_spectrum(gram: Tensor) -> Spectrum | None:
     errors = errors_by(noise, s)
     # Those of most values cancel out, but for a fifth at most; those of values below the noise don't.
     errors = torch.where(squares > 10 * noise, errors / 5, errors)
-    errors = torch.maximum(errors, s * (EPS / 2))  # of the sums, in the large ones
-    return Spectrum(s, Q, symmetric, number, errors, mixing)
+    errors = torch.maximum(errors, s * (1.5 * EPS))  # of the sums, in the large ones
+    return Spectrum(s, eigen, vectors, symmetric, errors, mixing)
 
 
 def errors_by(noise: float, singular_values: Tensor) -> Tensor:
@@ -101,8 +107,10 @@ def _leading(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values[:number], basis[:, :number], values[number].clamp_min(0)
 
 
-def sharpened(spectrum: Spectrum, k: int, tolerance: float) -> Tensor | None:
-    """Returns the eigenvectors with those around the `k`-th told apart in float64, by their Rayleigh quotients.
+def first_directions(spectrum: Spectrum, k: int, tolerance: float) -> tuple[Tensor, bool] | None:
+    """Returns a basis of the first `k` directions, or of all the others if these are fewer, and whether it is that.
+
+    Those around the `k`-th are told apart in float64, by their Rayleigh quotients, where that matters.
 
     Args:
         spectrum: of an update.
@@ -110,15 +118,17 @@ def sharpened(spectrum: Spectrum, k: int, tolerance: float) -> Tensor | None:
         tolerance: how far the part of the update in its first `k` directions may be off, relative to all of it.
 
     Returns:
-        (m, m); None if it may be off by more. A perturbation of the Gram matrix turns a direction towards another by
-        its entry for the two over the difference of their eigenvalues (Davis & Kahan 1970), which is for directions
-        farther apart.
+        (m, j) in float32, and whether it spans the others; None if it may be off by more. A perturbation of the Gram
+        matrix turns a direction towards another by its entry for the two over the difference of their eigenvalues
+        (Davis & Kahan 1970), which is for directions farther apart.
     """
-    squares, vectors = spectrum.singular_values.square(), spectrum.vectors
+    squares, num_lowered = spectrum.singular_values.square(), spectrum.leading.shape[1]
     size = len(squares)
+    complement = 2 * k > size
+    ends = (0, size - k) if complement else (size - k, size)
     if k == size:
-        return vectors
-    first, last = max(k - _WINDOW, spectrum.num_lowered), min(k + _WINDOW, size)
+        return spectrum.vectors(*ends), complement
+    first, last = max(k - _WINDOW, num_lowered), min(k + _WINDOW, size)
     of_lapack, of_sums = spectrum.mixing
     gaps = (squares[:k, None] - squares[None, k:]).clamp_min(1e-300)
     energies = squares[:k, None] + squares[None, k:]
@@ -127,14 +137,23 @@ def sharpened(spectrum: Spectrum, k: int, tolerance: float) -> Tensor | None:
     def error(entries: Tensor | float) -> Tensor:
         return ((entries / gaps).square().clamp_max(1.0) * energies).sum()
 
-    if k <= spectrum.num_lowered or error(of_lapack + of_sums) <= _NO_NEED**2 * allowed:
-        return vectors if error(of_sums) <= allowed else None
+    if k <= num_lowered or error(of_lapack + of_sums) <= _NO_NEED**2 * allowed:
+        return (spectrum.vectors(*ends), complement) if error(of_sums) <= allowed else None
     entries = torch.full_like(gaps, of_lapack + of_sums)
     entries[first:, : last - k] = of_sums
     if not error(entries) <= allowed:
         return None
-    columns = slice(size - last, size - first)
-    basis = torch.linalg.qr(vectors[:, columns].to(torch.float64)).Q
+    basis = _orthonormal(spectrum.vectors(size - last, size - first).to(torch.float64))
     turn = torch.linalg.eigh(basis.T @ (spectrum.gram @ basis)).eigenvectors
-    vectors[:, columns] = (basis @ turn).to(torch.float32)
-    return vectors
+    told_apart = (basis @ (turn[:, : last - k] if complement else turn[:, last - k :])).to(torch.float32)
+    if complement:
+        return torch.cat([spectrum.vectors(0, size - last), told_apart], dim=1), complement
+    return torch.cat([told_apart, spectrum.vectors(size - first, size)], dim=1), complement
+
+
+def _orthonormal(nearly: Tensor) -> Tensor:
+    """Returns columns that are orthonormal in float64, for some that are in float32: by Cholesky's decomposition."""
+    orthonormal: Tensor = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(nearly.T @ nearly).T, nearly, upper=True, left=False
+    )
+    return orthonormal

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lit_cka.functional.arrays import takes_arrays
-from lit_cka.functional.float32_spectrum import SMALLEST, errors_by, float32_spectrum, sharpened
+from lit_cka.functional.float32_spectrum import SMALLEST, errors_by, first_directions, float32_spectrum
 from lit_cka.functional.precision import FullFloat32, has_fast_float64
 from lit_cka.functional.rank_rules import (
     RULES,
@@ -154,10 +154,7 @@ def spectral_split(
     noise = 4 * torch.finfo(torch.float64).eps * math.sqrt(len(s)) * float(s[0]) ** 2
     if RULES[rule] == "effective_rank" and is_rank_doubtful(s, errors_by(noise, s)):
         s = torch.linalg.svdvals(update(W0, W1))
-    return _split(s, Q, split_rank(s, rule, R), change, rows)
-
-
-def _split(s: Tensor, Q: Tensor, k: int, change: float, rows: bool) -> SpectralSplit:
+    k = split_rank(s, rule, R)
     complement = 2 * k > len(s)
     basis = Q[:, : len(s) - k] if complement else Q[:, len(s) - k :]
     return SpectralSplit(k, len(s), coefficients(s, k), change, basis.contiguous(), rows, complement)
@@ -190,8 +187,11 @@ def _split_in_float32(
         float(each[k:].sum()) / total for each in (s.square(), spectrum.energy_errors)
     )  # lambda has the root
     is_doubtful = is_doubtful or min(slack / (2 * math.sqrt(max(tail, 1e-300))), math.sqrt(slack)) > _TOLERANCE
-    vectors = None if is_doubtful else sharpened(spectrum, k, _TOLERANCE / change)
-    return None if vectors is None else _split(s, vectors, k, change, rows)
+    directions = None if is_doubtful else first_directions(spectrum, k, _TOLERANCE / change)
+    if directions is None:
+        return None
+    basis, complement = directions
+    return SpectralSplit(k, len(s), coefficients(s, k), change, basis.contiguous(), rows, complement)
 
 
 @takes_arrays

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lit_cka.functional.lapack import add_gram
+
 _CPU_CHUNK, _GPU_CHUNK = 2**19, 2**23  # elements of an update at a time
 _NUM_BLOCKS = 6  # rows of blocks that a Gram matrix is computed in; a GPU computes all at once in less time
 
@@ -41,6 +43,9 @@ def gram_of_update(W0: Tensor, W1: Tensor, rows: bool, products: torch.dtype = t
         norm += torch.linalg.vector_norm(w0, dtype=torch.float64).square()
         delta = (w1.to(products) - w0.to(products)).contiguous()
         columns = delta.T if rows else delta  # (chunk, size)
+        if products == torch.float32 and delta.device.type == "cpu":
+            add_gram(columns, gram)
+            continue
         # Block by block below the diagonal, which is all that `eigh` reads.
         for block in range(num_blocks):
             first, last = edges[block], edges[block + 1]

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from lit_cka.functional.lapack import in_one_thread
+
 Result = TypeVar("Result")
 
 
@@ -20,7 +22,7 @@ def one_thread_each(function: Callable[[str], Result], names: Sequence[str], *, 
         return
     num_threads = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with in_one_thread(), ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             try:
                 yield from pool.map(function, names)
             except BaseException:

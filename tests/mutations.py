@@ -682,8 +682,31 @@ MUTANTS = [
     ),
     Mutant(
         "an edit: directions found in float64 are not put in",
-        ((F32, "Q[:, -number:] = vectors.flip(1)", "Q[:, -number:] = Q[:, -number:].flip(1)"),),
+        ((F32, "leading.to(torch.float32)]", "torch.zeros_like(leading, dtype=torch.float32)]"),),
         SPLITS,
+    ),
+    Mutant(
+        "an edit: it is looked for leading directions in one step alone",
+        (
+            (F32, "if values[number] <= _ALIKE * values[-1]:", "if True:"),
+            (F32, "        if step == 1:", "        if False:"),
+        ),
+        SPLITS,
+    ),
+    Mutant(
+        "an edit: the wrong eigenvectors of those that are asked for",
+        (("functional/lapack.py", "self._vectors[first:last].clone()", "self._vectors[: last - first].clone()"),),
+        ("tests/functional/test_lapack.py",),
+    ),
+    Mutant(
+        "an edit: a Gram matrix of the transpose",
+        (("functional/lapack.py", '"N" if by_rows else "T"', '"T" if by_rows else "N"'),),
+        ("tests/functional/test_lapack.py",),
+    ),
+    Mutant(
+        "an edit: LAPACK's complaints are not read",
+        (("functional/lapack.py", "    if says:\n", "    if False:\n"),),
+        ("tests/functional/test_lapack.py",),
     ),
     Mutant(
         "an edit: what float32 could do to the rank is not asked",
@@ -698,7 +721,13 @@ MUTANTS = [
     ),
     Mutant(
         "an edit: neighbours are not told apart",
-        ((F32, "vectors[:, columns] = (basis @ turn)", "vectors[:, columns] = basis"),),
+        (
+            (
+                F32,
+                "told_apart = (basis @ (turn[:, : last - k] if complement else turn[:, last - k :]))",
+                "told_apart = (basis[:, : last - k] if complement else basis[:, last - k :])",
+            ),
+        ),
         SPLITS,
     ),
     Mutant(

@@ -20,6 +20,7 @@ EPS = torch.finfo(torch.float32).eps
 SMALLEST = 128  # rows: below, float64 takes no longer
 _BLOCK = 24  # directions that are looked for
 _STEPS = 3
+_ALIKE = 2.0  # eigenvalues within this factor don't stand out from each other
 _WINDOW = 64  # directions on either side of a cut that are told apart in float64
 _NO_NEED = (
     0.2  # of the tolerance: then neighbours that are nearly one cannot matter, which differ by more than expected
@@ -93,17 +94,21 @@ def _leading(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     size = len(gram)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(size, _BLOCK, generator=generator, dtype=torch.float64).to(gram.device)
-    basis = torch.linalg.qr(start).Q
-    for _ in range(_STEPS):
-        basis = torch.linalg.qr(gram @ (gram @ basis)).Q
-    image = gram @ basis
-    values, turn = torch.linalg.eigh(basis.T @ image)
-    values, turn = values.flip(0), turn.flip(1)
-    basis, image = basis @ turn, image @ turn
-    residuals = torch.linalg.vector_norm(image - basis * values, dim=0)
-    # The eigenvalue that follows is known about as well as it has to be.
-    is_found = (residuals[:-1] <= _CONVERGED * values[1:].clamp_min(0)).to(torch.int64).cumprod(0)
-    number = int(is_found.sum())
+    image = gram @ torch.linalg.qr(start).Q
+    for step in range(1, _STEPS + 1):
+        basis = torch.linalg.qr(gram @ image).Q
+        image = gram @ basis
+        if step == 1:
+            continue
+        values, turn = torch.linalg.eigh(basis.T @ image)
+        values, turn = values.flip(0), turn.flip(1)
+        basis, image = basis @ turn, image @ turn
+        residuals = torch.linalg.vector_norm(image - basis * values, dim=0)
+        # The eigenvalue that follows is known about as well as it has to be.
+        is_found = (residuals[:-1] <= _CONVERGED * values[1:].clamp_min(0)).to(torch.int64).cumprod(0)
+        number = int(is_found.sum())
+        if values[number] <= _ALIKE * values[-1]:
+            break  # none of the others stands out
     return values[:number], basis[:, :number], values[number].clamp_min(0)
 
 

@@ -88,8 +88,9 @@ def _call(library: str, name: str, *arguments: str | int | Tensor, returns_info:
     held = [*map(_address_of, arguments), *([ctypes.byref(info)] if returns_info else [])]
     with in_one_thread():
         _routine(library, name, len(held))(*held)
-    if info.value:
-        raise ValueError(f"Expected a matrix that LAPACK can decompose, but its routine {name} says {info.value}.")
+    says = ctypes.c_int32.from_buffer(info).value
+    if says:
+        raise ValueError(f"Expected a matrix that LAPACK can decompose, but its routine {name} says {says}.")
 
 
 def _address_of(value: str | int | Tensor) -> Any:

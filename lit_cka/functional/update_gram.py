@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_cka.functional.lapack import add_gram
 
-_CPU_CHUNK, _GPU_CHUNK = 2**19, 2**23  # elements of an update at a time
+_CPU_CHUNK, _GPU_CHUNK = 2**20, 2**23  # elements of an update at a time
 _NUM_BLOCKS = 6  # rows of blocks that a Gram matrix is computed in; a GPU computes all at once in less time
 
 

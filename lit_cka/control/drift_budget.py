@@ -10,29 +10,21 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from typing_extensions import TypedDict, override
+from typing_extensions import override
 
 from lit_cka.control.data_parallel import require_whole_parameters
-from lit_cka.control.drift import layers_beyond
+from lit_cka.control.drift import DriftEvent, drift_events, layers_beyond
 from lit_cka.control.freeze_report import log_scalars
 from lit_cka.control.measurement import found_or_added, training_records
 from lit_cka.control.slowed_layers import SlowedLayers
 from lit_cka.features.layers import Layers, named_layers
+from lit_cka.features.lightning_private import logging_step
 from lit_cka.functional.edits import wise_ft
 from lit_cka.tracking.callback import CKACallback
+from lit_cka.tracking.layer_events import EventsLog
 
 Action: TypeAlias = Literal["stop", "slow", "roll_back"]
 Edit: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-
-
-class DriftEvent(TypedDict):
-    """What was done about drift: an entry of `DriftBudget.history`."""
-
-    step: int  # optimizer steps taken
-    epoch: int
-    action: str
-    layers: list[str]  # that were beyond the budget
-    cka: list[float]  # of each, by the upper end of its interval
 
 
 class DriftBudget(pl.Callback):
@@ -53,7 +45,8 @@ class DriftBudget(pl.Callback):
         factor: of the learning rate, for "slow".
         edit: for "roll_back", a function of a weight's initial and present values, such as those of
             `lit_cka.functional.edits`; None to go back half of the way.
-        prefix: of the logged key `drift/num_beyond`, how many layers were beyond it in the measurement before.
+        prefix: of the logged key `drift/num_beyond`, how many layers were beyond it in the measurement before, and of a
+            text for TensorBoard, `drift/layers`, of what was done when, which the tab CKA shows.
 
     Attributes:
         history: what was done when: a list of `DriftEvent`.
@@ -93,6 +86,7 @@ class DriftBudget(pl.Callback):
     def _start_anew(self) -> None:
         self.history: list[DriftEvent] = []
         self._slowed = SlowedLayers()
+        self._events_log = EventsLog(self.prefix)
         self._initial: dict[str, Tensor] = {}
         self._num_seen = self._num_beyond = 0  # records; layers in the last one
 
@@ -119,6 +113,7 @@ class DriftBudget(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._events_log.write(trainer, drift_events(self.history, self._factor))  # of a training that goes on
         if self.action != "roll_back":
             return
         require_whole_parameters(pl_module, type(self).__name__)
@@ -173,12 +168,18 @@ class DriftBudget(pl.Callback):
         self.history.append(
             DriftEvent(
                 step=trainer.global_step,
+                logged_step=logging_step(trainer),
                 epoch=trainer.current_epoch,
                 action=self.action,
                 layers=layers,
                 cka=[float(record["high"][layer]) for layer in layers],
             )
         )
+        self._events_log.write(trainer, drift_events(self.history, self._factor))
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._events_log.write(trainer, drift_events(self.history, self._factor), is_last=True)
 
     @torch.no_grad()
     def _roll_back(self, module: nn.Module, layers: list[str]) -> None:

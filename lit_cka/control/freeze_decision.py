@@ -15,6 +15,7 @@ class FreezeEvent(TypedDict):
     """A change of what is frozen: an entry of `FreezeConverged.history`."""
 
     step: int  # optimizer steps taken before
+    logged_step: int  # that the loggers have for it
     epoch: int
     num_frozen: int  # blocks, from then on
     blocks: list[str]  # that were frozen, or are trained again
@@ -73,11 +74,12 @@ class FreezeDecision:
             count = options.policy(records, blocks)
         return max(self.target, min(count, most)), "converged"
 
-    def carried_out(self, step: int, epoch: int, blocks: Sequence[str]) -> None:
+    def carried_out(self, step: int, logged_step: int, epoch: int, blocks: Sequence[str]) -> None:
         """Note that what should be frozen now is, and nothing else.
 
         Args:
             step: the number of optimizer steps before.
+            logged_step: that the loggers have for it.
             epoch: the epoch.
             blocks: names of the blocks in their order.
         """
@@ -85,7 +87,7 @@ class FreezeDecision:
         self.num_frozen = self.target
         self._watch.num_worse = 0
         self.history.append(
-            FreezeEvent(step=step, epoch=epoch, num_frozen=self.target,
+            FreezeEvent(step=step, logged_step=logged_step, epoch=epoch, num_frozen=self.target,
                         blocks=list(blocks[first:end]), why=self.why)
         )  # fmt: skip
 

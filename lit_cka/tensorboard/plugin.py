@@ -24,6 +24,7 @@ _SCRIPTS = (
     ("lit_cka.plots", "dom.js"),
     ("lit_cka.plots", "canvas.js"),
     ("lit_cka.tensorboard", "scales.js"),
+    ("lit_cka.tensorboard", "changes.js"),
     ("lit_cka.tensorboard", "charts.js"),
     ("lit_cka.tensorboard", "layer_time.js"),
     ("lit_cka.tensorboard", "state.js"),

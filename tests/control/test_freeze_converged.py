@@ -76,8 +76,9 @@ def test_frozen_blocks_have_no_gradients_and_take_no_backward(tmp_path: Path) ->
     assert step_flops(plan, 2, 0) == 5 * linear + head + 2 * (2 * linear + head)
     assert callback.savings.num_steps == {(0, 0): 2 * STEPS, (2, 0): STEPS}
     assert callback.history == [
-        {"step": 8, "epoch": 2, "num_frozen": 2, "blocks": ["net.blocks.0", "net.blocks.1"], "why": "converged"}
-    ]
+        {"step": 8, "logged_step": 8, "epoch": 2, "num_frozen": 2, "blocks": ["net.blocks.0", "net.blocks.1"],
+         "why": "converged"}
+    ]  # fmt: skip
     assert all(parameter.requires_grad for parameter in module.parameters())
     assert hooks_of(module) == 0
 

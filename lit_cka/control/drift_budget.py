@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lit_cka.control.data_parallel import require_whole_parameters
+from lit_cka.control.data_parallel import require_own_weights, require_whole_parameters
 from lit_cka.control.drift import DriftEvent, drift_events, layers_beyond
 from lit_cka.control.freeze_report import log_scalars
 from lit_cka.control.measurement import found_or_added, training_records
@@ -52,7 +52,9 @@ class DriftBudget(pl.Callback):
         history: what was done when: a list of `DriftEvent`.
 
     Raises:
-        ValueError: before the training, if there are no batches to measure on, or weights to roll back are sharded.
+        ValueError: before the training, if there are no batches to measure on, weights to roll back are sharded, or
+            layers to slow down have none to themselves, as with DeepSpeed. DDP does all that one device does, FSDP and
+            `ModelParallelStrategy` slow and stop.
 
     Example:
         >>> keeping = DriftBudget(0.1, "slow", probe=[torch.zeros(8, 3)])  # for Trainer(callbacks=[keeping])
@@ -96,6 +98,8 @@ class DriftBudget(pl.Callback):
         if stage != "fit":
             return
         self._start_anew()
+        if self.action != "stop":
+            require_own_weights(trainer, f"DriftBudget(action={self.action!r})", "action='stop'")
         self._measurement = found_or_added(trainer, self, self._can_be_read, self._new_measurement)
 
     def _can_be_read(self, callback: CKACallback) -> bool:

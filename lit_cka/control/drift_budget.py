@@ -15,7 +15,7 @@ from typing_extensions import override
 from lit_cka.control.data_parallel import require_own_weights, require_whole_parameters
 from lit_cka.control.drift import DriftEvent, drift_events, layers_beyond
 from lit_cka.control.freeze_report import log_scalars
-from lit_cka.control.measurement import found_or_added, training_records
+from lit_cka.control.measurement import found_or_added, training_records, warn_of_few_samples
 from lit_cka.control.slowed_layers import SlowedLayers
 from lit_cka.features.layers import Layers, named_layers
 from lit_cka.features.lightning_private import logging_step
@@ -159,6 +159,7 @@ class DriftBudget(pl.Callback):
             return
         self._num_seen = len(records)
         record: Any = records[-1]
+        warn_of_few_samples(record, type(self).__name__)
         layers = trainer.strategy.broadcast(layers_beyond(record, self.budget))
         self._num_beyond = len(layers)
         if not layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ from typing_extensions import TypedDict
 
 from lit_cka.control.convergence import LossWatch, num_converged
 from lit_cka.control.freeze_options import FreezeOptions
+from lit_cka.control.measurement import warn_of_few_samples
 
 
 class FreezeEvent(TypedDict):
@@ -69,9 +71,10 @@ class FreezeDecision:
             return self.target, self.why
         options = self._options
         if options.policy is None:
+            warn_of_few_samples(records[-1], "FreezeConverged")
             count = num_converged(records, blocks, options.limit, options.num_evaluations)
         else:
-            count = options.policy(records, blocks)
+            count = _whole_number(options.policy(records, blocks))
         return max(self.target, min(count, most)), "converged"
 
     def carried_out(self, step: int, logged_step: int, epoch: int, blocks: Sequence[str]) -> None:
@@ -109,3 +112,12 @@ class FreezeDecision:
         self._num_seen, self._waits_for_best = state["num_seen"], state["waits_for_best"]
         self._watch.load(state["watch"])
         self.history = [cast(FreezeEvent, dict(event)) for event in state["history"]]
+
+
+def _whole_number(count: object) -> int:
+    try:
+        return operator.index(count)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(
+            f"Expected `policy` to return how many of the first blocks to freeze, a whole number, but got {count!r}."
+        ) from None

@@ -138,6 +138,15 @@ def test_a_training_within_its_budget_is_the_same_bit_for_bit(tmp_path: Path) ->
     assert any("cka_kept/net.blocks.0" in values for _, values in logger.seen)
 
 
+@pytest.mark.parametrize("num_samples", [0, 7])
+@pytest.mark.filterwarnings("ignore:The probe dataloader 0 is empty")
+def test_a_probe_that_is_too_small_to_tell_is_said(tmp_path: Path, num_samples: int) -> None:
+    budget = DriftBudget(0.01, probe=[PROBE[0][:num_samples]] if num_samples else [])
+    with pytest.warns(UserWarning, match=f"DriftBudget can't tell .* but the probe dataloader 0 gives {num_samples}"):
+        fit(tmp_path, new(), budget, max_epochs=1)
+    assert budget.history == []
+
+
 def test_misuse(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Expected `probe`.*DriftBudget\(probe=old_batches\)"):
         fit(tmp_path, new(), DriftBudget(), CKACallback(log_figures=False))

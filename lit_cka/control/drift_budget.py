@@ -27,6 +27,9 @@ Action: TypeAlias = Literal["stop", "slow", "roll_back"]
 Edit: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
+_PREFIX = "drift"
+
+
 class DriftBudget(pl.Callback):
     """Stops the training, slows layers down, or rolls them back, when they drift too far on data that are to be kept.
 
@@ -46,7 +49,8 @@ class DriftBudget(pl.Callback):
         edit: for "roll_back", a function of a weight's initial and present values, such as those of
             `lit_cka.functional.edits`; None to go back half of the way.
         prefix: of the logged key `drift/num_beyond`, how many layers were beyond it in the measurement before, and of a
-            text for TensorBoard, `drift/layers`, of what was done when, which the tab CKA shows.
+            text for TensorBoard, `drift/layers`, of what was done when, which the tab CKA shows. Several budgets in a
+            trainer, such as one for each of two old tasks, need one each.
 
     Attributes:
         history: what was done when: a list of `DriftEvent`.
@@ -70,7 +74,7 @@ class DriftBudget(pl.Callback):
         layers: Layers | None = None,
         factor: float = 0.1,
         edit: Edit | None = None,
-        prefix: str = "drift",
+        prefix: str = _PREFIX,
     ) -> None:
         if not 0 < budget < 1:
             raise ValueError(f"Expected `budget`, of the drift 1 - CKA, to be between 0 and 1, but got {budget}.")
@@ -113,7 +117,8 @@ class DriftBudget(pl.Callback):
                 "Expected `probe`, batches on which layers should stay as they are, since no CKACallback of the "
                 "trainer has some, with the initial weights as its reference: pass DriftBudget(probe=old_batches)."
             )
-        return CKACallback(self._layers, probe=self._probe, prefix="cka_kept", log_figures=False)
+        prefix = "cka_kept" if self.prefix == _PREFIX else f"cka_kept_{self.prefix}"
+        return CKACallback(self._layers, probe=self._probe, prefix=prefix, log_figures=False)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -195,6 +200,12 @@ class DriftBudget(pl.Callback):
                 parameter.copy_(self._edit(self._initial[name].to(parameter.device), parameter.detach().clone()))
 
     # State: tensors and primitives alone, so that checkpoints load with `weights_only`.
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Under which checkpoints have the state: of several, by the prefix."""
+        return super().state_key if self.prefix == _PREFIX else self._generate_state_key(prefix=self.prefix)
 
     @override
     def state_dict(self) -> dict[str, Any]:

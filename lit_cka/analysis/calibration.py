@@ -95,7 +95,7 @@ def calibrate(Xs: Sequence[Tensor], Ys: Sequence[Tensor], values: Tensor, settin
     in exchange they are approximate, for the adjusted ones m pairs take m times the p-value (Bonferroni), which is
     larger where layers depend on each other, and the quantile of the best pair's null is at `1 - (1 - level) / m`. From
     10 samples on, 4.6 to 5.2 % of permutations were above its 5 % quantile and 0.84 to 1.1 % above that of 1 %, but
-    where one sample is far from all others (benchmarks/permutations.py).
+    where one sample is far from all others (benchmarks/permutations.py), where `compare` permutes instead.
 
     Args:
         Xs: features (n, d) of each layer of the first model.

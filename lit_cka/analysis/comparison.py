@@ -15,8 +15,9 @@ from lit_cka.analysis.calibration import Calibration, calibrate
 from lit_cka.analysis.extraction import extract
 from lit_cka.analysis.features import Features, matched
 from lit_cka.analysis.measures import similarity
+from lit_cka.analysis.null_choice import null_that_fits
 from lit_cka.analysis.settings import Settings
-from lit_cka.analysis.uncertainty import cka_intervals
+from lit_cka.analysis.uncertainty import cka_intervals, repeated_samples
 from lit_cka.features.given_masks import Mask
 from lit_cka.features.layers import Layers
 from lit_cka.features.pooling import Pooling
@@ -39,6 +40,8 @@ class Comparison:
         calibration: p-values, and how far the values are above chance.
         ranks_a: how many directions each layer of model a uses (RankMe).
         ranks_b: the same of model b.
+        num_repeated: how many samples have the features of another one in every layer, where there are intervals or
+            p-values, which are for independent samples; a warning says so if they are more than 5 %.
         layers_a: layer names of model a.
         layers_b: layer names of model b.
 
@@ -63,6 +66,7 @@ class Comparison:
     calibration: Calibration | None = None
     ranks_a: list[float] | None = None
     ranks_b: list[float] | None = None
+    num_repeated: int = 0
 
     @property
     def has_counterparts(self) -> bool:
@@ -192,6 +196,11 @@ def compare_features(a: Features, b: Features, settings: Settings | None = None)
     if settings.with_intervals and a.num_samples >= MIN_SAMPLES:
         debiased = values if settings.debiased else similarity(Xs, Ys, replace(settings, debiased=True))
         low, high = (end.numpy() for end in cka_intervals(Xs, Ys, debiased, settings))
+    num_repeated = 0
+    if low is not None or settings.calibrated:
+        too_sure = "intervals are too narrow, and p-values too small"
+        num_repeated = repeated_samples(Xs if same else [*Xs, *Ys], a.data, too_sure)
+    settings = null_that_fits(a, b, settings)
     calibration = calibrate(Xs, Ys, values, settings) if settings.calibrated else None
     if settings.effective_ranks:
         ranks_a = [rankme(X) for X in Xs]
@@ -199,5 +208,5 @@ def compare_features(a: Features, b: Features, settings: Settings | None = None)
     return Comparison(
         values.numpy(), list(a.layers), list(b.layers), a.model, b.model,
         " and ".join(dict.fromkeys([a.data, b.data])), a.num_samples, settings, low, high, calibration, ranks_a,
-        ranks_b,
+        ranks_b, num_repeated,
     )  # fmt: skip

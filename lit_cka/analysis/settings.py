@@ -53,7 +53,8 @@ class Settings:
             whatever `debiased` is, from 8 samples on.
         num_permutations: permutations of the samples for p-values and calibrated scores, 0 for none.
         null: where these come from; "permutations", or "moments": the first three of all permutations, in closed form,
-            which draw none; for "cka", "rbf_cka" and "sampled_features_cka".
+            which draw none; for "cka", "rbf_cka" and "sampled_features_cka". Where one sample decides how far chance
+            reaches, `compare` warns, and permutes.
         level: of the intervals, and the quantile of the null that calibrated scores are measured from.
         effective_ranks: count the directions that each layer uses (RankMe).
         seed: of permutations, and of the samples that intervals are from where there are more than 512.

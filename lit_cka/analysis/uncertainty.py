@@ -1,8 +1,8 @@
-"""How sure CKA is, for every pair of layers: intervals by the jackknife of a part of the samples."""
+"""How sure CKA is, for every pair of layers: intervals from a part of the samples, for samples that are independent."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from lit_cka.analysis.settings import Settings
 from lit_cka.functional.centring import double_centred
 from lit_cka.functional.intervals import cka_interval
 from lit_cka.functional.jackknife import Jackknife, SampledGram, pair_jackknife
+from lit_cka.parallel.warning import warn
+from lit_cka.statistics.repeated import num_repeated_rows, repeated_text
 
 SIZE = 512  # of the part: enough to know an interval's width within some percent
 
@@ -52,6 +54,21 @@ def cka_intervals(
         if is_same:
             low[first:, i], high[first:, i] = low[i, first:].clone(), high[i, first:].clone()
     return low, high
+
+
+def repeated_samples(layers: Iterable[Tensor], data: str, too_sure: str) -> int:
+    """Returns how many samples have the features of another one in every layer, and warns of more than a few.
+
+    Args:
+        layers: features (n, d) of all layers of one model, or of two.
+        data: what the samples are called.
+        too_sure: what is, and how, where samples are repeated.
+    """
+    numbers = [(len(X), num_repeated_rows(X)) for X in layers]
+    n, num_repeated = min(numbers, default=(0, 0))
+    if text := repeated_text(n, num_repeated, data, whose="the models", too_sure=too_sure):
+        warn(text)
+    return num_repeated
 
 
 def _sampled_gram(X: Tensor, drawn: Tensor, settings: Settings) -> SampledGram:

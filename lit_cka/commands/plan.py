@@ -13,6 +13,7 @@ from lit_cka.analysis.comparison import compare_features
 from lit_cka.analysis.features import Features, matched
 from lit_cka.analysis.page import Section, write_page
 from lit_cka.analysis.settings import Settings
+from lit_cka.analysis.uncertainty import repeated_samples
 from lit_cka.commands.messages import is_first_rank
 from lit_cka.commands.parsing import Parser
 from lit_cka.commands.results import Data, Model, feature_pairs, print_table
@@ -81,6 +82,8 @@ def _plan(options: Any, config: dict[str, Any]) -> list[dict[str, Any]]:
 def _rows(pair: list[Features], width: float) -> list[dict[str, Any]]:
     before, after = pair[0], matched(pair[0], pair[1])
     comparison = compare_features(before, after, Settings(intervals=False))
+    too_sure = "intervals are too narrow, and more samples are needed than is said here"
+    repeated_samples([*before.layers.values(), *after.layers.values()], before.data, too_sure)
     rows = []
     for index, name in enumerate(before.layers):
         other = name if comparison.has_counterparts else comparison.layers_b[int(comparison.values[index].argmax())]

@@ -141,7 +141,8 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     """All numbers by name."""
     return {
         "model_a": comparison.model_a, "model_b": comparison.model_b, "data": comparison.data,
-        "num_samples": comparison.num_samples, "settings": vars(comparison.settings),
+        "num_samples": comparison.num_samples, "num_repeated": comparison.num_repeated,
+        "settings": vars(comparison.settings),
         "layers_a": comparison.layers_a, "layers_b": comparison.layers_b,
         "low": None, "high": None, "p": None, **comparison.arrays(),
         "best": None if comparison.calibration is None else _best_as_json(comparison),

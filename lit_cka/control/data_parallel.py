@@ -1,11 +1,11 @@
-"""Strategies under which parameters can be frozen in training, and DDP, which has to hear of it."""
+"""Strategies under which parameters can be frozen or changed in training, and DDP, which has to hear of it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_cka.features.sharded_modules import is_sharded
@@ -32,6 +32,29 @@ def require_known_strategy(trainer: pl.Trainer, who: str) -> None:
         raise ValueError(
             f"Expected DDP without a `ddp_comm_state` for {who}, but got {type(state).__name__}, which remembers "
             "gradients by their place: leave one of them out."
+        )
+
+
+def require_own_weights(trainer: pl.Trainer, who: str, instead: str) -> None:
+    """Raise for strategies under which what an optimizer's step changes are not the parameters of a layer.
+
+    FSDP without `use_orig_params` has those of many layers in one, and DeepSpeed's optimizer has weights of its own.
+
+    Args:
+        trainer: whose strategy.
+        who: what asks.
+        instead: what does work.
+
+    Raises:
+        ValueError: for any other than one device, DDP, `ModelParallelStrategy`, and FSDP with `use_orig_params`.
+    """
+    strategy: Any = trainer.strategy
+    has_them = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
+    if not has_them and not (isinstance(strategy, FSDPStrategy) and strategy.kwargs.get("use_orig_params")):
+        raise ValueError(
+            f"Expected {who} to run on one device, or under DDP, ModelParallelStrategy or FSDP with "
+            f"use_orig_params=True, where a layer has its weights to itself, but got {type(strategy).__name__}: use "
+            f"one of these, or {instead}."
         )
 
 

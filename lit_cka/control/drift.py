@@ -1,9 +1,26 @@
-"""Which layers have drifted further than they may: `layers_beyond`."""
+"""Which layers have drifted further than they may: `layers_beyond`, and what was done about it: `drift_events`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from typing_extensions import TypedDict
+
+from lit_cka.tracking.layer_events import LayerEvent, LayerEvents, What
+
+_WORDS: dict[str, What] = {"stop": "stopped", "slow": "slowed", "roll_back": "rolled back"}
+
+
+class DriftEvent(TypedDict):
+    """What was done about drift: an entry of `DriftBudget.history`."""
+
+    step: int  # optimizer steps taken
+    logged_step: int  # that the loggers have for it
+    epoch: int
+    action: str
+    layers: list[str]  # that were beyond the budget
+    cka: list[float]  # of each, by the upper end of its interval
 
 
 def layers_beyond(record: Mapping[str, Any], budget: float) -> list[str]:
@@ -28,3 +45,25 @@ def layers_beyond(record: Mapping[str, Any], budget: float) -> list[str]:
             "its records have none: leave out `intervals=False`."
         )
     return [layer for layer, high in record["high"].items() if high < 1 - budget]
+
+
+def drift_events(history: Sequence[DriftEvent], factor: float) -> LayerEvents:
+    """Returns what was done to which layer, for the loggers.
+
+    Args:
+        history: of a `DriftBudget`, oldest first.
+        factor: by which a layer is slowed each time.
+    """
+    layers = list(dict.fromkeys(layer for event in history for layer in event["layers"]))
+    times = dict.fromkeys(layers, 0)
+    events: list[LayerEvent] = []
+    for event in history:
+        what = _WORDS[event["action"]]
+        alike: dict[str, list[int]] = {}  # layers with the same reason
+        for layer in event["layers"]:
+            times[layer] += what == "slowed"
+            why = f"learning rate x {factor ** times[layer]:.3g}" if what == "slowed" else "beyond the drift budget"
+            alike.setdefault(why, []).append(layers.index(layer))
+        step = event.get("logged_step", event["step"])
+        events += [LayerEvent(step, what, tuple(places), why) for why, places in alike.items()]
+    return LayerEvents(tuple((layer,) for layer in layers), tuple(events))

@@ -10,29 +10,24 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from typing_extensions import TypedDict, override
+from typing_extensions import override
 
-from lit_cka.control.data_parallel import require_whole_parameters
-from lit_cka.control.drift import layers_beyond
+from lit_cka.control.data_parallel import require_own_weights, require_whole_parameters
+from lit_cka.control.drift import DriftEvent, drift_events, layers_beyond
 from lit_cka.control.freeze_report import log_scalars
-from lit_cka.control.measurement import found_or_added, training_records
+from lit_cka.control.measurement import found_or_added, training_records, warn_of_few_samples
 from lit_cka.control.slowed_layers import SlowedLayers
 from lit_cka.features.layers import Layers, named_layers
+from lit_cka.features.lightning_private import logging_step
 from lit_cka.functional.edits import wise_ft
 from lit_cka.tracking.callback import CKACallback
+from lit_cka.tracking.layer_events import EventsLog
 
 Action: TypeAlias = Literal["stop", "slow", "roll_back"]
 Edit: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
-class DriftEvent(TypedDict):
-    """What was done about drift: an entry of `DriftBudget.history`."""
-
-    step: int  # optimizer steps taken
-    epoch: int
-    action: str
-    layers: list[str]  # that were beyond the budget
-    cka: list[float]  # of each, by the upper end of its interval
+_PREFIX = "drift"
 
 
 class DriftBudget(pl.Callback):
@@ -53,13 +48,17 @@ class DriftBudget(pl.Callback):
         factor: of the learning rate, for "slow".
         edit: for "roll_back", a function of a weight's initial and present values, such as those of
             `lit_cka.functional.edits`; None to go back half of the way.
-        prefix: of the logged key `drift/num_beyond`, how many layers were beyond it in the measurement before.
+        prefix: of the logged key `drift/num_beyond`, how many layers were beyond it in the measurement before, and of a
+            text for TensorBoard, `drift/layers`, of what was done when, which the tab CKA shows. Several budgets in a
+            trainer, such as one for each of two old tasks, need one each.
 
     Attributes:
         history: what was done when: a list of `DriftEvent`.
 
     Raises:
-        ValueError: before the training, if there are no batches to measure on, or weights to roll back are sharded.
+        ValueError: before the training, if there are no batches to measure on, weights to roll back are sharded, or
+            layers to slow down have none to themselves, as with DeepSpeed. DDP does all that one device does, FSDP and
+            `ModelParallelStrategy` slow and stop.
 
     Example:
         >>> keeping = DriftBudget(0.1, "slow", probe=[torch.zeros(8, 3)])  # for Trainer(callbacks=[keeping])
@@ -75,7 +74,7 @@ class DriftBudget(pl.Callback):
         layers: Layers | None = None,
         factor: float = 0.1,
         edit: Edit | None = None,
-        prefix: str = "drift",
+        prefix: str = _PREFIX,
     ) -> None:
         if not 0 < budget < 1:
             raise ValueError(f"Expected `budget`, of the drift 1 - CKA, to be between 0 and 1, but got {budget}.")
@@ -93,6 +92,7 @@ class DriftBudget(pl.Callback):
     def _start_anew(self) -> None:
         self.history: list[DriftEvent] = []
         self._slowed = SlowedLayers()
+        self._events_log = EventsLog(self.prefix)
         self._initial: dict[str, Tensor] = {}
         self._num_seen = self._num_beyond = 0  # records; layers in the last one
 
@@ -102,6 +102,8 @@ class DriftBudget(pl.Callback):
         if stage != "fit":
             return
         self._start_anew()
+        if self.action != "stop":
+            require_own_weights(trainer, f"DriftBudget(action={self.action!r})", "action='stop'")
         self._measurement = found_or_added(trainer, self, self._can_be_read, self._new_measurement)
 
     def _can_be_read(self, callback: CKACallback) -> bool:
@@ -115,10 +117,12 @@ class DriftBudget(pl.Callback):
                 "Expected `probe`, batches on which layers should stay as they are, since no CKACallback of the "
                 "trainer has some, with the initial weights as its reference: pass DriftBudget(probe=old_batches)."
             )
-        return CKACallback(self._layers, probe=self._probe, prefix="cka_kept", log_figures=False)
+        prefix = "cka_kept" if self.prefix == _PREFIX else f"cka_kept_{self.prefix}"
+        return CKACallback(self._layers, probe=self._probe, prefix=prefix, log_figures=False)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._events_log.write(trainer, drift_events(self.history, self._factor))  # of a training that goes on
         if self.action != "roll_back":
             return
         require_whole_parameters(pl_module, type(self).__name__)
@@ -160,6 +164,7 @@ class DriftBudget(pl.Callback):
             return
         self._num_seen = len(records)
         record: Any = records[-1]
+        warn_of_few_samples(record, type(self).__name__)
         layers = trainer.strategy.broadcast(layers_beyond(record, self.budget))
         self._num_beyond = len(layers)
         if not layers:
@@ -173,12 +178,18 @@ class DriftBudget(pl.Callback):
         self.history.append(
             DriftEvent(
                 step=trainer.global_step,
+                logged_step=logging_step(trainer),
                 epoch=trainer.current_epoch,
                 action=self.action,
                 layers=layers,
                 cka=[float(record["high"][layer]) for layer in layers],
             )
         )
+        self._events_log.write(trainer, drift_events(self.history, self._factor))
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._events_log.write(trainer, drift_events(self.history, self._factor), is_last=True)
 
     @torch.no_grad()
     def _roll_back(self, module: nn.Module, layers: list[str]) -> None:
@@ -189,6 +200,12 @@ class DriftBudget(pl.Callback):
                 parameter.copy_(self._edit(self._initial[name].to(parameter.device), parameter.detach().clone()))
 
     # State: tensors and primitives alone, so that checkpoints load with `weights_only`.
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Under which checkpoints have the state: of several, by the prefix."""
+        return super().state_key if self.prefix == _PREFIX else self._generate_state_key(prefix=self.prefix)
 
     @override
     def state_dict(self) -> dict[str, Any]:

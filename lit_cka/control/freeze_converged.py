@@ -19,6 +19,7 @@ from lit_cka.control.measurement import found_or_added, training_records
 from lit_cka.control.plan import FreezePlan
 from lit_cka.control.savings import Savings
 from lit_cka.features.layers import Layers, select_layers
+from lit_cka.features.lightning_private import logging_step
 from lit_cka.parallel.warning import warn
 from lit_cka.tracking.callback import CKACallback
 
@@ -68,7 +69,8 @@ class FreezeConverged(pl.Callback):
         policy: decides in place of the limit: a function of the records of the trainer's first `CKACallback`, whatever
             its reference, oldest first, and of the blocks' names, to how many of them to freeze. Blocks that are frozen
             stay so.
-        prefix: of the logged keys: `freeze/num_frozen` and `freeze/flops_saved`, the part of all FLOPs so far.
+        prefix: of the logged keys: `freeze/num_frozen`, `freeze/flops_saved`, the part of all FLOPs so far, and for
+            TensorBoard a text `freeze/layers` of what was frozen when, which the tab CKA shows.
 
     Raises:
         ValueError: before the first optimizer step: for blocks that do not run one after the other, if nothing would be
@@ -180,6 +182,7 @@ class FreezeConverged(pl.Callback):
         self._steps.follow(self._plan)
         if self.num_frozen:
             self._steps.freeze(trainer, self.num_frozen)
+        self._steps.write_events(trainer, self.history)
 
     # Training steps.
 
@@ -198,7 +201,9 @@ class FreezeConverged(pl.Callback):
         if decision.target != decision.num_frozen and batch_idx % trainer.accumulate_grad_batches == 0:
             assert self._plan is not None
             self._steps.freeze(trainer, decision.target)
-            decision.carried_out(trainer.global_step, trainer.current_epoch, self._plan.blocks)
+            at = trainer.global_step, logging_step(trainer), trainer.current_epoch
+            decision.carried_out(*at, self._plan.blocks)
+            self._steps.write_events(trainer, self.history)
         self._steps.begin(batch)
 
     @override

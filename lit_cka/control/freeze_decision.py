@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -9,12 +10,14 @@ from typing_extensions import TypedDict
 
 from lit_cka.control.convergence import LossWatch, num_converged
 from lit_cka.control.freeze_options import FreezeOptions
+from lit_cka.control.measurement import warn_of_few_samples
 
 
 class FreezeEvent(TypedDict):
     """A change of what is frozen: an entry of `FreezeConverged.history`."""
 
     step: int  # optimizer steps taken before
+    logged_step: int  # that the loggers have for it
     epoch: int
     num_frozen: int  # blocks, from then on
     blocks: list[str]  # that were frozen, or are trained again
@@ -68,16 +71,18 @@ class FreezeDecision:
             return self.target, self.why
         options = self._options
         if options.policy is None:
+            warn_of_few_samples(records[-1], "FreezeConverged")
             count = num_converged(records, blocks, options.limit, options.num_evaluations)
         else:
-            count = options.policy(records, blocks)
+            count = _whole_number(options.policy(records, blocks))
         return max(self.target, min(count, most)), "converged"
 
-    def carried_out(self, step: int, epoch: int, blocks: Sequence[str]) -> None:
+    def carried_out(self, step: int, logged_step: int, epoch: int, blocks: Sequence[str]) -> None:
         """Note that what should be frozen now is, and nothing else.
 
         Args:
             step: the number of optimizer steps before.
+            logged_step: that the loggers have for it.
             epoch: the epoch.
             blocks: names of the blocks in their order.
         """
@@ -85,7 +90,7 @@ class FreezeDecision:
         self.num_frozen = self.target
         self._watch.num_worse = 0
         self.history.append(
-            FreezeEvent(step=step, epoch=epoch, num_frozen=self.target,
+            FreezeEvent(step=step, logged_step=logged_step, epoch=epoch, num_frozen=self.target,
                         blocks=list(blocks[first:end]), why=self.why)
         )  # fmt: skip
 
@@ -107,3 +112,12 @@ class FreezeDecision:
         self._num_seen, self._waits_for_best = state["num_seen"], state["waits_for_best"]
         self._watch.load(state["watch"])
         self.history = [cast(FreezeEvent, dict(event)) for event in state["history"]]
+
+
+def _whole_number(count: object) -> int:
+    try:
+        return operator.index(count)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(
+            f"Expected `policy` to return how many of the first blocks to freeze, a whole number, but got {count!r}."
+        ) from None

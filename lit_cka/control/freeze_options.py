@@ -36,6 +36,10 @@ class FreezeOptions:
     def __post_init__(self) -> None:
         if not 0 < self.limit < 1:
             raise ValueError(f"Expected `limit`, of the change 1 - CKA, to be between 0 and 1, but got {self.limit}.")
+        whole = {"num_evaluations": self.num_evaluations, "patience": self.patience, "max_frozen": self.max_frozen}
+        for name, number in whole.items():
+            if not isinstance(number, (int, type(None))):
+                raise ValueError(f"Expected `{name}` to be a whole number, but got {number!r}.")
         for name, number in {"num_evaluations": self.num_evaluations, "patience": self.patience}.items():
             if number < 1:
                 raise ValueError(f"Expected `{name}` to be at least 1, but got {number}.")

@@ -15,6 +15,7 @@ from lit_cka.control.plan import FreezePlan
 from lit_cka.control.savings import Savings
 from lit_cka.features.lightning_private import note_same_on_all_ranks
 from lit_cka.files import visible
+from lit_cka.tracking.layer_events import LayerEvent, LayerEvents, What
 
 _WIDTH = 72  # has room for the lines of the caption
 
@@ -32,6 +33,23 @@ def log_scalars(pl_module: pl.LightningModule, values: dict[str, float]) -> None
             batch_size=1,
             rank_zero_only=False,
         )
+
+
+def layer_events(history: Sequence[FreezeEvent], groups: tuple[tuple[str, ...], ...]) -> LayerEvents:
+    """Returns what froze when, for the loggers.
+
+    Args:
+        history: the events, oldest first.
+        groups: by block, the layers that are frozen with it.
+    """
+    events = []
+    before = 0
+    for event in history:
+        what: What = "frozen" if event["num_frozen"] > before else "trained"
+        changed = range(*sorted((before, event["num_frozen"])))
+        events.append(LayerEvent(event.get("logged_step", event["step"]), what, tuple(changed), event["why"]))
+        before = event["num_frozen"]
+    return LayerEvents(groups, tuple(events))
 
 
 def print_events(

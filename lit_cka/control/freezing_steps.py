@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from lit_cka.control.activation_store import ActivationStore
 from lit_cka.control.data_parallel import rebuild_ddp
+from lit_cka.control.freeze_decision import FreezeEvent
 from lit_cka.control.freeze_options import FreezeOptions
+from lit_cka.control.freeze_report import layer_events
+from lit_cka.control.frozen_layers import layers_by_block
 from lit_cka.control.frozen_prefix import FrozenPrefix
 from lit_cka.control.plan import FreezePlan
 from lit_cka.control.savings import Savings
@@ -19,6 +23,7 @@ from lit_cka.control.skipping import PrefixCache
 from lit_cka.control.step_trace import StepTrace
 from lit_cka.features.compiled import is_compiled
 from lit_cka.samples.batch_rows import rows_of
+from lit_cka.tracking.layer_events import EventsLog
 
 
 class FreezingSteps:
@@ -33,6 +38,7 @@ class FreezingSteps:
     Attributes:
         plan: what is frozen with each block; None before the first step.
         most: how many blocks may be frozen.
+        layers: by block, those that are frozen with it.
         cache: of activations, if that is asked for.
     """
 
@@ -41,8 +47,10 @@ class FreezingSteps:
         self._trace: StepTrace | None = None
         self._prefix: FrozenPrefix | None = None
         self._num_samples = 0
+        self._events_log = EventsLog(options.prefix)
         self.plan: FreezePlan | None = None
         self.most = 0
+        self.layers: tuple[tuple[str, ...], ...] = ()
         self.cache: PrefixCache | None = None
 
     def watch_first(self, blocks: list[str]) -> None:
@@ -57,6 +65,7 @@ class FreezingSteps:
         """
         options = self._options
         self.plan, self.most = plan, plan.most_frozen(options.max_frozen)
+        self.layers = layers_by_block(self._module, plan)
         keeps = options.optimizer_state == "keep"
         self._prefix = FrozenPrefix(self._module, plan, options.norm_in_eval, options.dropout_in_eval, keeps)
         if options.cache is None:
@@ -79,6 +88,10 @@ class FreezingSteps:
         rebuild_ddp(trainer)
         if is_thawed and self.cache is not None:
             self.cache.forget()
+
+    def write_events(self, trainer: pl.Trainer, history: Sequence[FreezeEvent]) -> None:
+        """Have TensorBoard's writers note what was frozen when."""
+        self._events_log.write(trainer, layer_events(history, self.layers))
 
     def begin(self, batch: Any) -> None:
         """A step on this batch begins."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 
+from lit_cka.functional.jackknife import MIN_SAMPLES
+from lit_cka.parallel.warning import warn
 from lit_cka.tracking.callback import CKACallback
 from lit_cka.tracking.history import Record, first_series
 
@@ -42,3 +44,17 @@ def found_or_added(
 def training_records(callback: CKACallback) -> list[Record]:
     """Returns what a CKACallback has measured in training, of its first tracked dataloader, oldest first."""
     return [record for record in first_series(callback.history) if record["stage"] != "test"]
+
+
+def warn_of_few_samples(record: Mapping[str, Any], who: str) -> None:
+    """Warn that nothing will ever be done, since a measurement is of too few samples for intervals.
+
+    Args:
+        record: an entry of the history.
+        who: acts by the intervals.
+    """
+    if record["n"] < MIN_SAMPLES:
+        warn(
+            f"{who} can't tell for sure how far a layer has changed, and does nothing: an interval takes {MIN_SAMPLES} "
+            f"samples, but the {record['stage']} dataloader {record['dataloader']} gives {record['n']}. Pass more."
+        )

@@ -57,6 +57,7 @@ class PrefixCache:
         self._patched: list[tuple[Any, Any]] = []
         self._keys: list[bytes] | None = None
         self._known: Tensor | None = None
+        self._weights: dict[int, list[tuple[int, int]]] = {}  # of each frozen block, which it has now
         self._had_rows, self._num_known = False, 0  # at the start of the epoch; of all its samples
         self._is_checking = False
         self._outputs: list[_Returned] = []
@@ -71,7 +72,7 @@ class PrefixCache:
 
     def forget(self) -> None:
         """Forget what blocks returned that have been trained since."""
-        self._stores, self._returned, self._checked, self._had_rows = {}, {}, set(), False
+        self._stores, self._returned, self._checked, self._had_rows, self._weights = {}, {}, set(), False, {}
 
     def switch_off(self, why: str) -> None:
         """Keep no activations any more, and say why."""
@@ -96,10 +97,22 @@ class PrefixCache:
                 )
             self._said.add(num_frozen)
             return
+        self._forget_if_changed(num_frozen)
         for number in range(num_frozen):
             block = self._prefix.block(number)
             self._patched.append((block, vars(block).get("forward")))
             block.forward = partial(self._run, number, block.forward)
+
+    def _forget_if_changed(self, num_frozen: int) -> None:
+        """Forget all if others have written to what frozen blocks hold, such as weights that are rolled back."""
+        weights = {}
+        for number in range(num_frozen):
+            block = self._prefix.block(number)
+            held = [*block.parameters(), *block.buffers()]
+            weights[number] = [(tensor.data_ptr(), tensor._version) for tensor in held]
+        if any(weights.get(number) != before for number, before in self._weights.items()):
+            self.forget()
+        self._weights = weights
 
     def end_step(self) -> None:
         """Leave the blocks as they were."""

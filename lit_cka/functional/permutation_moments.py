@@ -84,6 +84,39 @@ def permutation_moments(As: Tensor, Bs: Tensor) -> PermutationMoments:
     return PermutationMoments(torch.outer(*traces) / (n - 1), variance, third / variance.pow(1.5))
 
 
+def dominance(As: Tensor, Bs: Tensor) -> Tensor:
+    """Returns how much one order of the samples stands out: that in which the largest sample of each side is the same.
+
+        n / 2 max_i a_i max_j b_j,    a_i = sum_k A_ik^2 / sum_jk A_jk^2    with A of trace 0, as in the moments
+
+    It happens in one of `n` orders, and adds about `sqrt(a_i b_j)` of the largest product that there may be, so that it
+    gives the null this much variance in units of that of the debiased CKA, `2 / n^2`. A smooth distribution with the
+    same moments then has its quantiles elsewhere.
+
+    Args:
+        As: matrices (a, n, n), float64, whose rows sum to 0.
+        Bs: matrices (b, n, n).
+
+    Returns:
+        (a, b), in [1 / (2 n), n / 2]; NaN where a matrix is 0 but for its trace.
+
+    Example:
+        >>> A = torch.diag(torch.tensor([1.0, 1, 1, 1, 1, 1, 1, 30])).double()
+        >>> H = torch.eye(8, dtype=torch.float64) - 1 / 8
+        >>> print(round(dominance((H @ A @ H)[None], (H @ A @ H)[None]).item(), 2))
+        2.25
+    """
+    n = As.shape[-1]
+    return torch.outer(_largest_share(As), _largest_share(Bs)) * n / 2
+
+
+def _largest_share(matrices: Tensor) -> Tensor:
+    n = matrices.shape[-1]
+    eye = torch.eye(n, dtype=matrices.dtype, device=matrices.device)
+    rows = torch.stack([(each - each.trace() / (n - 1) * (eye - 1 / n)).square().sum(dim=1) for each in matrices])
+    return rows.amax(dim=1) / rows.sum(dim=1)
+
+
 def _invariants(matrices: Tensor, traces: Tensor) -> _Invariants:
     n = matrices.shape[-1]
     eye = torch.eye(n, dtype=matrices.dtype, device=matrices.device)

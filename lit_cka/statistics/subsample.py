@@ -20,6 +20,7 @@ from lit_cka.functional.jackknife import MIN_SAMPLES, Jackknife, jackknife_cka, 
 from lit_cka.functional.precision import float64_device
 from lit_cka.functional.rankme import rankme_from_gram
 from lit_cka.parallel.exchange import Group, in_buckets
+from lit_cka.statistics.repeated import num_repeated
 
 SIZE = 256
 _LAYERS_AT_ONCE = 8  # on an accelerator; a CPU's cache holds the matrices of one
@@ -212,7 +213,7 @@ def _jackknives(layers: Sequence[_Grams], *, with_ranks: bool) -> dict[str, Samp
     Ks, Ls = torch.stack([each.K for each in layers]), torch.stack([each.L for each in layers])
     fields = (field.cpu() for field in jackknife_cka(Ks, Ls))
     samples = [Jackknife(*values) for values in zip(*fields, strict=True)]
-    repeated = _num_repeated(Ls).tolist()
+    repeated = num_repeated(Ls).tolist()
     ranks = [rankme_from_gram(each.K) if with_ranks else math.nan for each in layers]
     return {
         each.name: SampledLayer(each.hashes, *values)
@@ -232,14 +233,3 @@ def jackknives_of_first_rank(layers: Mapping[str, SampledLayer], device: torch.d
         samples = Jackknife(value[0], parts[0], pairs[0], concentration[0])
         told[name] = layer._replace(samples=samples)
     return told
-
-
-def _num_repeated(K: Tensor) -> Tensor:
-    """Returns how many samples (...) have the features of an earlier one, from Gram matrices (..., m, m)."""
-    diagonal = K.diagonal(dim1=-2, dim2=-1)
-    distances = diagonal[..., :, None] + diagonal[..., None, :] - 2 * K
-    same = distances <= _SAME * diagonal.mean(-1)[..., None, None]
-    return same.tril(-1).any(-1).sum(-1)
-
-
-_SAME = 1e-10  # a squared distance, next to the mean one from the centre: what rounding in float32 leaves of 0

@@ -14,7 +14,9 @@ from tensorboard.data.provider import RunTagFilter
 from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
+from lit_cka.tensorboard.layer_texts import last_changes, read_events
 from lit_cka.tensorboard.series import Series, find_series, table
+from lit_cka.tracking.layer_events import spans_of_layers
 
 _SCALARS, _LAYOUTS, _LAYOUT = "scalars", "custom_scalars", "custom_scalars__config__"
 _POINTS = 1000  # of each scalar: what TensorBoard itself keeps
@@ -22,6 +24,7 @@ _SCRIPTS = (
     ("lit_cka.plots", "dom.js"),
     ("lit_cka.plots", "canvas.js"),
     ("lit_cka.tensorboard", "scales.js"),
+    ("lit_cka.tensorboard", "changes.js"),
     ("lit_cka.tensorboard", "charts.js"),
     ("lit_cka.tensorboard", "layer_time.js"),
     ("lit_cka.tensorboard", "state.js"),
@@ -69,13 +72,17 @@ class CKAPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # it has no types
         context, experiment = _of(request)
         scalars = self._provider.list_scalars(context, experiment_id=experiment, plugin_name=_SCALARS)
         order = self._order(context, experiment)
+        changed = last_changes(self._provider, context, experiment)
         runs = []
         for run, tags in sorted(scalars.items()):
             found = self._series(context, experiment, run, tags, order.get(run, []))
             of_cka = {tag for series in found for tag in series.tags}
             others = [tag for tag in sorted(tags) if tag not in of_cka and not tag.endswith("/num_samples")]
             last = max((tags[tag].max_step for series in found for tag in series.tags), default=0)
-            runs.append({"name": run, "series": [series.name for series in found], "scalars": others, "last": last})
+            names = [series.name for series in found]
+            runs.append(
+                {"name": run, "series": names, "scalars": others, "last": last, "changed": changed.get(run, 0.0)}
+            )
         return _json(request, {"runs": runs})
 
     def _scores(self, request: wrappers.Request) -> wrappers.Response:
@@ -90,7 +97,8 @@ class CKAPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # it has no types
         if not found:
             return _json(request, {"error": f"There is no series {name!r} in the run {run!r} any more."}, 404)
         values = self._values(context, experiment, run, found[0].tags)
-        return _json(request, {"run": run, **table(found[0], values)})
+        spans = spans_of_layers(found[0].layers, read_events(self._provider, context, experiment, run))
+        return _json(request, {"run": run, **table(found[0], values), "spans": spans})
 
     def _scalar(self, request: wrappers.Request) -> wrappers.Response:
         context, experiment = _of(request)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from lit_cka.parallel.warning import warn
 from lit_cka.reference.recorded_dataloader import RecordedDataloader
 from lit_cka.reference.rounding import MAX_ROUNDING_COST
+from lit_cka.statistics.repeated import repeated_text
 from lit_cka.statistics.subsample import SampledLayer
 from lit_cka.tracking.pairing import PairedPass
 
@@ -47,13 +48,9 @@ class Explanations:
         """Warn of many samples that come up more than once, which the intervals take for different ones."""
         num_repeated = min((layer.num_repeated for layer in layers.values()), default=0)
         m = max((len(layer.hashes) for layer in layers.values()), default=0)
-        if num_repeated > _FEW * m:
-            self.once(
-                where,
-                "repeated",
-                f"{num_repeated} of {m} samples of {where} have the features of another one in every layer of the "
-                "reference. If they repeat it, the intervals of CKA are too narrow: they are for independent samples.",
-            )
+        too_sure = "the intervals of CKA are too narrow"
+        if text := repeated_text(m, num_repeated, where, whose="the reference", too_sure=too_sure):
+            self.once(where, "repeated", text)
 
     def of_missing(self, where: str, paired: PairedPass, *, is_undefined: bool) -> bool:
         """Warn of samples that could not be compared.
@@ -95,5 +92,4 @@ class Explanations:
         return is_empty or bool(paired.num_unmatched or num_others)
 
 
-_FEW = 0.05  # as a share, repeated samples make an interval no more than 3 % too narrow
 _LEFT_OUT = "they are left out, and n says how many were compared."

@@ -20,7 +20,7 @@ def record(scores: Any, margin: float = 0.0) -> dict[str, Any]:
     named = dict(zip(BLOCKS, scores, strict=True))
     low = {name: score - margin for name, score in named.items() if not math.isnan(score)}
     high = {name: score + margin for name, score in named.items() if not math.isnan(score)}
-    return {"scores": named, "low": low, "high": high}
+    return {"n": 60, "scores": named, "low": low, "high": high}
 
 
 @pytest.mark.parametrize("num_evaluations", [1, 2, 3])
@@ -97,7 +97,7 @@ def test_blocks_that_are_frozen_stay_so_until_the_loss_turns() -> None:
     def seen(records: Any, loss: float) -> int:
         decide.target, decide.why = decide.update(records, BLOCKS, 2, loss)
         if decide.target != decide.num_frozen:
-            decide.carried_out(0, 0, BLOCKS)
+            decide.carried_out(0, 0, 0, BLOCKS)
         return decide.num_frozen
 
     assert seen([moving], 1.0) == 1

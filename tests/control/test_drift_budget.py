@@ -138,6 +138,39 @@ def test_a_training_within_its_budget_is_the_same_bit_for_bit(tmp_path: Path) ->
     assert any("cka_kept/net.blocks.0" in values for _, values in logger.seen)
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_two_budgets_have_a_measurement_and_a_state_each(tmp_path: Path) -> None:
+    def callbacks() -> list[Any]:
+        saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        others = [dataset(40, 8)[:][0].double()]
+        return [
+            DriftBudget(0.3, "slow", PROBE, LAYERS[:2]), DriftBudget(0.4, "slow", others, LAYERS[1:], 0.5, prefix="b"),
+            saving,
+        ]  # fmt: skip
+
+    module, (first, second, saving) = new(), callbacks()
+    logger = PlainLogger()
+    fit(tmp_path, module, first, second, saving, enable_checkpointing=True, max_epochs=3, logger=logger)
+    logged = {key for _, values in logger.seen for key in values}
+    assert {"cka_kept/net.blocks.0", "cka_kept_b/net.blocks.3", "drift/num_beyond", "b/num_beyond"} <= logged
+    assert len(first.history) > 1
+    assert len(second.history) > 1
+    again, (one, two, saving) = Adam(lr=0.1), callbacks()
+    checkpoint = tmp_path / "epoch=1.ckpt"
+    fit(tmp_path, again, one, two, saving, enable_checkpointing=True, max_epochs=3, ckpt_path=checkpoint)
+    assert (one.history, two.history) == (first.history, second.history)
+    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(module).items())
+
+
+@pytest.mark.parametrize("num_samples", [0, 7])
+@pytest.mark.filterwarnings("ignore:The probe dataloader 0 is empty")
+def test_a_probe_that_is_too_small_to_tell_is_said(tmp_path: Path, num_samples: int) -> None:
+    budget = DriftBudget(0.01, probe=[PROBE[0][:num_samples]] if num_samples else [])
+    with pytest.warns(UserWarning, match=f"DriftBudget can't tell .* but the probe dataloader 0 gives {num_samples}"):
+        fit(tmp_path, new(), budget, max_epochs=1)
+    assert budget.history == []
+
+
 def test_misuse(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Expected `probe`.*DriftBudget\(probe=old_batches\)"):
         fit(tmp_path, new(), DriftBudget(), CKACallback(log_figures=False))

@@ -76,8 +76,9 @@ def test_frozen_blocks_have_no_gradients_and_take_no_backward(tmp_path: Path) ->
     assert step_flops(plan, 2, 0) == 5 * linear + head + 2 * (2 * linear + head)
     assert callback.savings.num_steps == {(0, 0): 2 * STEPS, (2, 0): STEPS}
     assert callback.history == [
-        {"step": 8, "epoch": 2, "num_frozen": 2, "blocks": ["net.blocks.0", "net.blocks.1"], "why": "converged"}
-    ]
+        {"step": 8, "logged_step": 8, "epoch": 2, "num_frozen": 2, "blocks": ["net.blocks.0", "net.blocks.1"],
+         "why": "converged"}
+    ]  # fmt: skip
     assert all(parameter.requires_grad for parameter in module.parameters())
     assert hooks_of(module) == 0
 
@@ -367,6 +368,8 @@ def test_max_frozen(tmp_path: Path) -> None:
     [
         ({"limit": 0.0}, "`limit`"),
         ({"num_evaluations": 0}, "`num_evaluations` to be at least 1"),
+        ({"num_evaluations": 1.5}, "`num_evaluations` to be a whole number, but got 1.5"),
+        ({"max_frozen": "all"}, "`max_frozen` to be a whole number, but got 'all'"),
         ({"patience": 0}, "`patience` to be at least 1"),
         ({"max_frozen": 0}, "`max_frozen`"),
         ({"min_delta": -1.0}, "`min_delta`"),
@@ -379,3 +382,10 @@ def test_max_frozen(tmp_path: Path) -> None:
 def test_options_that_cannot_be(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FreezeConverged(**options)
+
+
+@pytest.mark.parametrize("answer", [None, "two", 1.5], ids=str)
+def test_a_policy_that_returns_no_number(tmp_path: Path, answer: Any) -> None:
+    callback = FreezeConverged(policy=lambda records, blocks: answer, monitor=None)
+    with pytest.raises(ValueError, match=f"Expected `policy` to return how many .*, but got {answer!r}"):
+        fit(tmp_path, new(), callback, max_epochs=1)

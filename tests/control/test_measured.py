@@ -66,6 +66,13 @@ def test_reads_a_callback_of_the_user(tmp_path: Path) -> None:
     assert all(torch.equal(value, weights(alone)[name]) for name, value in weights(module).items())
 
 
+def test_too_few_samples_for_intervals_are_said(tmp_path: Path) -> None:
+    callback = converging()
+    with pytest.warns(UserWarning, match="FreezeConverged can't tell .* takes 8 samples, but the validate .* gives 7"):
+        trainer(tmp_path, callback, max_epochs=2).fit(new(), train_data(), loader(7))
+    assert callback.history == []
+
+
 def test_intervals_are_needed(tmp_path: Path) -> None:
     cka = CKACallback(reference="previous", intervals=False)
     with pytest.raises(ValueError, match="to have intervals, but it has `intervals=False`"):

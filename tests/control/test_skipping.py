@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lit_cka import DriftBudget
 from tests.control.helpers import STEPS, Adam, Chain, NormedBlock, fit, freezing, train_data, weights
 from tests.tracking.helpers import WIDTH, dataset, hooks_of
 
@@ -178,3 +179,16 @@ def test_other_batch_sizes_find_their_samples(tmp_path: Path) -> None:
     data = DataLoader(dataset(30), batch_size=8, shuffle=True)
     _, callback = trained(tmp_path, "memory", 2, data=data, max_epochs=4)
     assert callback.savings.num_steps[2, 2] == 2 * 4 - 1
+
+
+def test_weights_that_others_change_are_not_mistaken_for_those_that_were_kept(tmp_path: Path) -> None:
+    """As `DriftBudget` does, which rolls frozen blocks back, too: the training is that without a cache."""
+    weights_of = []
+    for cache in (None, "memory"):
+        torch.manual_seed(0)
+        module = Adam(lr=0.1)
+        probe = [dataset(60, 7)[:][0].double()]
+        fit(tmp_path, module, freezing(2, cache=cache), DriftBudget(0.3, "roll_back", probe=probe), max_epochs=4)
+        weights_of.append(weights(module))
+    for name, value in weights_of[0].items():
+        torch.testing.assert_close(weights_of[1][name], value, rtol=0, atol=1e-9, msg=name)

@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -18,13 +19,27 @@ import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
-from lit_cka import CKACallback
+from lit_cka import CKACallback, FreezeConverged
+from lit_cka.tracking.layer_events import LayerEvent, LayerEvents, to_text
 from tests.browser import CHROMIUM, Page, browser_page
-from tests.tracking.helpers import Classifier, loader, train_loader, trainer
+from tests.control.helpers import Adam, freezing, train_data
+from tests.tracking.helpers import loader, trainer
 
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 LAYERS = [f"model.blocks.{number}" for number in range(12)]
 MARKUP = "<b>bold</b> $\\frac$ [/INST]"
+# What callbacks did to a run: its second block is frozen between two evaluations, and both are trained again.
+GROUPS = (("embed", "blocks.0"), ("blocks.1",))
+FROZEN = (
+    LayerEvent(10, "frozen", (0,), "converged"),
+    LayerEvent(23, "frozen", (1,), "converged"),
+    LayerEvent(43, "trained", (0, 1), "the loss turned"),
+)
+DRIFTED = (
+    LayerEvent(20, "rolled back", (0,), "beyond the drift budget"),
+    LayerEvent(30, "slowed", (0,), "learning rate x 0.1"),
+    LayerEvent(40, "rolled back", (0,), "beyond the drift budget"),
+)
 
 
 def write(folder: Path, values: Mapping[str, Mapping[int, float]]) -> None:
@@ -54,7 +69,13 @@ def run_of(layers: list[str], rate: float, prefix: str = "cka", *, bands: bool =
 
 
 class Server:
-    """A TensorBoard in a process of its own, as people start it."""
+    """A TensorBoard in a process of its own, as people start it.
+
+    Attributes:
+        callbacks: of the run "trained" that it shows.
+    """
+
+    callbacks: tuple[CKACallback, FreezeConverged]
 
     def __init__(self, folder: Path, log: Path) -> None:
         command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", "0",
@@ -103,9 +124,23 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     write(folder / "gaps", gaps)
     write(folder / "once", {tag: {0: cells[0]} for tag, cells in run_of(["a", MARKUP], 0.5).items()})
     write(folder / "deep", run_of([f"layer.{number}" for number in range(500)], 0.5))
+    write(folder / "frozen", run_of(["embed", "blocks.0", "blocks.0.attn", "blocks.1", "head"], 0.5))
+    with SummaryWriter(str(folder / "frozen")) as writer:
+        writer.add_text("notes/layers", "of somebody else")
+        writer.add_text("freeze/layers", to_text(LayerEvents(GROUPS, FROZEN[:1])), 12)
+        writer.add_text("freeze/layers", to_text(LayerEvents(GROUPS, FROZEN)), 43)
+        writer.add_text("drift/layers", to_text(LayerEvents((("head",),), DRIFTED)), 40)
     write(folder / "other", {"loss": {0: 1.0}, "loss/mean": {0: 1.0}})
+    trained = CKACallback(layers=["net.head", "net.stem.0", "net.blocks.*.linear"], prefix="mine"), freezing(1)
+    logger = TensorBoardLogger(folder, name="trained", version="")
+    run = trainer(tmp_path_factory.mktemp("run"), *trained, logger=logger, max_epochs=2)
+    run.fit(Adam(), train_data(), loader())
     server = Server(folder, tmp_path_factory.mktemp("server") / "log")
-    server.folder = folder  # type: ignore[attr-defined]
+    server.callbacks = trained
+    for _ in range(100):  # until it has read all
+        if sum(bool(run["series"]) for run in server.ask("runs")["runs"]) == 9:
+            break
+        time.sleep(0.1)
     yield server
     server.close()
 
@@ -129,10 +164,11 @@ def test_runs_and_their_series(server: Server) -> None:
     runs = {run["name"]: run for run in server.ask("runs")["runs"]}
     assert {name: run["series"] for name, run in runs.items()} == {
         "fast": ["cka"], "slow": ["cka"], "two": ["cka", "pretrained"], "broken": ["cka"], "once": ["cka"],
-        "deep": ["cka"], "other": [], "gaps": ["cka"],
+        "deep": ["cka"], "other": [], "gaps": ["cka"], "frozen": ["cka"], "trained": ["mine"],
     }  # fmt: skip
     assert runs["fast"]["scalars"] == ["cka/mean", "val_acc"]
     assert runs["fast"]["last"] == 50
+    assert runs["fast"]["changed"] == 0 < runs["frozen"]["changed"]
 
 
 def test_values_are_those_that_were_logged(server: Server) -> None:
@@ -160,21 +196,21 @@ def test_what_is_not_there_is_said(server: Server, asked: dict[str, str]) -> Non
     assert "There is no series" in json.load(error.value)["error"]
 
 
-def test_a_run_of_the_callback_with_layers_in_the_models_order(tmp_path: Path) -> None:
-    """Also where that is not the order of names."""
-    callback = CKACallback(layers=["net.head", "net.blocks.*"], prefix="mine")
-    logger = TensorBoardLogger(tmp_path / "logs", name="run", version="")
-    trainer(tmp_path, callback, logger=logger, max_epochs=2).fit(Classifier(), train_loader(), loader())
-    server = Server(tmp_path / "logs", tmp_path / "log")
-    try:
-        table = server.ask("scores", run="run", series="mine")
-    finally:
-        server.close()
-    history = callback.history
+def test_a_run_of_the_callbacks_with_layers_in_the_models_order(server: Server) -> None:
+    """Also where that is not the order of names; with what FreezeConverged did, of other layers than are tracked."""
+    tracking, frozen_by = server.callbacks
+    table = server.ask("scores", run="trained", series="mine")
+    history = tracking.history
     assert table["layers"] == list(history[0]["scores"])
+    assert table["layers"][0] == "net.head"
     for row, name in zip(table["values"], table["layers"], strict=True):
         assert row == pytest.approx([record["scores"][name] for record in history], abs=1e-6)
     assert table["num_samples"] == [record["n"] for record in history]
+    (event,) = frozen_by.history
+    frozen = [{"what": "frozen", "start": event["logged_step"], "end": None, "why": "converged"}]
+    expected = {"net.stem.0": frozen, "net.blocks.0.linear": frozen, "net.blocks.1.linear": []}
+    assert expected.items() <= dict(zip(table["layers"], table["spans"], strict=True)).items()
+    assert table["steps"][0] < event["logged_step"] < table["steps"][1]
 
 
 def opened(page: Page, server: Server, **state: Any) -> Page:
@@ -325,6 +361,95 @@ def test_a_third_run_is_in_the_table(page: Page, server: Server) -> None:
     opened(page, server, run="fast", more=["slow"])
     row = page.evaluate("[...document.querySelectorAll('tbody tr')].at(-1).innerText").split("\t")
     assert row[-2:] == ["0.800", "rewritten"]
+    assert no_errors(page)
+
+
+def test_what_was_done_to_layers_comes_with_their_values(server: Server) -> None:
+    table = server.ask("scores", run="frozen", series="cka")
+    spans = dict(zip(table["layers"], table["spans"], strict=True))
+    until = {"what": "frozen", "end": 43, "why": "converged"}
+    assert spans["embed"] == spans["blocks.0"] == spans["blocks.0.attn"] == [{**until, "start": 10}]
+    assert spans["blocks.1"] == [{**until, "start": 23}]
+    assert [(span["what"], span["start"], span["end"]) for span in spans["head"]] == [
+        ("rolled back", 20, 20), ("slowed", 30, None), ("rolled back", 40, 40),
+    ]  # fmt: skip
+    assert server.ask("scores", run="fast", series="cka")["spans"] == [[]] * 12
+
+
+def column_of(page: Page, heading: str) -> dict[str, str]:
+    """What the table says of each layer under a heading."""
+    heads = page.evaluate("[...document.querySelectorAll('thead th')].map(each => each.innerText)")
+    rows = page.evaluate("[...document.querySelectorAll('tbody tr')].map(each => each.innerText)")
+    return {row.split("\t")[0]: row.split("\t")[heads.index(heading)] for row in rows}
+
+
+@in_browser
+def test_a_reader_sees_what_was_frozen_when(page: Page, server: Server) -> None:
+    opened(page, server, run="frozen", step=30)
+    frozen = {"embed": "10", "blocks.0": "10", "blocks.0.attn": "10", "blocks.1": "23", "head": ""}
+    assert column_of(page, "frozen since") == frozen
+    assert column_of(page, "slowed since") == dict.fromkeys(frozen, "") | {"head": "30"}
+    assert column_of(page, "rolled back")["head"] == "at step 20"
+    assert "4 of 5 layers are frozen: blocks.0, blocks.0.attn, blocks.1, embed." in page.text(".summary")
+    page.evaluate("document.querySelector('.pictures canvas').focus()")
+    page.key("ArrowDown")
+    page.key("ArrowRight", times=3)  # blocks.0 at step 30
+    assert "frozen since step 10, converged" in page.text(".readout")
+    page.key("ArrowDown", times=2)  # blocks.1
+    assert "frozen since step 23, converged" in page.text(".readout")
+    page.key("ArrowLeft")
+    assert "frozen" not in page.text(".readout")
+    page.evaluate("document.querySelector('input[type=range]').focus()")
+    page.key("End")
+    page.wait_for("document.querySelector('.time output').textContent === 'step 50'")
+    page.settle()
+    assert column_of(page, "frozen since") == dict.fromkeys(frozen, "")
+    assert column_of(page, "rolled back")["head"] == "2 times, last at step 40"
+    assert "none of 5 layers are frozen." in page.text(".summary")
+    assert no_errors(page)
+
+
+@in_browser
+@pytest.mark.slow
+def test_runs_beside_each_other_have_what_was_done_to_each(page: Page, server: Server) -> None:
+    opened(page, server, run="slow", compare="frozen", more=["fast"], step=30)
+    titles = page.evaluate("[...document.querySelectorAll('.pictures h2')].map(each => each.innerText)")
+    assert [title for title in titles if "hatched" in title] == [
+        "frozen: layers over steps; hatched: frozen, dotted: slowed, \N{BLACK LEFT-POINTING TRIANGLE}: rolled back"
+    ]
+    heads = page.evaluate("[...document.querySelectorAll('thead th')].map(each => each.innerText)")
+    assert heads[heads.index("frozen") :] == [
+        "frozen", "difference", "its verdict", "frozen since", "slowed since", "rolled back", "fast", "its verdict",
+    ]  # fmt: skip
+    assert no_errors(page)
+
+
+@in_browser
+def test_hatching_begins_and_ends_where_a_layer_was_frozen(page: Page, server: Server) -> None:
+    opened(page, server, run="frozen")
+    assert "layers over steps; hatched: frozen, dotted: slowed" in page.text(".pictures h2")
+    layers = server.ask("scores", run="frozen", series="cka")["layers"]
+
+    def white(layer: str) -> list[int]:
+        """Where the row of a layer has white, which no value has: from its first line to its last, with hatching."""
+        y = int(6 + 26 * (layers.index(layer) + 0.5))
+        row = page.evaluate(f"""(() => {{
+          const canvas = document.querySelector('.pictures canvas'), width = canvas.width;
+          const read = Object.assign(document.createElement('canvas'), {{ width, height: 1 }}).getContext('2d');
+          read.drawImage(canvas, 0, -{y});
+          const row = read.getImageData(0, 0, width, 1).data;
+          return [...Array(width).keys()].filter(x => row[4 * x] > 200 && row[4 * x + 2] > 200);
+        }})()""")
+        return [int(place) for place in row]
+
+    first, second = white("blocks.0"), white("blocks.1")
+    assert len(first) > 30
+    for inside in ("embed", "blocks.0.attn"):
+        assert (white(inside)[0], white(inside)[-1]) == (first[0], first[-1])
+    # From step 10 to 43, and from step 23.
+    assert second[-1] == first[-1]
+    assert (second[0] - first[0]) / (first[-1] - first[0]) == pytest.approx(13 / 33, abs=0.01)
+    assert len(white("head")) > 10  # two signs, and dots
     assert no_errors(page)
 
 

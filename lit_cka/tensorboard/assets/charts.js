@@ -21,7 +21,7 @@ class Chart {
     this.canvas.addEventListener("click", (event) => this.onPick?.(this.xAt(event)));
   }
 
-  /** lines: [{name, color, xs, ys, low, high, dashed}]; axes: {x: [first, last], y: [low, high], xLabel, yLabel, xNames}. */
+  /** lines: [{name, color, xs, ys, low, high, dashed, spans, held, notes}], spans over x, held a point or not, notes(index) for a tooltip; axes: {x: [first, last], y: [low, high], xLabel, yLabel, xNames}. */
   show(lines, axes) {
     const key = [document.documentElement.dataset.theme, axes.x, axes.y, axes.yLabel, lines.map((line) => [line.name, line.color])].join();
     const same = this.lines?.length === lines.length && lines.every((line, index) => line.ys === this.lines[index].ys && line.xs === this.lines[index].xs);
@@ -60,6 +60,7 @@ class Chart {
     for (const line of this.lines) if (line.low) this.band(context, line);
     for (const line of this.lines) this.line(context, line, 1.6);
     context.restore();
+    for (const line of this.lines) this.marks(context, line);
     if (this.axes.named) this.names(context, box);
     this.overlay();
   }
@@ -136,24 +137,51 @@ class Chart {
     context.strokeStyle = line.color;
     context.fillStyle = line.color;
     context.lineWidth = width;
-    context.setLineDash(line.dashed ? [6, 4] : []);
-    context.beginPath();
-    let open = false;
     const alone = [];
-    for (const index of this.thinned(line)) {
-      if (ys[index] === null) {
-        open = false;
-        continue;
+    const drawn = this.thinned(line);
+    const isFrozen = (from, to) => spanAt(line.spans, (xs[from] + xs[to]) / 2, "frozen") !== null;
+    for (const frozen of line.spans?.length ? [false, true] : [false]) {
+      context.setLineDash(frozen ? [2.5, 3] : line.dashed ? [6, 4] : []);
+      context.beginPath();
+      let before = null;
+      for (const index of drawn) {
+        if (ys[index] === null) {
+          before = null;
+          continue;
+        }
+        const [x, y] = [this.toX(xs[index]), this.toY(ys[index])];
+        before !== null && isFrozen(before, index) === frozen ? context.lineTo(x, y) : context.moveTo(x, y);
+        if (before === null && (ys[index + 1] ?? null) === null) alone.push([x, y]);
+        before = index;
       }
-      const [x, y] = [this.toX(xs[index]), this.toY(ys[index])];
-      open ? context.lineTo(x, y) : context.moveTo(x, y);
-      if (!open && (ys[index + 1] ?? null) === null) alone.push([x, y]);
-      open = true;
+      context.stroke();
     }
-    context.stroke();
     context.setLineDash([]);
-    if (this.axes.xNames && xs.length < 60) xs.forEach((x, index) => ys[index] !== null && context.fillRect(this.toX(x) - 2.5, this.toY(ys[index]) - 2.5, 5, 5));
+    if (this.axes.xNames && xs.length < 60) xs.forEach((x, index) => ys[index] !== null && this.dot(context, this.toX(x), this.toY(ys[index]), line.held?.[index]));
     for (const [x, y] of alone) context.fillRect(x - 2.5, y - 2.5, 5, 5);
+  }
+
+  /** A point of a profile; hollow where the layer is frozen. */
+  dot(context, x, y, isHollow) {
+    context.fillRect(x - 2.5, y - 2.5, 5, 5);
+    if (!isHollow) return;
+    const color = context.fillStyle;
+    context.fillStyle = themeColor("ground");
+    context.fillRect(x - 2, y - 2, 4, 4);
+    context.strokeStyle = context.fillStyle = color;
+    context.lineWidth = 1.5;
+    context.strokeRect(x - 3, y - 3, 6, 6);
+  }
+
+  /** On a line, where something was done to its layer; hollow where it ended. */
+  marks(context, line) {
+    const { x: [x0, x1] } = this.axes;
+    for (const { what, start, end } of line.spans ?? []) {
+      for (const [x, fill] of [[start, line.color], ...(end !== null && end !== start ? [[end, themeColor("ground")]] : [])]) {
+        const y = x < x0 || x > x1 ? null : heightAt(line, x);
+        if (y !== null) drawMark(context, what, this.toX(x), this.toY(y), 3.6, { fill, edge: themeColor("ink") });
+      }
+    }
   }
 
   band(context, { xs, low, high, color }) {
@@ -222,7 +250,7 @@ class Chart {
     const { line, index } = found;
     const place = this.axes.xNames ? this.axes.xNames[line.xs[index]] : `${this.axes.xLabel} ${line.xs[index]}`;
     const interval = line.low && line.low[index] !== null ? [["95 %", `${formatValue(line.low[index])} to ${formatValue(line.high[index])}`]] : [];
-    const texts = [[line.name, this.axes.format(line.ys[index])], ...interval, ["at", place]];
+    const texts = [[line.name, this.axes.format(line.ys[index])], ...interval, ["at", place], ...(line.notes?.(index) ?? [])];
     this.tooltip.replaceChildren(definitions(texts));
     this.readout.textContent = texts.map((pair) => pair.join(" ")).join(", ");
     placeTooltip(this.tooltip, this.toX(line.xs[index]), this.toY(line.ys[index]), 6, this.width, this.height);
@@ -257,6 +285,14 @@ class Chart {
     context.arc(this.toX(line.xs[index]), this.toY(line.ys[index]), 4, 0, 7);
     context.fill();
   }
+}
+
+/** The height of a line at a place between its points; null where it has none. */
+function heightAt({ xs, ys }, x) {
+  const next = xs.findIndex((each) => each >= x);
+  if (next < 0 || ys[next] === null) return null;
+  if (xs[next] === x || next === 0) return xs[next] === x ? ys[next] : null;
+  return ys[next - 1] === null ? null : ys[next - 1] + ((x - xs[next - 1]) / (xs[next] - xs[next - 1])) * (ys[next] - ys[next - 1]);
 }
 
 /** Where in ascending numbers the one nearest to `value` is. */

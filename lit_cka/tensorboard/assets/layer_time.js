@@ -23,7 +23,7 @@ class LayerTime {
     this.canvas.addEventListener("keydown", (event) => this.walk(event));
   }
 
-  /** data: {layers, steps, values, low, high, num_samples}; scale: {color, ticks: [[value, label]], range}; domain of steps. */
+  /** data: {layers, steps, values, low, high, num_samples, spans}; scale: {color, ticks: [[value, label]], range}; domain of steps. */
   show(data, scale, domain) {
     const key = [document.documentElement.dataset.theme, scale.range, scale.what, domain].join();
     if (data === this.data && key === this.key) return;
@@ -82,9 +82,38 @@ class LayerTime {
       const [first, last] = [Math.round(from), Math.max(Math.round(to), Math.round(from) + 1)];
       context.drawImage(this.image, index, 0, 1, this.image.height, first, this.top, last - first, this.tall);
     });
+    this.changes(context);
     this.labels(context);
     this.bar(context);
     this.paint();
+  }
+
+  /** What was done to layers: patterns while it holds, with a line where it begins and ends, and marks. */
+  changes(context) {
+    if (!this.data.spans?.some((spans) => spans.length)) return;
+    const [first, last] = [this.columns[0][0], this.columns.at(-1)[1]];
+    const within = (step) => this.toX(step) >= first && this.toX(step) <= last;
+    const patterns = Object.fromEntries(LASTING.map((what) => [what, heldPattern(context, what)]));
+    const each = (draw) => this.data.spans.forEach((spans, layer) => spans.forEach((span) => draw(span, this.top + layer * this.row)));
+    each(({ what, start, end }, y) => {
+      if (!(what in patterns)) return;
+      const [from, to] = [Math.max(first, this.toX(start)), end === null ? last : Math.min(last, this.toX(end))];
+      context.fillStyle = patterns[what];
+      if (to > from) context.fillRect(from, y, to - from, this.row);
+    });
+    each(({ what, start, end }, y) => {
+      for (const step of what in patterns ? [start, end] : []) {
+        if (step === null || !within(step)) continue;
+        [["#000000", 4], ["#ffffff", 2]].forEach(([color, width]) => {
+          context.fillStyle = color;
+          context.fillRect(Math.round(this.toX(step)) - width / 2, y, width, this.row);
+        });
+      }
+    });
+    each(({ what, start }, y) => {
+      const size = Math.max(2, Math.min(5, this.row / 3));
+      if (!(what in patterns) && within(start)) drawMark(context, what, Math.min(this.toX(start), last - size), y + this.row / 2, size, { fill: "#ffffff", edge: "#000000" });
+    });
   }
 
   /** What changes with the pointer and the step, over a picture of the rest. */
@@ -181,6 +210,7 @@ class LayerTime {
     const n = this.data.num_samples?.[step] ?? null;
     const lines = [["layer", this.data.layers[layer]], ["step", String(this.data.steps[step])], [this.scale.what, text], ...interval];
     if (n !== null) lines.push(["n", String(n)]);
+    lines.push(...changeLines(this.data.spans?.[layer], this.data.steps[step]));
     this.tooltip.replaceChildren(definitions(lines));
     this.readout.textContent = lines.map((pair) => pair.join(" ")).join(", ");
     const [from, to] = this.columns[step];

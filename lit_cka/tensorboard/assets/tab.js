@@ -12,6 +12,9 @@ const HELP = {
   verdict: "untouched, refined or rewritten, by the thresholds",
   other: "CKA of another run that is shown, at the same step or the one nearest to it",
   difference: "CKA of the first run less that of the other: negative where the first changed more",
+  frozen: "the step from which on the layer is frozen, if it is at the chosen step",
+  slowed: "the step from which on the layer learns more slowly, if it does at the chosen step",
+  "rolled back": "the last step by the chosen one at which the layer was put nearer to where it began",
 };
 
 const parameters = (pairs) => new URLSearchParams(pairs).toString();
@@ -127,7 +130,7 @@ class Tab {
     const turn = (this.turn = (this.turn ?? 0) + 1);
     try {
       const { runs } = await ask("runs");
-      this.listed = runs.flatMap((run) => run.series.map((series) => ({ id: run.series.length > 1 || series !== "cka" ? `${run.name} (${series})` : run.name, run: run.name, series, last: run.last, scalars: run.scalars })));
+      this.listed = runs.flatMap((run) => run.series.map((series) => ({ id: run.series.length > 1 || series !== "cka" ? `${run.name} (${series})` : run.name, run: run.name, series, last: `${run.last} ${run.changed}`, scalars: run.scalars })));
       const chosen = this.chosen();
       const missing = chosen.filter((id) => !this.tables.has(id));
       const left = missing.length;
@@ -209,13 +212,13 @@ class Tab {
     const low = this.state.fit ? Math.min(0.99, Math.floor(lowest * 100) / 100) : Math.min(0, Math.floor(lowest * 10) / 10);
     const scale = { color: valueColor(low), range: [low, 1], format: formatValue, what: "CKA" };
     const pick = (step) => this.setIndex(nearestIndex(this.main.steps, step));
-    const heat = (table) => this.panel(`heat ${table.id}`, `${table.id}: layers over steps`, () => new LayerTime(table.id, pick)).show(table, scale, this.domain);
+    const heat = (table) => this.panel(`heat ${table.id}`, `${table.id}: layers over steps${legendOf(table, HEAT_LOOKS)}`, () => new LayerTime(table.id, pick)).show(table, scale, this.domain);
     const lowestEnd = Math.min(...shown.map((table) => least(table.low)));  // of intervals, which the curves have
     const floor = Math.floor(Math.min(lowest, lowestEnd, this.state.refined) * 20) / 20;
     const dark = document.documentElement.dataset.theme === "dark";
     const curves = (table) => {
-      const lines = table.layers.map((name, index) => ({ name, color: depthColor(index, table.layers.length, dark), xs: table.steps, ys: table.values[index], low: table.low?.[index], high: table.high?.[index] }));
-      this.panel(`curves ${table.id}`, `${table.id}: every layer, from the first (dark) to the last (light)`, () => new Chart(`Curves of ${table.id}`, { onPick: pick }))
+      const lines = table.layers.map((name, index) => ({ name, color: depthColor(index, table.layers.length, dark), xs: table.steps, ys: table.values[index], low: table.low?.[index], high: table.high?.[index], spans: table.spans[index], notes: (at) => changeLines(table.spans[index], table.steps[at]) }));
+      this.panel(`curves ${table.id}`, `${table.id}: every layer, from the first (dark) to the last (light)${legendOf(table, CURVE_LOOKS)}`, () => new Chart(`Curves of ${table.id}`, { onPick: pick }))
         .show(lines, { x: this.domain, y: [floor, 1], xLabel: "step", yLabel: "CKA", format: formatValue, named: shortNames(table.layers).names });
     };
     // Two beside each other belong together, where there is room for two.
@@ -292,7 +295,9 @@ class Tab {
     const line = (table, color, dashed) => {
       const at = nearestIndex(table.steps, step);
       const ofLayer = (rows) => this.main.layers.map((name) => rows?.[table.layers.indexOf(name)]?.[at] ?? null);
-      return { name: table.id, color, dashed, xs: names.map((_, place) => place), ys: ofLayer(table.values), low: table.low && ofLayer(table.low), high: table.high && ofLayer(table.high) };
+      const spans = (place) => table.spans[table.layers.indexOf(this.main.layers[place])];
+      const held = names.map((_, place) => spanAt(spans(place), step, "frozen") !== null);
+      return { name: table.id, color, dashed, held, notes: (place) => changeLines(spans(place), step), xs: names.map((_, place) => place), ys: ofLayer(table.values), low: table.low && ofLayer(table.low), high: table.high && ofLayer(table.high) };
     };
     const lines = [line(this.main, themeColor("accent"), false), ...(this.other ? [line(this.other, themeColor("second"), true)] : [])];
     const all = lines.flatMap((each) => each.ys).filter((value) => value !== null);
@@ -331,10 +336,16 @@ class Tab {
     const { main, other } = this;
     const { common, names } = shortNames(main.layers);
     const valueOf = (table, name) => table.values[table.layers.indexOf(name)]?.[nearestIndex(table.steps, step)] ?? null;
+    const done = (table) => ["frozen", "slowed", "rolled back"].filter((what) => anySpan(table, what));
+    const doneTo = (table, name) => {
+      const spans = table.spans[table.layers.indexOf(name)];
+      return done(table).map((what) => (LASTING.includes(what) ? String(spanAt(spans, step, what)?.start ?? "") : doneBy(spans, step, what)));
+    };
+    const doneColumns = (table) => done(table).map((what) => [LASTING.includes(what) ? `${what} since` : what, what]);
     const columns = [["layer", "layer"], [`first, step ${main.steps[0]}`, "first"], ["lowest", "lowest"], [`chosen, step ${step}`, "now"],
-      ...(main.low ? [["95 %", "interval"]] : []), [`below ${this.state.untouched} from step`, "left"], ["verdict", "verdict"],
-      ...(other ? [[other.id, "other"], ["difference", "difference"], ["its verdict", "verdict"]] : []),
-      ...this.ticked.flatMap(({ id }) => [[id, "other"], ["its verdict", "verdict"]])];
+      ...(main.low ? [["95 %", "interval"]] : []), [`below ${this.state.untouched} from step`, "left"], ["verdict", "verdict"], ...doneColumns(main),
+      ...(other ? [[other.id, "other"], ["difference", "difference"], ["its verdict", "verdict"], ...doneColumns(other)] : []),
+      ...this.ticked.flatMap((table) => [[table.id, "other"], ["its verdict", "verdict"], ...doneColumns(table)])];
     const rows = main.layers.map((name, layer) => {
       const value = main.values[layer][index];
       const defined = main.values[layer].filter((each) => each !== null);
@@ -342,8 +353,8 @@ class Tab {
       const word = this.word(value);
       const cells = [names[layer], formatValue(main.values[layer][0] ?? NaN), formatValue(defined.length ? Math.min(...defined) : NaN), formatValue(value ?? NaN),
         ...(main.low ? [main.low[layer][index] === null ? "" : `${formatValue(main.low[layer][index])} to ${formatValue(main.high[layer][index])}`] : []),
-        this.since(layer).cell, word, ...(other ? [formatValue(others ?? NaN), value === null || others === null ? "" : formatDifference(value - others), this.word(others)] : []),
-        ...this.ticked.map((table) => valueOf(table, name)).flatMap((each) => [formatValue(each ?? NaN), this.word(each)])];
+        this.since(layer).cell, word, ...doneTo(main, name), ...(other ? [formatValue(others ?? NaN), value === null || others === null ? "" : formatDifference(value - others), this.word(others), ...doneTo(other, name)] : []),
+        ...this.ticked.flatMap((table) => [formatValue(valueOf(table, name) ?? NaN), this.word(valueOf(table, name)), ...doneTo(table, name)])];
       return element("tr", {}, ...cells.map((text, column) => element(column ? "td" : "th", { ...(column === 0 && { scope: "row", title: name }), className: columns[column][1] === "verdict" ? `verdict ${text}` : column ? "number" : "" }, text)));
     });
     this.table.replaceChildren(element("table", {},
@@ -365,6 +376,7 @@ class Tab {
       sentences.push(`${main.id}, step ${step}: ${main.layers[most]} has changed most, CKA ${formatValue(now[most])}${interval}. ` +
         `${this.since(most).sentence} Of ${now.length} layers: ${counts.join(", ")}.`);
     } else sentences.push(`${main.id}, step ${step}: no layer has a value here.`);
+    sentences.push(...changeSentences(main, step));
     if (other) {
       const at = nearestIndex(other.steps, step);
       const pairs = main.layers.map((name, layer) => [name, now[layer], other.values[other.layers.indexOf(name)]?.[at] ?? null]).filter((pair) => pair[1] !== null && pair[2] !== null);
@@ -408,11 +420,12 @@ class Tab {
 
   saveCsv() {
     const quoted = (text) => `"${String(text).replaceAll('"', '""')}"`;
-    const rows = [["run", "layer", "step", "cka", "low", "high", "n"].join(",")];
+    const rows = [["run", "layer", "step", "cka", "low", "high", "n", "state"].join(",")];
     for (const id of this.chosen()) {
       const table = this.tables.get(id);
       table?.layers.forEach((layer, row) => table.steps.forEach((step, column) => rows.push([
         quoted(id), quoted(layer), step, table.values[row][column] ?? "", table.low?.[row][column] ?? "", table.high?.[row][column] ?? "", table.num_samples[column] ?? "",
+        LASTING.filter((what) => spanAt(table.spans[row], step, what)).join(" "),
       ].join(","))));
     }
     const url = URL.createObjectURL(new Blob([rows.join("\r\n") + "\r\n"], { type: "text/csv" }));

@@ -19,6 +19,7 @@ LIBRARIES = {
     "common",
     "fill_readme",
     "finetuning_tasks",
+    "real_tasks",
     "peers",
     "turns",
     "workload",

@@ -39,6 +39,7 @@ class FreezeDecision:
         self._watch = LossWatch(options.patience, options.min_delta, options.mode)
         self._waits_for_best = False
         self._num_seen = 0  # records
+        self._num_before = 0  # records of when other blocks were frozen than now
         self.num_frozen = self.target = 0
         self.why = ""
         self.history: list[FreezeEvent] = []
@@ -67,10 +68,12 @@ class FreezeDecision:
         if self._waits_for_best:
             return self.target, self.why
         options = self._options
-        if options.policy is None:
-            count = num_converged(records, blocks, options.limit, options.num_evaluations)
-        else:
+        if options.policy is not None:
             count = options.policy(records, blocks)
+        elif self.target:
+            count = self.target  # what blocks change behind frozen ones says nothing of their share
+        else:
+            count = num_converged(records[self._num_before :], blocks, options.share, options.num_evaluations)
         return max(self.target, min(count, most)), "converged"
 
     def carried_out(self, step: int, epoch: int, blocks: Sequence[str]) -> None:
@@ -82,7 +85,7 @@ class FreezeDecision:
             blocks: names of the blocks in their order.
         """
         first, end = sorted((self.num_frozen, self.target))
-        self.num_frozen = self.target
+        self.num_frozen, self._num_before = self.target, self._num_seen
         self._watch.num_worse = 0
         self.history.append(
             FreezeEvent(step=step, epoch=epoch, num_frozen=self.target,
@@ -96,6 +99,7 @@ class FreezeDecision:
             "target": self.target,
             "why": self.why,
             "num_seen": self._num_seen,
+            "num_before": self._num_before,
             "waits_for_best": self._waits_for_best,
             "watch": self._watch.state(),
             "history": [dict(event) for event in self.history],
@@ -105,5 +109,6 @@ class FreezeDecision:
         """Go on from what `state` gave."""
         self.num_frozen, self.target, self.why = state["num_frozen"], state["target"], state["why"]
         self._num_seen, self._waits_for_best = state["num_seen"], state["waits_for_best"]
+        self._num_before = state.get("num_before", self._num_seen)  # of older versions: all is measured anew
         self._watch.load(state["watch"])
         self.history = [cast(FreezeEvent, dict(event)) for event in state["history"]]

@@ -45,7 +45,7 @@ pretrained = timm.create_model("vit_tiny_patch16_224", num_classes=10, class_tok
 pl.Trainer(max_epochs=6, **options).fit(DigitClassifier(pretrained, 3e-3), data)
 pretrained.reset_classifier(2)
 
-freeze = FreezeConverged(limit=0.05, num_evaluations=1, cache="memory")
+freeze = FreezeConverged(cache="memory")
 for name, callbacks in {"everything trained": [], "FreezeConverged": [freeze]}.items():
     module = DigitClassifier(copy.deepcopy(pretrained), 3e-4)
     trainer = pl.Trainer(max_epochs=6, callbacks=callbacks, **options)

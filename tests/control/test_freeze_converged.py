@@ -365,7 +365,7 @@ def test_max_frozen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"limit": 0.0}, "`limit`"),
+        ({"share": 0.0}, "`share`, where 1 is an equal share, to be above 0"),
         ({"num_evaluations": 0}, "`num_evaluations` to be at least 1"),
         ({"patience": 0}, "`patience` to be at least 1"),
         ({"max_frozen": 0}, "`max_frozen`"),

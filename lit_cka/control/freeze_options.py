@@ -17,7 +17,7 @@ OptimizerState: TypeAlias = Literal["drop", "keep"]
 class FreezeOptions:
     """The arguments of `FreezeConverged`, which says what they mean; all that is wrong with them alone is an error."""
 
-    limit: float
+    share: float
     num_evaluations: int
     blocks: Layers | None
     max_frozen: int | None
@@ -34,8 +34,8 @@ class FreezeOptions:
     prefix: str
 
     def __post_init__(self) -> None:
-        if not 0 < self.limit < 1:
-            raise ValueError(f"Expected `limit`, of the change 1 - CKA, to be between 0 and 1, but got {self.limit}.")
+        if not self.share > 0:
+            raise ValueError(f"Expected `share`, where 1 is an equal share, to be above 0, but got {self.share}.")
         whole = {"num_evaluations": self.num_evaluations, "patience": self.patience, "max_frozen": self.max_frozen}
         for name, number in whole.items():
             if not isinstance(number, (int, type(None))):

@@ -108,8 +108,8 @@ def resumed(folder: Path) -> Any:
 
 
 def measured(folder: Path) -> Any:
-    """By what it measures itself; the limit is so large that all has converged after one evaluation."""
-    return fitted(folder, freezing={"policy": None, "limit": 0.9, "num_evaluations": 1, "max_frozen": 1}, tracked=())
+    """By what it measures itself; the share is so large that all has converged after one evaluation."""
+    return fitted(folder, freezing={"policy": None, "share": 99.0, "max_frozen": 1}, tracked=())
 
 
 JOBS = {job.__name__: job for job in (plain, accumulated, with_views, cached, turning, resumed, measured)}

@@ -366,7 +366,7 @@ def test_max_frozen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"limit": 0.0}, "`limit`"),
+        ({"share": 0.0}, "`share`, where 1 is an equal share, to be above 0"),
         ({"num_evaluations": 0}, "`num_evaluations` to be at least 1"),
         ({"num_evaluations": 1.5}, "`num_evaluations` to be a whole number, but got 1.5"),
         ({"max_frozen": "all"}, "`max_frozen` to be a whole number, but got 'all'"),

@@ -16,12 +16,22 @@ from tests.control.helpers import Adam, train_data, weights
 from tests.tracking.helpers import Keeper, frozen, hand_cka, loader, trainer
 
 LAYERS = [f"net.blocks.{i}" for i in range(4)]
-LIMIT = 0.05
 
 
-def new() -> Adam:
+class Settling(Adam):
+    """Of which the stem and the first two blocks learn less and less."""
+
+    def configure_optimizers(self) -> Any:
+        first = [self.net.shift, *self.net.stem.parameters(), *self.net.blocks[:2].parameters()]
+        rest = [*self.net.blocks[2:].parameters(), *self.net.head.parameters()]
+        optimizer = torch.optim.AdamW([{"params": first}, {"params": rest}], lr=self.lr, weight_decay=0.1)
+        factors = [lambda epoch: 0.2**epoch, lambda epoch: 1.0]
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factors)]
+
+
+def new() -> Settling:
     torch.manual_seed(0)
-    return Adam(lr=5e-3)
+    return Settling(lr=5e-3)
 
 
 def fit(folder: Path, module: pl.LightningModule, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
@@ -32,10 +42,10 @@ def fit(folder: Path, module: pl.LightningModule, *callbacks: pl.Callback, **opt
 
 
 def converging(**options: Any) -> FreezeConverged:
-    return FreezeConverged(LIMIT, 1, **options)
+    return FreezeConverged(**options)
 
 
-def test_alone_in_a_trainer_it_freezes_what_has_not_changed_since_the_last_validation(tmp_path: Path) -> None:
+def test_alone_in_a_trainer_it_freezes_what_has_moved_less_than_its_share(tmp_path: Path) -> None:
     module, callback, keeper = new(), converging(), Keeper()
     run = fit(tmp_path, module, callback, keeper)
     (measurement,) = tracking_callbacks(run)
@@ -45,9 +55,11 @@ def test_alone_in_a_trainer_it_freezes_what_has_not_changed_since_the_last_valid
         batches = [[x.double(), y] for x, y in loader(100)]
         scores = hand_cka(before, after, LAYERS, batches)
         assert record["scores"] == pytest.approx(scores, abs=1e-9)
-        is_still = [1 - record["low"].get(layer, record["scores"][layer]) <= LIMIT for layer in LAYERS]
-        count = is_still.index(False) if False in is_still else 3
-        expected.append(max(expected[-1], min(count, 3)))
+        ends = [record["low"].get(layer, record["scores"][layer]) for layer in LAYERS]
+        shares = [(1 - end) / (1 - scores[LAYERS[-1]]) for end in ends]  # of squared distances
+        is_below = [share <= (number / 4) ** 2 for number, share in enumerate(shares, 1)]
+        count = is_below.index(False) if False in is_below else 3
+        expected.append(expected[-1] or min(count, 3))
     # What was decided after the last validation is not carried out.
     changes = [(epoch, number) for epoch, number in enumerate(expected[:-1]) if number != expected[max(epoch - 1, 0)]]
     assert [(event["epoch"], event["num_frozen"]) for event in callback.history] == changes
@@ -87,7 +99,7 @@ def test_goes_on_bit_for_bit_with_what_it_has_measured(tmp_path: Path) -> None:
     fit(tmp_path, whole, callback, saving, enable_checkpointing=True)
     assert callback.history
     for epoch in (0, callback.history[0]["epoch"], 4):
-        module, again = Adam(lr=5e-3), converging()
+        module, again = Settling(lr=5e-3), converging()
         saving = ModelCheckpoint(tmp_path, "again-{epoch}", save_on_train_epoch_end=False)
         checkpoint = tmp_path / f"epoch={epoch}.ckpt"
         fit(tmp_path, module, again, saving, enable_checkpointing=True, ckpt_path=checkpoint)

@@ -59,16 +59,16 @@ def cka_interval(cka: Tensor, n: int | Tensor, samples: Jackknife, level: float 
     c0 = (pair_error / (1 - T)).square() * (m / n) ** 2
     c1 = (single + pair_error * 4 / m * samples.concentration) / (T.clamp(min=0) + pair_error) * (m / n)
     q = _quantile(deviations, level)
-    bounds = []
-    for sign, end in ((-1, -1.0), (1, 1.0)):
-        near, far = cka.clamp(max=ONE), torch.full_like(cka, end)
-        start = _phi(near)
-        for _ in range(_HALVINGS):
-            middle = (near + far) / 2
-            error = (c0 + c1.nan_to_num(0.0) * middle.clamp(min=0)).sqrt()
-            is_inside = sign * (_phi(middle) - start) < q * error
-            near, far = torch.where(is_inside, middle, near), torch.where(is_inside, far, middle)
-        bounds.append(torch.where(cka >= ONE, cka, (near + far) / 2))
+    near, sign = cka.clamp(max=ONE), torch.tensor([-1.0, 1.0], dtype=cka.dtype, device=cka.device)
+    sign = sign.reshape(2, *[1] * cka.ndim)  # of both ends at once
+    start, c1 = _phi(near), c1.nan_to_num(0.0)
+    near, far = near.expand(2, *cka.shape), sign.expand(2, *cka.shape)
+    for _ in range(_HALVINGS):
+        middle = (near + far) / 2
+        error = (c0 + c1 * middle.clamp(min=0)).sqrt()
+        is_inside = sign * (_phi(middle) - start) < q * error
+        near, far = torch.where(is_inside, middle, near), torch.where(is_inside, far, middle)
+    bounds = torch.where(cka >= ONE, cka, (near + far) / 2)
     undefined = cka.isnan() | samples.pairs.isnan() | samples.without.isnan().any(-1)
     low, high = (bound.masked_fill(undefined, torch.nan) for bound in bounds)
     return low, high

@@ -165,12 +165,18 @@ def test_what_is_the_same_has_no_error_and_what_is_undefined_no_interval() -> No
 
 
 def test_nearly_equidistant_samples_have_no_interval_rather_than_one_of_no_width() -> None:
-    """Of two sums, one may be taken for rounding, and the other not yet."""
+    """From where on nothing but rounding is left, all is undefined."""
     noise = torch.randn(20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    K = double_centred(torch.eye(20, dtype=torch.float64) + 3e-8 * (noise + noise.T))
-    samples = jackknife_cka(K, linear_gram(paired_features(20, 4, 3)[0]))
-    assert samples.value.isfinite()
-    assert all(end.isnan() for end in cka_interval(samples.value, 20, samples))
+    sizes = torch.logspace(-9, -5, 40, dtype=torch.float64)[:, None, None]
+    K = double_centred(torch.eye(20, dtype=torch.float64) + sizes * (noise + noise.T))
+    L = linear_gram(paired_features(20, 4, 3)[0]).expand_as(K)
+    samples = jackknife_cka(K, L)
+    low, high = cka_interval(samples.value, 20, samples)
+    is_told = samples.value.isfinite()
+    assert torch.equal(is_told.sort().values, is_told)
+    assert 10 < is_told.sum() < 30
+    assert torch.equal(low + 0.1 < high, is_told)
+    assert torch.equal(samples.without.isfinite().all(-1), is_told)
 
 
 def test_a_change_is_told_where_intervals_overlap() -> None:

@@ -901,7 +901,13 @@ MUTANTS = [
     ),
     Mutant(
         "each rank draws by itself",
-        (("statistics/sampled_layers.py", "num_drawn = min(int(is_there.sum()), each.size)", "num_drawn = len(each)"),),
+        (
+            (
+                "statistics/sampled_layers.py",
+                "order[: min(int((hashes != NO_HASH).sum()), size)]",
+                "order[: int((hashes != NO_HASH).sum())]",
+            ),
+        ),
         ("tests/statistics/test_layer.py", "-k", "draw"),
     ),
     Mutant(

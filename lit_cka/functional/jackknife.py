@@ -65,7 +65,8 @@ class SampledGram:
 
     Attributes:
         A: (..., m, m) their `u_centred`, of length 1; NaN where nothing but rounding is left.
-        squares: (..., m) the sum of the squares of each row.
+        squares: (..., m) the sum of the squares of each row of A.
+        without: (..., m) the sum of all squares without each sample, as `pair_jackknife` says; 0 where it is rounding.
         concentration: (...) the largest eigenvalue.
 
     Raises:
@@ -75,11 +76,12 @@ class SampledGram:
     def __init__(self, K: Tensor) -> None:
         if K.shape[-1] < MIN_SAMPLES:
             raise ValueError(f"Expected at least {MIN_SAMPLES} samples for an interval of CKA, but got {K.shape[-1]}.")
-        self.A = u_centred(K)
-        squares = torch.linalg.vecdot(self.A, self.A)
-        square = squares.sum(-1, keepdim=True)
-        self.squares = squares / square
-        self.A.div_(square.sqrt()[..., None])
+        self.A, squares, is_rounding = _u_centred(K)
+        length = squares.sum(-1, keepdim=True).masked_fill(is_rounding[..., None], torch.nan).sqrt()
+        self.A.div_(length[..., None])
+        self.squares = squares / length.square()
+        without = _without_each(self.squares)
+        self.without = without.masked_fill(is_hsic_rounding(without, length / length, K.shape[-1]), 0.0)
         self.concentration = _largest_eigenvalue(self.A, squares.argmax(-1))
 
 
@@ -99,9 +101,8 @@ def pair_jackknife(x: SampledGram, y: SampledGram) -> Jackknife:
     Q = x.A * y.A
     products = Q.sum(-1)
     value = products.sum(-1)
-    xy, xx, yy = (_without_each(each) for each in (products, x.squares, y.squares))
-    defined = (xx > 0) & (yy > 0)
-    without = (xy / (xx * yy).sqrt()).clamp(-1, 1).masked_fill(~defined, torch.nan)
+    norms = (x.without * y.without).sqrt()
+    without = (_without_each(products) / norms).clamp(-1, 1).masked_fill(norms == 0, torch.nan)
     Q.addcmul_((x.A * x.A).addcmul_(y.A, y.A), value[..., None, None], value=-0.5)
     rows = products - value[..., None] / 2 * (x.squares + y.squares)
     square = _inner(Q, Q)
@@ -134,14 +135,21 @@ def u_centred(K: Tensor) -> Tensor:
 
     Their inner products are m (m - 3) times the unbiased HSIC.
     """
+    A, _, is_rounding = _u_centred(K)
+    return A.mul_(~is_rounding[..., None, None])
+
+
+def _u_centred(K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the same, but with what rounding leaves, the sums (..., m) of the squares of each row, and whether
+    rounding (...) is all that is left.
+    """
     m, diagonal = K.shape[-1], K.diagonal(dim1=-2, dim2=-1)
     rows = K.sum(-1) - diagonal
     shift = (rows - rows.sum(-1, keepdim=True) / (2 * (m - 1))) / (m - 2)
     A = (K - shift[..., :, None]).sub_(shift[..., None, :])
     A.diagonal(dim1=-2, dim2=-1).zero_()
-    size = _inner(K, K) + diagonal.square().sum(-1)
-    is_rounding = is_hsic_rounding(_inner(A, A), size, m)
-    return A.mul_(~is_rounding[..., None, None])
+    squares, size = torch.linalg.vecdot(A, A), _inner(K, K) + diagonal.square().sum(-1)
+    return A, squares, is_hsic_rounding(squares.sum(-1), size, m)
 
 
 def _inner(A: Tensor, B: Tensor) -> Tensor:
@@ -150,12 +158,9 @@ def _inner(A: Tensor, B: Tensor) -> Tensor:
 
 
 def _without_each(rows: Tensor) -> Tensor:
-    """Returns m (m - 3) times the HSIC, but for a factor, without each sample, from the sums of rows (..., m) of what
-    `<A, B>` sums; 0 where rounding is left.
-    """
-    m, total = rows.shape[-1], rows.sum(-1, keepdim=True)
-    rest = total - 2 * (m - 2) / (m - 3) * rows
-    return rest.masked_fill(is_hsic_rounding(rest.abs(), total.abs(), m), 0.0)
+    """Returns what the HSIC without each sample (..., m) is in proportion to, from the sums of the rows of `A B`."""
+    m = rows.shape[-1]
+    return rows.sum(-1, keepdim=True) - 2 * (m - 2) / (m - 3) * rows
 
 
 def _largest_eigenvalue(A: Tensor, longest: Tensor) -> Tensor:

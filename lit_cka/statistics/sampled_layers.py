@@ -12,10 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_cka.functional.jackknife import MIN_SAMPLES, Jackknife, SampledGram, pair_jackknife, unit_gram
-from lit_cka.functional.kernels import linear_gram
 from lit_cka.functional.precision import float64_device
 from lit_cka.functional.rankme import rankme_from_gram
-from lit_cka.functional.units import in_usual_unit
 from lit_cka.parallel.exchange import Group, in_buckets
 from lit_cka.statistics.subsample import NO_HASH, Subsample
 
@@ -42,7 +40,7 @@ class ReferenceGrams:
 
     Those of a recording are the same at every pass. Whether they are is seen from the features, of which a sketch is
     kept: their products (m,) with one vector of random numbers, which differ as soon as the features do by more than
-    the products round.
+    the products round. Where one is not finite, nothing is kept.
     """
 
     def __init__(self) -> None:
@@ -55,13 +53,16 @@ class ReferenceGrams:
             names: of the layers.
             Ys: their features, (m, d) each.
         """
-        Ys = [in_usual_unit(Y) for Y in Ys]
         sketches = tuple(map(_sketch, Ys))
         known = self._known.get(tuple(names))
-        if known is None or not all(map(torch.equal, known.sketches, sketches)):
-            Ls = _stacked([linear_gram(Y) for Y in Ys])
+        if known is None or not all(map(_is_the_same, known.sketches, sketches)):
+            Ls = _stacked([unit_gram(Y) for Y in Ys])
             known = self._known[tuple(names)] = _ReferenceGram(sketches, SampledGram(Ls), _num_repeated(Ls))
         return known.gram, known.repeated
+
+
+def _is_the_same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one, other) and bool(one.isfinite().all())
 
 
 def _sketch(Y: Tensor) -> Tensor:
@@ -125,20 +126,26 @@ def _draw(subsamples: Mapping[str, Subsample], device: torch.device, group: Grou
         row[:2] = torch.tensor(each.widths)
         row[2 : 2 + len(each)] = each.hashes
     ranks = [rank.cpu() for rank in group.gather(mine.to(device))]
-    drawn = {}
-    for number, (name, each) in enumerate(subsamples.items()):
-        hashes = torch.cat([rank[number, 2:] for rank in ranks])
-        is_there = hashes != NO_HASH
-        # Ranks may number samples alike that are not known by what they are: the lower rank's is first.
-        order = hashes.argsort(stable=True)
-        places = torch.empty_like(order)
-        places[order] = torch.arange(len(order))
+    layers = torch.stack(ranks, dim=1)
+    widths: list[list[int]] = layers[:, :, :2].amax(dim=1).tolist()
+    drawn: dict[str, _Drawn] = {}
+    before: tuple[Tensor, Tensor, Tensor] | None = None  # the last layer's, which most have in common
+    for (name, each), hashes, (d_x, d_y) in zip(subsamples.items(), layers[:, :, 2:].flatten(1), widths, strict=True):
+        if before is None or not torch.equal(hashes, before[0]):
+            before = hashes, *_in_order(hashes, each.size)
         first = group.rank * size
-        own = places[first : first + len(each)]
-        d_x, d_y = (max(int(rank[number, side]) for rank in ranks) for side in (0, 1))
-        num_drawn = min(int(is_there.sum()), each.size)
-        drawn[name] = _Drawn(hashes[order][:num_drawn], own.masked_fill(own >= each.size, -1), (d_x, d_y))
+        drawn[name] = _Drawn(before[1], before[2][first : first + len(each)], (d_x, d_y))
     return drawn
+
+
+def _in_order(hashes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Returns the smallest hashes in order, and where in it each one is: -1 if it is not."""
+    # Ranks may number samples alike that are not known by what they are: the lower rank's is first.
+    order = hashes.argsort(stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order))
+    smallest = hashes[order[: min(int((hashes != NO_HASH).sum()), size)]]
+    return smallest, places.masked_fill(places >= size, -1)
 
 
 def _own_rows(subsample: Subsample, drawn: _Drawn, device: torch.device) -> list[Tensor]:
@@ -148,7 +155,7 @@ def _own_rows(subsample: Subsample, drawn: _Drawn, device: torch.device) -> list
     if len(chosen):
         places, chosen = drawn.places[chosen].to(device), chosen.to(device)
         for side, rows in zip(sides, subsample.rows(device), strict=True):
-            side.index_copy_(0, places, rows.index_select(0, chosen))
+            side[places] = rows.index_select(0, chosen)
     return sides
 
 

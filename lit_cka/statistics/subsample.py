@@ -119,6 +119,8 @@ class Subsample:
 
 
 def _joined(parts: list[_Part]) -> _Part:
+    if len(parts) == 1:
+        return parts[0]
     hashes, X, Y = (torch.cat(tensors) for tensors in zip(*(part[:3] for part in parts), strict=True))
     return _Part(hashes, X, Y, parts[0].origin)
 

@@ -22,7 +22,7 @@ def linear_gram(X: Tensor) -> Tensor:
     Xc = about_mean(X)
     mean = X[..., :1, :].detach().to(torch.float64) - Xc[..., :1, :]
     constant = is_constant(Xc.square().sum(dim=-2, keepdim=True), X.shape[-2], mean)
-    Xc = Xc * ~constant[..., None]
+    Xc.mul_(~constant[..., None])
     return Xc @ Xc.mT
 
 

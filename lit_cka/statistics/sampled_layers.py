@@ -150,7 +150,10 @@ def _in_order(hashes: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def _own_rows(subsample: Subsample, drawn: _Drawn, device: torch.device) -> list[Tensor]:
     """Returns the drawn samples' features (m, d_x) and (m, d_y) as far as this rank has them, zeros else."""
-    sides = [torch.zeros(len(drawn.hashes), width, dtype=torch.float64, device=device) for width in drawn.widths]
+    num_drawn = drawn.hashes.shape[0]
+    if num_drawn and torch.equal(drawn.places, torch.arange(num_drawn)):  # it has all, in order
+        return list(subsample.rows(device))
+    sides = [torch.zeros(num_drawn, width, dtype=torch.float64, device=device) for width in drawn.widths]
     chosen = (drawn.places >= 0).nonzero()[:, 0]
     if len(chosen):
         places, chosen = drawn.places[chosen].to(device), chosen.to(device)

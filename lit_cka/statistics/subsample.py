@@ -47,10 +47,16 @@ class _Part(NamedTuple):
 
     def at(self, hashes: Tensor, places: Tensor) -> _Part:
         """Returns the samples at these places, which have these hashes."""
-        if len(places) == len(self.hashes):
+        if places.shape == self.hashes.shape:
             return self
         X, Y = (rows.index_select(0, places.to(rows.device)) for rows in (self.X, self.Y))
         return _Part(hashes, X, Y, self.origin)
+
+    def smallest(self, limit: int) -> _Part:
+        """Returns the samples whose hashes are below the limit, in the order of these."""
+        hashes, places = self.hashes.sort()
+        count = int((hashes < limit).sum())
+        return self.at(hashes[:count], places[:count])
 
     def kind(self) -> tuple[object, ...]:
         """Returns what parts have to have in common to be joined."""
@@ -87,21 +93,22 @@ class Subsample:
         if hashes is None:
             numbers = torch.arange(self._num_added, self._num_added + len(X))
             hashes = BatchHashes(sample_hashes(torch.stack([numbers, torch.zeros_like(numbers)], dim=1)))
-        self._num_added += len(X)
+        self._num_added += X.shape[0]
         drawn, places = hashes.below(self._limit)
-        if not len(places):
+        num_drawn = places.shape[0]
+        if not num_drawn:
             return
         self._parts.append(_Part(hashes.hashes, X, Y, origin).at(drawn, places))
-        self._num_drawn += len(places)
+        self._num_drawn += num_drawn
         if self._num_drawn > 2 * self.size:
             self.prune()
 
     def prune(self) -> None:
-        """Forget all samples but the drawn ones."""
+        """Forget all samples but the drawn ones, and put these in the order of their hashes if they are of one kind."""
         if self._num_drawn > self.size:
             self._limit = int(self.hashes.kthvalue(self.size + 1).values)
             joined = [_joined(list(parts)) for _, parts in groupby(self._parts, _Part.kind)]
-            parts = [part.at(*BatchHashes(part.hashes).below(self._limit)) for part in joined]
+            parts = [part.smallest(self._limit) for part in joined]
             self._parts = [part for part in parts if len(part.hashes)]
             self._num_drawn = sum(len(part.hashes) for part in self._parts)
 

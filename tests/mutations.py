@@ -888,7 +888,7 @@ MUTANTS = [
     Mutant("pairs fall as single samples do", ((INTERVALS, "* (m / n) ** 2", "* (m / n)"),), OF_JACKKNIFE),
     Mutant(
         "the variance is that at the estimate",
-        ((INTERVALS, "c1.nan_to_num(0.0) * middle", "c1.nan_to_num(0.0) * cka"),),
+        ((INTERVALS, "c1 * middle.clamp", "c1 * cka.clamp"),),
         OF_JACKKNIFE,
     ),
     Mutant(

@@ -884,13 +884,30 @@ MUTANTS = [
     ),
     Mutant(
         "a sample is left out of the trace once, not twice",
-        ((JACKKNIFE, "- 2 * self.products\n        total_K", "- self.products\n        total_K"),),
+        ((JACKKNIFE, "2 * (m - 2) / (m - 3) * rows", "(m - 2) / (m - 3) * rows"),),
         OF_JACKKNIFE,
     ),
     Mutant(
-        "what crosses rows is kept of a deleted sample", ((JACKKNIFE, "- both - self.across", "- both"),), OF_JACKKNIFE
+        "a sample's row counts, and not what crosses it",
+        ((JACKKNIFE, "(m - 2) / (m - 3) * rows", "rows"),),
+        OF_JACKKNIFE,
     ),
-    Mutant("pairs count once in the variance", ((JACKKNIFE, "(m * (m - 3)) ** 2", "m * (m - 3)"),), OF_JACKKNIFE),
+    Mutant(
+        "single samples are in the variance of pairs",
+        ((JACKKNIFE, "- 2 / (m - 2) * rows", "- 0 * rows"),),
+        OF_JACKKNIFE,
+    ),
+    Mutant("pairs are not as many", ((JACKKNIFE, " * (m * (m - 3))\n", "\n"),), OF_JACKKNIFE),
+    Mutant(
+        "a part knows the variance of all",
+        ((INTERVALS, "(1 / m - 1 / n).clamp(min=0)", "(0 / m - 0 / n).clamp(min=0)"),),
+        OF_JACKKNIFE,
+    ),
+    Mutant(
+        "another reference's Gram matrices are taken for this one's",
+        (("statistics/sampled_layers.py", "known is None or not all(", "known is None or not any("),),
+        ("tests/statistics/test_sampled_layers.py",),
+    ),
     Mutant(
         "the part of pairs stays in that of single samples",
         ((INTERVALS, "- 2 * (pair_error / (1 - T)).square()", ""),),
@@ -900,7 +917,7 @@ MUTANTS = [
     Mutant("pairs fall as single samples do", ((INTERVALS, "* (m / n) ** 2", "* (m / n)"),), OF_JACKKNIFE),
     Mutant(
         "the variance is that at the estimate",
-        ((INTERVALS, "c1.nan_to_num(0.0) * middle", "c1.nan_to_num(0.0) * cka"),),
+        ((INTERVALS, "c1 * middle.clamp", "c1 * cka.clamp"),),
         OF_JACKKNIFE,
     ),
     Mutant(
@@ -913,12 +930,18 @@ MUTANTS = [
     ),
     Mutant(
         "each rank draws by itself",
-        (("statistics/subsample.py", "hashes[order][: each.size]", "hashes[order]"),),
+        (
+            (
+                "statistics/sampled_layers.py",
+                "order[: min(int((hashes != NO_HASH).sum()), size)]",
+                "order[: int((hashes != NO_HASH).sum())]",
+            ),
+        ),
         ("tests/statistics/test_layer.py", "-k", "draw"),
     ),
     Mutant(
         "the last samples are drawn, not the same ones",
-        (("statistics/subsample.py", "chosen = hashes < self._limit", "chosen = hashes > -self._limit"),),
+        (("statistics/subsample.py", "(self.hashes < limit)", "(self.hashes > -limit)"),),
         ("tests/statistics/test_layer.py", "-k", "draw"),
     ),
     Mutant(

@@ -56,7 +56,7 @@ def about_mean(X: Tensor) -> Tensor:
     """
     X = X.detach().to(torch.float64)
     X = X - X[..., :1, :]
-    return X - X.mean(dim=-2, keepdim=True)
+    return X.sub_(X.mean(dim=-2, keepdim=True))
 
 
 def centred(X: Tensor) -> Tensor:

@@ -63,6 +63,12 @@ class SampledGram:
     Args:
         K: any kernel, float64 and centred.
 
+    Attributes:
+        A: (..., m, m) their `u_centred`, of length 1; NaN where nothing but rounding is left.
+        squares: (..., m) the sum of the squares of each row of A.
+        without: (..., m) the sum of all squares without each sample, as `pair_jackknife` says; 0 where it is rounding.
+        concentration: (...) the largest eigenvalue.
+
     Raises:
         ValueError: for fewer than `MIN_SAMPLES` samples.
     """
@@ -70,25 +76,40 @@ class SampledGram:
     def __init__(self, K: Tensor) -> None:
         if K.shape[-1] < MIN_SAMPLES:
             raise ValueError(f"Expected at least {MIN_SAMPLES} samples for an interval of CKA, but got {K.shape[-1]}.")
-        self.K, self.A = without_diagonal(K), u_centred(K)
-        sums = _Sums(self.K, self.K)
-        self.hsic, self.hsic_without = sums.all(), sums.without_each()
-        size = _inner(self.A, self.A).sqrt()
-        self.concentration = _concentration(self.A, size)
-        self.A.div_(size[..., None, None])  # of length 1
+        self.A, squares, is_rounding = _u_centred(K)
+        length = squares.sum(-1, keepdim=True).masked_fill(is_rounding[..., None], torch.nan).sqrt()
+        self.A.div_(length[..., None])
+        self.squares = squares / length.square()
+        without = _without_each(self.squares)
+        self.without = without.masked_fill(is_hsic_rounding(without, length / length, K.shape[-1]), 0.0)
+        self.concentration = _largest_eigenvalue(self.A, squares.argmax(-1))
 
 
 def pair_jackknife(x: SampledGram, y: SampledGram) -> Jackknife:
-    """Returns the `jackknife_cka` of two Gram matrices of the same samples, each of which may be in other pairs too."""
-    m, xy = x.K.shape[-1], _Sums(x.K, y.K)
-    value = _ratio(xy.all(), x.hsic, y.hsic)
-    without = _ratio(xy.without_each(), x.hsic_without, y.hsic_without)
-    # Q = A B - T / 2 (A^2 + B^2), element by element
-    squares = (x.A * x.A).addcmul_(y.A, y.A)
-    Q = (x.A * y.A).sub_(squares.mul_(_inner(x.A, y.A)[..., None, None] / 2))
+    """Returns the `jackknife_cka` of two Gram matrices of the same samples, each of which may be in other pairs too.
+
+    HSIC sees of a Gram matrix no more than its U-centring, also of the samples that are left, and rows of A and B sum
+    to 0. So where a sample is left out, eq. 5 of Song et al. 2012 is what the products in its row tell:
+
+        T = <A, B>        HSIC_i ~ <A, B> - 2 (m - 2) / (m - 3) sum_j A_ij B_ij        T_i = its ratio, as for T
+
+    and of the pairs' contributions, whose sum is 0,
+
+        Q = A B - T / 2 (A^2 + B^2)        tau^2 = m (m - 3) (|Q|^2 - 2 / (m - 2) sum_i (sum_j Q_ij)^2)
+    """
+    m = x.A.shape[-1]
+    Q = x.A * y.A
+    products = Q.sum(-1)
+    value = products.sum(-1)
+    norms = (x.without * y.without).sqrt()
+    without = (_without_each(products) / norms).clamp(-1, 1).masked_fill(norms == 0, torch.nan)
+    Q.addcmul_((x.A * x.A).addcmul_(y.A, y.A), value[..., None, None], value=-0.5)
+    rows = products - value[..., None] / 2 * (x.squares + y.squares)
+    square = _inner(Q, Q)
+    rest = square - 2 / (m - 2) * rows.square().sum(-1)
     # Where pairs say no more than single samples do, it is what rounding leaves of 0, and may be negative.
-    pairs = (_Sums(Q, Q).all() * (m * (m - 3)) ** 2).clamp(min=0)
-    return Jackknife(value, without, pairs, x.concentration * y.concentration)
+    pairs = rest.masked_fill(is_hsic_rounding(rest, square, m), 0.0) * (m * (m - 3))
+    return Jackknife(value.clamp(-1, 1), without, pairs, x.concentration * y.concentration)
 
 
 @takes_arrays
@@ -108,27 +129,27 @@ def unit_gram(X: Tensor) -> Tensor:
     return linear_gram(in_usual_unit(X))
 
 
-def without_diagonal(K: Tensor) -> Tensor:
-    """Returns matrices (..., m, m) with zeros on their diagonals."""
-    K = K.clone()
-    K.diagonal(dim1=-2, dim2=-1).zero_()
-    return K
-
-
 def u_centred(K: Tensor) -> Tensor:
     """Returns the U-centring (Szekely & Rizzo 2014, arXiv 1310.2926) of centred matrices (..., m, m): rows that sum to
     0, and zeros on the diagonal. All zeros where nothing but rounding is left, as for equidistant samples.
 
     Their inner products are m (m - 3) times the unbiased HSIC.
     """
-    m, size = K.shape[-1], _inner(K, K) + K.diagonal(dim1=-2, dim2=-1).square().sum(-1)
-    K = without_diagonal(K)
-    rows = K.sum(-1)
+    A, _, is_rounding = _u_centred(K)
+    return A.mul_(~is_rounding[..., None, None])
+
+
+def _u_centred(K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the same, but with what rounding leaves, the sums (..., m) of the squares of each row, and whether
+    rounding (...) is all that is left.
+    """
+    m, diagonal = K.shape[-1], K.diagonal(dim1=-2, dim2=-1)
+    rows = K.sum(-1) - diagonal
     shift = (rows - rows.sum(-1, keepdim=True) / (2 * (m - 1))) / (m - 2)
     A = (K - shift[..., :, None]).sub_(shift[..., None, :])
     A.diagonal(dim1=-2, dim2=-1).zero_()
-    is_rounding = is_hsic_rounding(_inner(A, A), size, m)
-    return A.masked_fill(is_rounding[..., None, None], 0.0)
+    squares, size = torch.linalg.vecdot(A, A), _inner(K, K) + diagonal.square().sum(-1)
+    return A, squares, is_hsic_rounding(squares.sum(-1), size, m)
 
 
 def _inner(A: Tensor, B: Tensor) -> Tensor:
@@ -136,49 +157,18 @@ def _inner(A: Tensor, B: Tensor) -> Tensor:
     return inner
 
 
-class _Sums:
-    """The sums of eq. 5 of Song et al. 2012 for two stacks of matrices (..., m, m) with zero diagonals."""
-
-    def __init__(self, K: Tensor, L: Tensor) -> None:
-        self.m = K.shape[-1]
-        self.rows_K, self.rows_L = K.sum(-1), L.sum(-1)
-        self.products = torch.linalg.vecdot(K, L)  # of each row with its own
-        across = K @ self.rows_L[..., None]
-        self.across = (2 * across if K is L else across + L @ self.rows_K[..., None])[..., 0]
-
-    def _hsic(self, m: int, trace: Tensor, totals: Tensor, rows: Tensor) -> Tensor:
-        hsic = trace + totals / ((m - 1) * (m - 2)) - 2 / (m - 2) * rows
-        size = trace.abs() + totals.abs() / (m * m) + rows.abs() / m
-        rounding = is_hsic_rounding(hsic.abs(), size, m)
-        return hsic.masked_fill(rounding, 0.0) / (m * (m - 3))
-
-    def all(self) -> Tensor:
-        """Returns the unbiased HSIC (...)."""
-        totals = self.rows_K.sum(-1) * self.rows_L.sum(-1)
-        return self._hsic(self.m, self.products.sum(-1), totals, (self.rows_K * self.rows_L).sum(-1))
-
-    def without_each(self) -> Tensor:
-        """Returns it without each sample (..., m): a row and a column less in each sum."""
-        trace = self.products.sum(-1, keepdim=True) - 2 * self.products
-        total_K, total_L = (each.sum(-1, keepdim=True) - 2 * each for each in (self.rows_K, self.rows_L))
-        both = self.rows_K * self.rows_L
-        rows = both.sum(-1, keepdim=True) - both - self.across + self.products
-        return self._hsic(self.m - 1, trace, total_K * total_L, rows)
+def _without_each(rows: Tensor) -> Tensor:
+    """Returns what the HSIC without each sample (..., m) is in proportion to, from the sums of the rows of `A B`."""
+    m = rows.shape[-1]
+    return rows.sum(-1, keepdim=True) - 2 * (m - 2) / (m - 3) * rows
 
 
-def _ratio(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
-    value: Tensor = (xy / (xx.sqrt() * yy.sqrt())).clamp(-1, 1)
-    return value.masked_fill(~((xx > 0) & (yy > 0)), torch.nan)
-
-
-def _concentration(A: Tensor, size: Tensor) -> Tensor:
-    """Returns the largest eigenvalue of matrices over their Frobenius norm, at least nearly: by the power method, from
-    the longest row, which is the same in any order of the samples.
+def _largest_eigenvalue(A: Tensor, longest: Tensor) -> Tensor:
+    """Returns the largest eigenvalues (...) of matrices of length 1, at least nearly: by the power method, from the
+    longest row, which is the same in any order of the samples.
     """
-    longest = torch.linalg.vecdot(A, A).argmax(-1)[..., None, None]
-    vector = A.take_along_dim(longest, dim=-2).mT
+    vector = A.take_along_dim(longest[..., None, None], dim=-2).mT
     for _ in range(_POWER_STEPS):
-        vector = vector / vector.norm(dim=-2, keepdim=True).clamp(min=1e-300)
-        vector = A @ vector
-    largest: Tensor = vector.norm(dim=-2)[..., 0]
-    return largest / size
+        before, vector = vector, A @ vector
+    largest: Tensor = vector.norm(dim=(-2, -1)) / before.norm(dim=(-2, -1))
+    return largest

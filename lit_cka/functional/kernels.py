@@ -22,7 +22,8 @@ def linear_gram(X: Tensor) -> Tensor:
     Xc = about_mean(X)
     mean = X[..., :1, :].detach().to(torch.float64) - Xc[..., :1, :]
     constant = is_constant(Xc.square().sum(dim=-2, keepdim=True), X.shape[-2], mean)
-    return (Xc @ Xc.mT).masked_fill(constant[..., None], 0.0)
+    Xc.mul_(~constant[..., None])
+    return Xc @ Xc.mT
 
 
 @takes_arrays

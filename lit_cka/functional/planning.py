@@ -39,7 +39,8 @@ class SamplePlan(NamedTuple):
 def plan_samples(X: Tensor, Y: Tensor, *, width: float = 0.05, level: float = 0.95) -> SamplePlan:
     """Returns how many samples give an interval of `cka_interval` of at most this width, high - low.
 
-    Both parts of the variance are those of the pilot, and how they fall with n is known (`cka_interval`). So is what
+    Both parts of the variance are those of the pilot, as a part of the n samples, and how they fall with n is known
+    (`cka_interval`). So is what
     the plain estimator gives of n samples, from HSIC's expectation (Song et al. 2012, eq. 5, solved for the trace):
 
         E tr(Kc Lc) = n (n-3) HSIC + n (n/(n-2)) E k_i l_i - (n-1)/(n-2) E k_i E l_i        k_i, l_i the squared norms
@@ -57,7 +58,7 @@ def plan_samples(X: Tensor, Y: Tensor, *, width: float = 0.05, level: float = 0.
         >>> X = torch.randn(64, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         >>> Y = X + torch.randn(64, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         >>> plan_samples(X, Y, width=0.05).n
-        1102
+        1317
     """
     check_features(X, Y)
     if not 0 < width < 2:

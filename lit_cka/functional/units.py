@@ -35,7 +35,7 @@ def exponents_of(X: Tensor) -> Tensor:
     if not X.shape[-2] or not X.shape[-1]:
         return torch.zeros(X.shape[:-2], dtype=torch.float64, device=X.device)
     first = X[..., :1, :]
-    spread = (X - first).abs().amax(dim=(-2, -1))
+    spread = (X - first).abs_().amax(dim=(-2, -1))
     return unit_exponents(torch.where(spread == 0, first.abs().amax(dim=(-2, -1)), spread))
 
 

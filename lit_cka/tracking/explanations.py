@@ -8,7 +8,7 @@ from lit_cka.parallel.warning import warn
 from lit_cka.reference.recorded_dataloader import RecordedDataloader
 from lit_cka.reference.rounding import MAX_ROUNDING_COST
 from lit_cka.statistics.repeated import repeated_text
-from lit_cka.statistics.subsample import SampledLayer
+from lit_cka.statistics.sampled_layers import SampledLayer
 from lit_cka.tracking.pairing import PairedPass
 
 

@@ -22,13 +22,13 @@ from lit_cka.statistics.layer import (
     score_layers,
     scores_of_first_rank,
 )
-from lit_cka.statistics.subsample import (
+from lit_cka.statistics.sampled_layers import (
+    ReferenceGrams,
     SampledLayer,
-    Subsample,
     jackknives_of_all_ranks,
     jackknives_of_first_rank,
-    sample_hashes,
 )
+from lit_cka.statistics.subsample import BatchHashes, Subsample, sample_hashes
 
 
 class _Waiting(NamedTuple):
@@ -72,11 +72,11 @@ class _BatchRows:
             self.run = run if torch.equal(self.positions, torch.arange(run.start, run.stop)) else None
 
     @cached_property
-    def hashes(self) -> Tensor:
+    def hashes(self) -> BatchHashes:
         """Of the rows that count, after `look_up` where there is one."""
         assert self.keys is not None
         is_of_all = self.kept is not None and len(self.keys) == len(self.kept)
-        return sample_hashes(self.keys[self.kept] if is_of_all else self.keys)
+        return BatchHashes(sample_hashes(self.keys[self.kept] if is_of_all else self.keys))
 
     def counted(self, rows: Tensor) -> Tensor:
         """Return those of a layer's rows that count."""
@@ -180,15 +180,15 @@ class PairedPass:
                 found = torch.zeros_like(found)
             self._waiting[name].append(_Waiting(X[unknown.to(X.device)], None, rows.keys[unknown], None))
             X, positions = X[found.to(X.device)], positions[found]
-            hashes = None if hashes is None else hashes[found]
+            hashes = None if hashes is None else hashes.of(found)
         if len(positions):
             self._pair(name, X, store.offsets(positions).to(X.device), store.pivot, hashes)
 
-    def _hashes(self, rows: _BatchRows) -> Tensor | None:
+    def _hashes(self, rows: _BatchRows) -> BatchHashes | None:
         return None if self._subsamples is None else rows.hashes
 
     def _pair(
-        self, name: str, X: Tensor, Y: Tensor, origin: Tensor | None = None, hashes: Tensor | None = None
+        self, name: str, X: Tensor, Y: Tensor, origin: Tensor | None = None, hashes: BatchHashes | None = None
     ) -> None:
         """Add rows of the live model, and the reference's of the same samples, measured from the origin if there is
         one, with the hashes of what they are if that can be told.
@@ -221,12 +221,20 @@ class PairedPass:
         # Processes that hold the same samples may round in other ways.
         return scores if ranks.replicas is None else scores_of_first_rank(scores, ranks.device)
 
-    def sampled(self, ranks: DataRanks, *, with_ranks: bool) -> dict[str, SampledLayer]:
-        """Return what tells the errors of the scores, after `scores`; every process has to call it."""
+    def sampled(self, ranks: DataRanks, references: ReferenceGrams, *, with_ranks: bool) -> dict[str, SampledLayer]:
+        """Return what tells the errors of the scores, after `scores`; every process has to call it.
+
+        Args:
+            ranks: as for `scores`.
+            references: of earlier passes over this dataloader.
+            with_ranks: count the directions that the live model's features use, too.
+        """
         if self._subsamples is None:
             return {}
         group = Group(ranks.rank, ranks.size, ranks.group)
-        layers = jackknives_of_all_ranks(self._subsamples, ranks.device, group, with_ranks=with_ranks)
+        layers = jackknives_of_all_ranks(
+            self._subsamples, ranks.device, group, references=references, with_ranks=with_ranks
+        )
         return layers if ranks.replicas is None else jackknives_of_first_rank(layers, ranks.device)
 
     def _finish(self, device: torch.device, group: Group) -> None:
@@ -236,7 +244,7 @@ class PairedPass:
             self._waiting[name] = []
             for X, Y, keys in rows:
                 if Y is not None and len(X):
-                    self._pair(name, X, Y, hashes=sample_hashes(keys))
+                    self._pair(name, X, Y, hashes=BatchHashes(sample_hashes(keys)))
             if self._recorded is not None:
                 self._look_up(name, self._recorded, [(X, keys) for X, Y, keys in rows if Y is None], device, group)
 
@@ -270,7 +278,7 @@ class PairedPass:
             rows = Y.split([int(each.sum()) for each in of_batches])
             for (X, of_X), known, of_batch in zip(asked, of_batches, rows, strict=True):
                 if len(of_batch):
-                    hashes = sample_hashes(of_X[known])
+                    hashes = BatchHashes(sample_hashes(of_X[known]))
                     self._pair(name, X[known.to(X.device)], of_batch.to(X.device), hashes=hashes)
 
 

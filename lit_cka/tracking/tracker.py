@@ -19,7 +19,8 @@ from lit_cka.reference.running import RunningReference
 from lit_cka.samples.counting import DataRanks
 from lit_cka.samples.sample_keys import BatchSamples
 from lit_cka.statistics.layer import ExactStatistics, MinibatchStatistics
-from lit_cka.statistics.subsample import SampledLayer, Subsample
+from lit_cka.statistics.sampled_layers import ReferenceGrams, SampledLayer
+from lit_cka.statistics.subsample import Subsample
 from lit_cka.tracking.explanations import Explanations
 from lit_cka.tracking.pairing import PairedPass
 from lit_cka.tracking.step import StepFeatures, WatchedStep
@@ -84,6 +85,7 @@ class Tracker:
         self._with_errors = with_errors and estimator == "exact"
         self._step = WatchedStep(live, layer_names, pooling, running, mask)
         self._passes: list[PairedPass] = []
+        self._references: dict[Dataloader, ReferenceGrams] = {}
         self._stage = ""
         self._records = False  # whether this pass is the reference's
         self._dataloader = 0
@@ -272,7 +274,8 @@ class Tracker:
         """
         paired = self._passes[dataloader]
         layers = paired.scores(self._ranks, debiased=self._debiased)
-        sampled = paired.sampled(self._ranks, with_ranks=self._with_ranks)
+        references = self._references.setdefault(Dataloader(self._stage, dataloader), ReferenceGrams())
+        sampled = paired.sampled(self._ranks, references, with_ranks=self._with_ranks)
         self._explanations.of_repeated(f"{self._stage} dataloader {dataloader}", sampled)
         is_undefined = not any(score.n for score in layers.values())
         where = f"{self._stage} dataloader {dataloader}"

@@ -20,7 +20,8 @@ from torch import Tensor
 from lit_cka.functional.precision import Products
 from lit_cka.parallel.exchange import Group
 from lit_cka.statistics.layer import ExactStatistics, MinibatchStatistics, ReferenceTerms, score_layers
-from lit_cka.statistics.subsample import Subsample, jackknives_of_all_ranks, sample_hashes
+from lit_cka.statistics.sampled_layers import jackknives_of_all_ranks
+from lit_cka.statistics.subsample import BatchHashes, Subsample, sample_hashes
 from tests.oracles import paired_features
 from tests.sync_worker import Seen, _peak_kilobytes, fork_ranks, work
 
@@ -116,7 +117,10 @@ def subsamples(rank: int, world_size: int) -> Seen:
         for rows in shares(case, world_size)[rank]:
             keys = torch.stack([rows, torch.full_like(rows, 7)], dim=1)
             known[name].add(
-                sample_hashes(keys), X[rows], Y[rows].double() - 1, torch.ones(case.d_y, dtype=torch.float64)
+                BatchHashes(sample_hashes(keys)),
+                X[rows],
+                Y[rows].double() - 1,
+                torch.ones(case.d_y, dtype=torch.float64),
             )
             unknown[name].add(None, X[rows], Y[rows])
     seen: Seen = {}

@@ -23,7 +23,8 @@ from lit_cka.statistics.layer import (
     Score,
     score_layers,
 )
-from lit_cka.statistics.subsample import _alike, _Grams, sample_hashes
+from lit_cka.statistics.sampled_layers import _alike, _Rows
+from lit_cka.statistics.subsample import sample_hashes
 from tests import oracles, sync_worker
 from tests.oracles import paired_features
 from tests.statistics import statistics_worker
@@ -526,5 +527,5 @@ def test_memory_of_wide_layers_is_that_of_their_rows() -> None:
 def test_layers_of_as_many_samples_go_together() -> None:
     """On an accelerator, in stacks of matrices of one size."""
     empty = torch.zeros(0, 0)
-    layers = [_Grams(str(number), torch.zeros(m), empty, empty) for number, m in enumerate([9, 9, 9, 5, 9, 9])]
+    layers = [_Rows(str(number), torch.zeros(m), empty, empty) for number, m in enumerate([9, 9, 9, 5, 9, 9])]
     assert [[each.name for each in some] for some in _alike(layers, 2)] == [["0", "1"], ["2"], ["3"], ["4", "5"]]

@@ -151,10 +151,11 @@ def table(name: str, task: Task, fits: Sequence[dict[str, Fit]]) -> Result:
         rows.append([title, speed, accuracy, "" if method == "full" else gained, saved, frozen])
     first = [fit["freeze"].history[0]["step"] for fit in fits if fit["freeze"].history]
     train, val, test = (len(part) for part in task.data(0))
+    when = f"first after {statistics.mean(first):.0f} steps in the mean, " if first else ""
     caption = (
         f"Median (min - max; repetitions) of the times as fast, and means with their standard errors over {len(fits)} "
-        f"seeds. Blocks were frozen in {len(first)} of them, first after {statistics.mean(first or [math.nan]):.0f} "
-        f"steps of {task.epochs * math.ceil(train / task.batch_size)} in the mean. {train:,} samples to train on, "
+        f"seeds. Blocks were frozen in {len(first)} of them, {when}"
+        f"of {task.epochs * math.ceil(train / task.batch_size)} steps. {train:,} samples to train on, "
         f"{task.epochs} epochs, {task.validations} validations in each on {val} samples; the accuracy is that on "
         f"{test:,} others. Everything trained takes {statistics.median(fit.seconds for fit in full):.0f} s."
     )

@@ -32,12 +32,12 @@ class FreezeConverged(pl.Callback):
     `Trainer(callbacks=[FreezeConverged()])` is enough: it reads a `CKACallback(reference="previous")` of the trainer,
     and adds one where there is none. After each validation, a block counts as converged if what it gives has moved,
     since the validation before, by less than its share of how far what the last block gives has: an equal share for
-    each block (`lit_cka.control.convergence.num_converged` has the formula). That takes no limit which
-    the learning rate would have to fit, and in the fine-tuning of a pretrained model some blocks are below it soon. The
-    blocks before the first that is not are frozen from the next step on, and with them what runs before them, such as
-    embeddings or a stem (Liu et al. 2021, arXiv 2102.01386, freeze prefixes by the norm of gradients, and Wang et al.
-    2022, arXiv 2201.06227, by a similarity of activations). Their gradients are not computed, neither for their weights
-    nor through them. Those behind them are trained to the end.
+    each block (`lit_cka.control.convergence.num_converged` has the formula). So there is no limit that would have to
+    fit the learning rate. The blocks before the first that is above its share are frozen from the next step on, and
+    with them what runs before them, such as embeddings or a stem (Liu et al. 2021, arXiv 2102.01386, freeze prefixes by
+    the norm of gradients, and Wang et al. 2022, arXiv 2201.06227, by a similarity of activations). Their gradients are
+    not computed, neither for their weights nor through them. Those behind them are trained to the end. Where the first
+    blocks are what learns, nothing is frozen, and nothing saved.
 
     What belongs to a block is read off the autograd graph of the first training step: the parameters that what it
     returns depends on, unless something behind it uses them, too (a tied output embedding is trained on).

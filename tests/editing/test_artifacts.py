@@ -175,7 +175,9 @@ def test_names_that_differ_in_unsafe_letters_alone(tmp_path: Path) -> None:
     assert len(written) == len({path.name.lower() for path in written})
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "value", [math.nan, *(pytest.param(value, marks=pytest.mark.slow) for value in (math.inf, -math.inf))]
+)
 def test_numbers_that_json_has_not(tmp_path: Path, value: float) -> None:
     found = results(["a", "b"], value, math.nan)
     records = [record(relative_change=value), record("other", lambda_low=None, lambda_high=None, reason="unchanged")]

@@ -553,7 +553,7 @@ def run_ranks(*paths: Path, size: int, monkeypatch: pytest.MonkeyPatch, kill_aft
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("kind", ["folder", "state dict"])
+@pytest.mark.parametrize("kind", ["folder", pytest.param("state dict", marks=pytest.mark.slow)])
 def test_ranks_write_what_one_process_writes(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind == "folder":
         a, b = folder(tmp_path / "a", W0, 2), folder(tmp_path / "b", W1, 3)
@@ -567,7 +567,7 @@ def test_ranks_write_what_one_process_writes(tmp_path: Path, kind: str, monkeypa
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize("kind", ["folder", "state dict"])
+@pytest.mark.parametrize("kind", [pytest.param("folder", marks=pytest.mark.slow), "state dict"])
 def test_ranks_that_are_killed_go_on(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = many(tmp_path / "a", 0), many(tmp_path / "b", 1)
     if kind == "state dict":

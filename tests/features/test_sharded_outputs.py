@@ -25,9 +25,10 @@ from tests.features.shards_worker import (
     values,
 )
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="the processes talk over gloo"
-)
+pytestmark = [
+    pytest.mark.slow,  # tracked models of shards are among the others
+    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="the processes talk over gloo"),
+]
 WORLD_SIZES = pytest.mark.parametrize("world_size", [2, 3])
 
 

@@ -11,6 +11,8 @@ from lit_cka.functional.moments import PairedMoments, paired_moments
 from tests import sync_worker
 from tests.sync_worker import seen_by_ranks
 
+pytestmark = pytest.mark.slow  # those of layers and of the metric, of as many ranks, are among the others
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

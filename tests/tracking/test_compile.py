@@ -79,7 +79,9 @@ def blocks_in_place(module: Classifier, **options: Any) -> Any:
     return module
 
 
-WAY = pytest.mark.parametrize("way", WAYS)
+FEW = {"module", "blocks_in_place"}  # what all ways have in common is shown by one of each kind
+OF_WAYS = [way if way in FEW else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
+WAY = pytest.mark.parametrize("way", OF_WAYS)
 
 
 def stance() -> str:
@@ -169,8 +171,8 @@ def assert_by_hand(callback: CKACallback, before: nn.Module, weights: list[dict[
     ("way", "fullgraph", "num_sanity_val_steps", "backend"),
     [
         *((way, "in_place" in way, 0 if "net" in way else 2, None) for way in WAYS),
-        ("module", True, 0, None),
-        ("net", True, 2, None),
+        pytest.param("module", True, 0, None, marks=pytest.mark.slow),
+        pytest.param("net", True, 2, None, marks=pytest.mark.slow),
         pytest.param("module", True, 2, "aot_eager", marks=pytest.mark.slow),
         pytest.param("net_in_place", False, 0, "aot_eager", marks=pytest.mark.slow),
     ],
@@ -282,7 +284,12 @@ def test_compiled_once_all_has_run_compiled_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("way", "options"), [*((way, {"max_batches": 1}) for way in WAYS), ("module", {"dataloaders": [1]})], ids=str
+    ("way", "options"),
+    [
+        *(pytest.param(way, {"max_batches": 1}, marks=[pytest.mark.slow] * (way not in FEW)) for way in WAYS),
+        ("module", {"dataloaders": [1]}),
+    ],
+    ids=str,
 )
 def test_other_steps_of_a_tracked_validation_stay_compiled(tmp_path: Path, way: str, options: dict[str, Any]) -> None:
     """Each with hooks of its own would be compiled anew in every validation, until torch gives up or raises."""
@@ -311,7 +318,9 @@ def test_skipped_validations_stay_compiled(tmp_path: Path, way: str) -> None:
 # The stance of the compiler.
 
 
-@pytest.mark.parametrize("way", ["module", "net_in_place", "blocks"])
+@pytest.mark.parametrize(
+    "way", ["module", *(pytest.param(way, marks=pytest.mark.slow) for way in ("net_in_place", "blocks"))]
+)
 def test_two_callbacks_leave_the_training_compiled(tmp_path: Path, way: str) -> None:
     callbacks = [CKACallback(), CKACallback(prefix="other", estimator="minibatch"), CKACallback(prefix="third")]
     alone, watcher = Watcher(), Watcher()

@@ -144,7 +144,11 @@ def layout(accumulator: Any) -> dict[str, list[str]]:
     return {chart.title: list(chart.multiline.tag) for category in parsed.category for chart in category.chart}
 
 
-@pytest.mark.parametrize(("share", "steps"), [(1e9, [3, 7, 11]), (1e-9, [3, 11])], ids=["all", "first and last"])
+@pytest.mark.parametrize(
+    ("share", "steps"),
+    [pytest.param(1e9, [3, 7, 11], marks=pytest.mark.slow), (1e-9, [3, 11])],
+    ids=["all", "first and last"],
+)
 def test_tensorboard_holds_scalars_and_pictures(
     tmp_path: Path, share: float, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

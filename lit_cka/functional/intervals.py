@@ -35,8 +35,9 @@ def cka_interval(cka: Tensor, n: int | Tensor, samples: Jackknife, level: float 
 
     In simulations at 95 % (features narrower and wider than the samples are many, spectra flat and steep, CKA from 0
     to 0.99) it covered the population's CKA in 92 to 98 % of trainings, for n of 50, 200 and 2,000, of which 256 told
-    the error: of normal features, and of heavy-tailed ones (t with 6 degrees of freedom). Samples must be independent:
-    repeated or grouped ones make it too narrow.
+    the error: of normal features, and of heavy-tailed ones (t with 6 degrees of freedom). That is of 400 trainings or
+    more, but of 100 for features wider than 2,000 samples are many. Samples must be independent: repeated or grouped
+    ones make it too narrow.
 
     Args:
         cka: debiased estimates (...), of all `n` samples.

@@ -92,9 +92,9 @@ def errors_by(noise: float, singular_values: Tensor) -> Tensor:
 def _leading(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns eigenvalues and eigenvectors that stand out, descending, and the eigenvalue that follows them."""
     size = len(gram)
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(size, _BLOCK, generator=generator, dtype=torch.float64).to(gram.device)
-    image = gram @ torch.linalg.qr(start).Q
+    generator = torch.Generator("cpu").manual_seed(0)
+    start = torch.randn(size, _BLOCK, generator=generator, dtype=torch.float64, device="cpu")
+    image = gram @ torch.linalg.qr(start.to(gram.device)).Q
     for step in range(1, _STEPS + 1):
         basis = torch.linalg.qr(gram @ image).Q
         image = gram @ basis

@@ -46,11 +46,11 @@ class SymmetricEigen:
         if not self._on_cpu:
             self.values, self._vectors = torch.linalg.eigh(A)
             return
-        self.values, off_diagonal, self._scales = torch.empty(size), torch.empty(size), torch.empty(size)
-        work = torch.empty(size * _BLOCK)
+        self.values, off_diagonal, self._scales = _empty(size), _empty(size), _empty(size)
+        work = _empty(size * _BLOCK)
         _call("lapack", "ssytrd", "L", size, A, size, self.values, off_diagonal, self._scales, work, len(work))
-        self._reflectors, self._vectors = A, torch.empty(size, size)
-        work, whole = torch.empty(1 + 4 * size + size**2), torch.empty(3 + 5 * size, dtype=torch.int64)
+        self._reflectors, self._vectors = A, _empty(size, size)
+        work, whole = _empty(1 + 4 * size + size**2), _empty(3 + 5 * size, dtype=torch.int64)
         arguments = (self.values, off_diagonal, self._vectors, size, work, len(work), whole, len(whole))
         _call("lapack", "sstedc", "I", size, *arguments)
 
@@ -60,7 +60,7 @@ class SymmetricEigen:
             return self._vectors[:, first:last].clone()
         size, turned = len(self._vectors), self._vectors[first:last].clone()
         if len(turned):
-            work = torch.empty((len(turned) + _BLOCK + 1) * _BLOCK)
+            work = _empty((len(turned) + _BLOCK + 1) * _BLOCK)
             shape, reflectors = (size, len(turned)), (self._reflectors, size, self._scales)
             _call("lapack", "sormtr", "L", "L", "N", *shape, *reflectors, turned, size, work, len(work))
         return turned.T
@@ -75,11 +75,15 @@ def add_gram(columns: Tensor, into: Tensor) -> None:
     """
     (n, m), by_rows = columns.shape, columns.is_contiguous()
     held = columns if by_rows else columns.T.contiguous()  # as BLAS sees it: (m, n), or (n, m)
-    product = torch.zeros(m, m)
-    one, zero = torch.ones(1), torch.zeros(1)
+    product, one, zero = _empty(m, m).zero_(), _empty(1).fill_(1), _empty(1).zero_()
     shape = (m, n, one, held, m if by_rows else n, zero, product, m)
     _call("blas", "ssyrk", "U", "N" if by_rows else "T", *shape, returns_info=False)
     into.add_(product)
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns memory for a routine, whatever torch's default dtype and device are."""
+    return torch.empty(*shape, dtype=dtype, device="cpu")
 
 
 def _call(library: str, name: str, *arguments: str | int | Tensor, returns_info: bool = True) -> None:
@@ -95,6 +99,10 @@ def _call(library: str, name: str, *arguments: str | int | Tensor, returns_info:
 
 def _address_of(value: str | int | Tensor) -> Any:
     if isinstance(value, Tensor):
+        if value.device.type != "cpu" or value.dtype not in (torch.float32, torch.int64) or not value.is_contiguous():
+            raise ValueError(
+                f"Expected float32 numbers without gaps, on a CPU, but got {value.dtype} on {value.device}."
+            )
         return ctypes.c_void_p(value.data_ptr())
     # A whole number of 64 bits is one of 32 bits, too, where the lower ones come first.
     return ctypes.byref(ctypes.c_char(value.encode()) if isinstance(value, str) else ctypes.c_int64(value))

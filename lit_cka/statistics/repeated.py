@@ -25,7 +25,8 @@ def num_repeated_rows(X: Tensor) -> int:
         2
     """
     centred = X.double() - X.double().mean(dim=0)
-    direction = torch.randn(X.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    direction = torch.randn(X.shape[1], dtype=torch.float64, generator=generator, device="cpu")
     ordered = centred[(centred @ direction.to(centred.device)).argsort()]
     distances = ordered.diff(dim=0).square().sum(dim=1)
     return int((distances <= _SAME * centred.square().sum(dim=1).mean()).sum())

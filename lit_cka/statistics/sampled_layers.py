@@ -67,7 +67,8 @@ def _is_the_same(one: Tensor, other: Tensor) -> bool:
 
 
 def _sketch(Y: Tensor) -> Tensor:
-    return Y @ torch.randn(Y.shape[1], dtype=Y.dtype, generator=torch.Generator().manual_seed(0)).to(Y.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    return Y @ torch.randn(Y.shape[1], dtype=Y.dtype, generator=generator, device="cpu").to(Y.device)
 
 
 def jackknives_of_all_ranks(

@@ -201,3 +201,19 @@ def test_a_lower_precision_of_the_user_s_changes_nothing() -> None:
     assert isinstance(split, SpectralSplit)
     assert (split.rank, split.coefficients) == (expected.rank, expected.coefficients)
     assert torch.equal(split.basis, expected.basis)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_default_dtype_of_the_user_s_changes_nothing(dtype: torch.dtype) -> None:
+    """LAPACK is given addresses: numbers of another size there would be wrong, or end the process."""
+    W0, W1 = weights((200, 300), low_rank((200, 300), 8) + 0.1 * noise((200, 300)))
+    expected, before = spectral_split(W0, W1), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        split = spectral_split(W0, W1)
+    finally:
+        torch.set_default_dtype(before)
+    assert isinstance(expected, SpectralSplit)
+    assert isinstance(split, SpectralSplit)
+    assert (split.rank, split.coefficients) == (expected.rank, expected.coefficients)
+    assert torch.equal(split.basis, expected.basis)

@@ -62,3 +62,9 @@ def test_several_threads_get_what_one_gets() -> None:
         assert all(map(torch.equal, pool.map(work, matrices), expected))
     with ThreadPoolExecutor(4) as pool:  # without it, threads of BLAS itself may take part
         assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(pool.map(work, matrices), expected, strict=True))
+
+
+@pytest.mark.parametrize("A", [symmetric(9).double(), symmetric(18)[::2, ::2]], ids=["float64", "with gaps"])
+def test_other_numbers_are_an_error(A: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"Expected float32 numbers without gaps, on a CPU, but got torch\.float"):
+        SymmetricEigen(A)

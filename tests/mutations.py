@@ -720,12 +720,38 @@ MUTANTS = [
         SPLITS,
     ),
     Mutant(
+        "an edit: a rank that float32 can't tell stays that of float32",
+        (("functional/spectral.py", "        k = split_rank(s, rule, R)\n    directions", "    directions"),),
+        SPLITS,
+    ),
+    Mutant(
+        "an edit: a later chunk's products in place of the sum",
+        (("functional/update_gram.py", "gram.add_(product) if start else", "gram.copy_(product) if start else"),),
+        ("tests/functional/test_update_gram.py",),
+    ),
+    Mutant(
+        "an edit: the two parts' weights the other way round",
+        (("functional/update_parts.py", "alpha=inside - outside", "alpha=outside - inside"),),
+        ("tests/functional/test_update_parts.py",),
+    ),
+    Mutant(
+        "an edit: rows of the last block are left out",
+        (
+            (
+                "functional/update_gram.py",
+                "for start in range(0, len(part), step):",
+                "for start in range(0, len(part) - 1, step):",
+            ),
+        ),
+        ("tests/functional/test_update_parts.py",),
+    ),
+    Mutant(
         "an edit: neighbours are not told apart",
         (
             (
                 F32,
-                "told_apart = (basis @ (turn[:, : last - k] if complement else turn[:, last - k :]))",
-                "told_apart = (basis[:, : last - k] if complement else basis[:, last - k :])",
+                "told_apart = (basis @ (turn[:, : last - k] if complement else turn[:, last - k :])).T",
+                "told_apart = (basis[:, : last - k] if complement else basis[:, last - k :]).T",
             ),
         ),
         SPLITS,

@@ -48,7 +48,7 @@ class Spectrum(NamedTuple):
         num_others = len(self.singular_values) - self.leading.shape[1]
         leading = self.leading.flip(1)[:, max(first - num_others, 0) : max(last - num_others, 0)]
         others = self.eigen.vectors(min(first, num_others), min(last, num_others))
-        return torch.cat([others, leading.to(torch.float32)], dim=1)
+        return torch.cat([others.T, leading.T.to(torch.float32)]).T
 
 
 def float32_spectrum(gram: Tensor) -> Spectrum | None:
@@ -135,25 +135,25 @@ def first_directions(spectrum: Spectrum, k: int, tolerance: float) -> tuple[Tens
         return spectrum.vectors(*ends), complement
     first, last = max(k - _WINDOW, num_lowered), min(k + _WINDOW, size)
     of_lapack, of_sums = spectrum.mixing
-    gaps = (squares[:k, None] - squares[None, k:]).clamp_min(1e-300)
     energies = squares[:k, None] + squares[None, k:]
+    weights = energies / (squares[:k, None] - squares[None, k:]).clamp_min_(1e-150).square_()
     allowed = tolerance**2 * squares.sum()
 
     def error(entries: Tensor | float) -> Tensor:
-        return ((entries / gaps).square().clamp_max(1.0) * energies).sum()
+        return torch.minimum(weights * entries**2, energies).sum()
 
     if k <= num_lowered or error(of_lapack + of_sums) <= _NO_NEED**2 * allowed:
         return (spectrum.vectors(*ends), complement) if error(of_sums) <= allowed else None
-    entries = torch.full_like(gaps, of_lapack + of_sums)
+    entries = torch.full_like(energies, of_lapack + of_sums)
     entries[first:, : last - k] = of_sums
     if not error(entries) <= allowed:
         return None
     basis = _orthonormal(spectrum.vectors(size - last, size - first).to(torch.float64))
     turn = torch.linalg.eigh(basis.T @ (spectrum.gram @ basis)).eigenvectors
-    told_apart = (basis @ (turn[:, : last - k] if complement else turn[:, last - k :])).to(torch.float32)
+    told_apart = (basis @ (turn[:, : last - k] if complement else turn[:, last - k :])).T.to(torch.float32)
     if complement:
-        return torch.cat([spectrum.vectors(0, size - last), told_apart], dim=1), complement
-    return torch.cat([told_apart, spectrum.vectors(size - first, size)], dim=1), complement
+        return torch.cat([spectrum.vectors(0, size - last).T, told_apart]).T, complement
+    return torch.cat([told_apart, spectrum.vectors(size - first, size).T]).T, complement
 
 
 def _orthonormal(nearly: Tensor) -> Tensor:

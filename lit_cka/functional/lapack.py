@@ -2,7 +2,7 @@
 
 Eigenvectors, those that are asked for alone (`SymmetricEigen`): `torch.linalg.eigh` has all or none, and a fifth of its
 time turns the eigenvectors of the tridiagonal matrix, to which LAPACK reduces the given one, back into those of the
-latter. And products with a transpose (`add_gram`), in half of the work of a product of any two matrices.
+latter. And products with a transpose (`lower_gram`), in half of the work of a product of any two matrices.
 
 The routines are those that SciPy is built with, by the pointers that it gives out (`scipy.linalg.cython_lapack`, as
 Numba takes them), and not its functions for Python: most of these hold Python's lock all the while.
@@ -48,7 +48,7 @@ class SymmetricEigen:
             return
         self.values, off_diagonal, self._scales = _empty(size), _empty(size), _empty(size)
         work = _empty(size * _BLOCK)
-        _call("lapack", "ssytrd", "L", size, A, size, self.values, off_diagonal, self._scales, work, len(work))
+        _call("lapack", "ssytrd", "U", size, A, size, self.values, off_diagonal, self._scales, work, len(work))
         self._reflectors, self._vectors = A, _empty(size, size)
         work, whole = _empty(1 + 4 * size + size**2), _empty(3 + 5 * size, dtype=torch.int64)
         arguments = (self.values, off_diagonal, self._vectors, size, work, len(work), whole, len(whole))
@@ -62,23 +62,22 @@ class SymmetricEigen:
         if len(turned):
             work = _empty((len(turned) + _BLOCK + 1) * _BLOCK)
             shape, reflectors = (size, len(turned)), (self._reflectors, size, self._scales)
-            _call("lapack", "sormtr", "L", "L", "N", *shape, *reflectors, turned, size, work, len(work))
+            _call("lapack", "sormtr", "L", "U", "N", *shape, *reflectors, turned, size, work, len(work))
         return turned.T
 
 
-def add_gram(columns: Tensor, into: Tensor) -> None:
-    """Add `columns' columns` to the lower triangle of a matrix on a CPU, which is all of it that has a meaning then.
+def lower_gram(columns: Tensor, out: Tensor) -> None:
+    """Write `columns' columns` into the lower triangle of a matrix; what is above it stays as it is.
 
     Args:
-        columns: (n, m) in float32, of which one or the other dimension lies in memory without gaps.
-        into: (m, m) in float64.
+        columns: (n, m) in float32, on a CPU, of which one or the other dimension lies in memory without gaps.
+        out: (m, m) in float32, contiguous.
     """
     (n, m), by_rows = columns.shape, columns.is_contiguous()
     held = columns if by_rows else columns.T.contiguous()  # as BLAS sees it: (m, n), or (n, m)
-    product, one, zero = _empty(m, m).zero_(), _empty(1).fill_(1), _empty(1).zero_()
-    shape = (m, n, one, held, m if by_rows else n, zero, product, m)
+    one, zero = _empty(1).fill_(1), _empty(1).zero_()
+    shape = (m, n, one, held, m if by_rows else n, zero, out, m)
     _call("blas", "ssyrk", "U", "N" if by_rows else "T", *shape, returns_info=False)
-    into.add_(product)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

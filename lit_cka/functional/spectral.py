@@ -32,7 +32,8 @@ from lit_cka.functional.rank_rules import (
     is_rank_doubtful,
     split_rank,
 )
-from lit_cka.functional.update_gram import as_matrix, chunks, gram_of_update, narrowed, update
+from lit_cka.functional.update_gram import gram_of_update, update
+from lit_cka.functional.update_parts import write_weighted
 from lit_cka.functional.update_spectrum import rows_are_fewer
 
 _TOLERANCE = 6e-6  # of edited weights, relative
@@ -85,24 +86,10 @@ class SpectralSplit(NamedTuple):
         Computed in float32, or float64 if `W1` is. With `overwrite`, the last of them takes the memory of `W1`.
         """
         into_W1 = overwrite and W1.is_contiguous()
-        new = weights[1:] if into_W1 else weights
-        out = [torch.empty_like(W1, memory_format=torch.contiguous_format) for _ in new] + [W1] * into_W1
-        flat = [as_matrix(edited) for edited in out]
-        dtype = _dtype(W1)
-        basis = self.basis.to(dtype)
-        for start, stop in chunks(as_matrix(W1), self.rows):
-            w0, w1 = (narrowed(as_matrix(W), start, stop, self.rows).to(dtype) for W in (W0, W1))
-            delta = (w1 - w0).contiguous()  # whose products are the same bits then, however the weights lie in memory
-            with FullFloat32(W1.device.type):
-                part = basis @ (basis.T @ delta) if self.rows else (delta @ basis) @ basis.T
-            for target, (high, low) in zip(flat, weights, strict=True):
-                outside, inside = (high, low) if self.complement else (low, high)  # of what `basis` spans
-                into = narrowed(target, start, stop, self.rows)
-                base = w0 if outside == 0 else w1 if outside == 1 else torch.add(w0, delta, alpha=outside)
-                if into.dtype == dtype:
-                    torch.add(base, part, alpha=inside - outside, out=into)
-                else:
-                    into.copy_(torch.add(base, part, alpha=inside - outside))
+        new = [torch.empty_like(W1, memory_format=torch.contiguous_format) for _ in weights[into_W1:]]
+        out = new + [W1] * into_W1
+        outside_first = [(high, low) if self.complement else (low, high) for high, low in weights]
+        write_weighted(out, W0, W1, self.basis.to(_dtype(W1)), outside_first, rows=self.rows)
         return out
 
 
@@ -149,11 +136,7 @@ def spectral_split(
     if total == 0 or change < min_rel_update:
         return change
     eigenvalues, Q = torch.linalg.eigh(gram)  # ascending
-    s = eigenvalues.flip(0).clamp_min(0).sqrt()
-    # An eigenvalue is right to about `eps s_1^2 sqrt(m)`, so that a singular value far below `s_1` is not.
-    noise = 4 * torch.finfo(torch.float64).eps * math.sqrt(len(s)) * float(s[0]) ** 2
-    if RULES[rule] == "effective_rank" and is_rank_doubtful(s, errors_by(noise, s)):
-        s = torch.linalg.svdvals(update(W0, W1))
+    s = _singular_values(eigenvalues, W0, W1, rule)
     k = split_rank(s, rule, R)
     complement = 2 * k > len(s)
     basis = Q[:, : len(s) - k] if complement else Q[:, len(s) - k :]
@@ -186,12 +169,27 @@ def _split_in_float32(
     tail, slack = (
         float(each[k:].sum()) / total for each in (s.square(), spectrum.energy_errors)
     )  # lambda has the root
-    is_doubtful = is_doubtful or min(slack / (2 * math.sqrt(max(tail, 1e-300))), math.sqrt(slack)) > _TOLERANCE
-    directions = None if is_doubtful else first_directions(spectrum, k, _TOLERANCE / change)
+    if is_doubtful or min(slack / (2 * math.sqrt(max(tail, 1e-300))), math.sqrt(slack)) > _TOLERANCE:
+        # The directions may still do: values alone take half of the time.
+        s = _singular_values(torch.linalg.eigvalsh(gram_of_update(W0, W1, rows)[0]), W0, W1, rule)
+        k = split_rank(s, rule, R)
+    directions = first_directions(spectrum, k, _TOLERANCE / change)
     if directions is None:
         return None
     basis, complement = directions
-    return SpectralSplit(k, len(s), coefficients(s, k), change, basis.contiguous(), rows, complement)
+    return SpectralSplit(k, len(s), coefficients(s, k), change, basis, rows, complement)
+
+
+def _singular_values(eigenvalues: Tensor, W0: Tensor, W1: Tensor, rule: RankRule) -> Tensor:
+    """Returns the singular values of an update by its Gram matrix's eigenvalues, ascending and in float64, or by an SVD
+    where that could give another `k`.
+    """
+    s = eigenvalues.flip(0).clamp_min(0).sqrt()
+    # An eigenvalue is right to about `eps s_1^2 sqrt(m)`, so that a singular value far below `s_1` is not.
+    noise = 4 * torch.finfo(torch.float64).eps * math.sqrt(len(s)) * float(s[0]) ** 2
+    if RULES[rule] == "effective_rank" and is_rank_doubtful(s, errors_by(noise, s)):
+        s = torch.linalg.svdvals(update(W0, W1))
+    return s
 
 
 @takes_arrays

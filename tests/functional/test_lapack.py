@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_cka.functional.lapack import SymmetricEigen, _call, add_gram, in_one_thread
+from lit_cka.functional.lapack import SymmetricEigen, _call, in_one_thread, lower_gram
 
 
 def symmetric(size: int, seed: int = 0) -> Tensor:
@@ -41,14 +41,15 @@ def test_what_lapack_complains_of_is_an_error() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (5, 70), (300, 20)])
 @pytest.mark.parametrize("by_rows", [True, False])
-def test_a_gram_matrix_is_added_to_the_lower_triangle(shape: tuple[int, int], by_rows: bool) -> None:
+def test_a_gram_matrix_is_written_to_the_lower_triangle(shape: tuple[int, int], by_rows: bool) -> None:
     n, m = shape
     X = torch.randn(n, m, generator=torch.Generator().manual_seed(1)) + 2
     columns = X if by_rows else X.T.contiguous().T
-    into = torch.full((m, m), 3.0, dtype=torch.float64)
-    add_gram(columns, into)
-    expected = 3 + X.double().T @ X.double()
-    assert ((into - expected).tril().abs() <= 1e-5 * n * X.square().max()).all()
+    out = torch.full((m, m), 3.0)
+    lower_gram(columns, out)
+    expected = X.double().T @ X.double()
+    assert ((out - expected).tril().abs() <= 1e-5 * n * X.square().max()).all()
+    assert (out.triu(1) == torch.full((m, m), 3.0).triu(1)).all()
 
 
 def test_several_threads_get_what_one_gets() -> None:

@@ -39,6 +39,24 @@ def test_it_is_that_of_the_whole_matrix(
 
 
 @SHAPES
+@pytest.mark.parametrize("size", [1, 100, 2**19])
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_products_in_float32_are_summed_up_over_parts(
+    shape: tuple[int, ...], size: int, rows: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(update_gram, "_CPU_CHUNK", size)
+    monkeypatch.setattr(update_gram, "_BLOCK", 20)
+    W0, W1 = weights(shape, dtype)
+    delta = update(W0, W1).numpy()
+    expected = delta @ delta.T if rows else delta.T @ delta
+    gram, norm = gram_of_update(W0, W1, rows, torch.float32)
+    assert gram.dtype == torch.float64
+    np.testing.assert_allclose(np.tril(gram), np.tril(expected), rtol=1e-6, atol=1e-6)
+    assert norm == pytest.approx(W0.double().square().sum().item(), rel=1e-12)
+
+
+@SHAPES
 @pytest.mark.parametrize("rows", [True, False])
 def test_parts_make_up_the_matrix(shape: tuple[int, ...], rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update_gram, "_CPU_CHUNK", 50)

@@ -682,7 +682,7 @@ MUTANTS = [
     ),
     Mutant(
         "an edit: directions found in float64 are not put in",
-        ((F32, "leading.to(torch.float32)]", "torch.zeros_like(leading, dtype=torch.float32)]"),),
+        ((F32, "leading.T.to(torch.float32)]", "torch.zeros_like(leading.T, dtype=torch.float32)]"),),
         SPLITS,
     ),
     Mutant(

@@ -56,7 +56,8 @@ def gram_of_update(W0: Tensor, W1: Tensor, rows: bool, products: torch.dtype = t
             gram = gram.add_(product) if start else product.to(torch.float64)
             continue
         # By rows of blocks below the diagonal, which is all that `eigh` reads.
-        for first, last in zip(edges[:-1], edges[1:], strict=True):
+        for row in range(num_blocks):
+            first, last = edges[row], edges[row + 1]
             target, left, right = gram[first:last, :last], columns[:, first:last].T, columns[:, :last]
             target.addmm_(left, right) if products == gram.dtype else target.add_(left @ right)
     return gram, torch.stack(norms).square().sum().item()

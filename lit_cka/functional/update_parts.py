@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_cka.functional.precision import FullFloat32
-from lit_cka.functional.update_gram import as_matrix, blocks, chunks, longest, narrowed, shaped
+from lit_cka.functional.update_gram import aligned, as_matrix, blocks, chunks, longest, narrowed, shaped
 
 
 def write_weighted(
@@ -36,10 +36,10 @@ def write_weighted(
     """
     flat, starts, ends = [as_matrix(target) for target in targets], as_matrix(W0), as_matrix(W1)
     spans, (size, rank) = list(chunks(ends, rows)), basis.shape
-    length = longest(spans)
+    length, width = longest(spans), aligned(rank)
     memory, inner, w0_memory, w1_memory = (
         torch.empty(number * length, dtype=basis.dtype, device=basis.device)
-        for number in (size, rank, _needed(starts, basis), _needed(ends, basis))
+        for number in (size, width, _needed(starts, basis), _needed(ends, basis))
     )
     for start, stop in spans:
         w0, w1 = narrowed(starts, start, stop, rows), narrowed(ends, start, stop, rows)
@@ -54,7 +54,7 @@ def write_weighted(
                 coordinates = torch.mm(basis.T, delta, out=shaped(inner, rank, stop - start))
                 part = torch.mm(basis, coordinates, out=delta)
             else:
-                coordinates = torch.mm(delta, basis, out=shaped(inner, stop - start, rank))
+                coordinates = torch.mm(delta, basis, out=shaped(inner, stop - start, width)[:, :rank])
                 part = torch.mm(coordinates, basis.T, out=delta)
         into = [narrowed(target, start, stop, rows) for target in flat]
         for block in blocks(part):

@@ -16,7 +16,7 @@ from lit_cka.functional.arrays import takes_arrays
 from lit_cka.functional.precision import FullFloat32
 from lit_cka.functional.rank_rules import RankRule
 from lit_cka.functional.spectral import spectral_split
-from lit_cka.functional.update_gram import as_matrix, gram_of_update
+from lit_cka.functional.update_gram import as_matrix, check_shapes, gram_of_update
 from lit_cka.functional.update_spectrum import rows_are_fewer
 
 _POINTS = 20_001  # of the numerical integral
@@ -134,6 +134,9 @@ def dg_hard(W0: Tensor, W1: Tensor) -> Tensor:
         W0: pretrained, of two or more dimensions, read as a matrix (out, rest).
         W1: fine-tuned.
 
+    Raises:
+        ValueError: on other shapes, NaN or infinity.
+
     Example:
         >>> import torch
         >>> noise = torch.randn(20, 20, generator=torch.Generator().manual_seed(0))
@@ -141,6 +144,7 @@ def dg_hard(W0: Tensor, W1: Tensor) -> Tensor:
         >>> int(torch.linalg.matrix_rank(W, rtol=1e-5))  # one direction, without the noise
         1
     """
+    check_shapes(W0, W1)
     rows = rows_are_fewer(W1)
     gram, _ = gram_of_update(W0, W1, rows)
     eigenvalues, Q = torch.linalg.eigh(gram)

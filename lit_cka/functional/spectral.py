@@ -32,7 +32,7 @@ from lit_cka.functional.rank_rules import (
     is_rank_doubtful,
     split_rank,
 )
-from lit_cka.functional.update_gram import gram_of_update, update
+from lit_cka.functional.update_gram import check_shapes, gram_of_update, update
 from lit_cka.functional.update_parts import write_weighted
 from lit_cka.functional.update_spectrum import rows_are_fewer
 
@@ -241,10 +241,6 @@ def _dtype(W: Tensor) -> torch.dtype:
 
 
 def _check_weights(W0: Tensor, W1: Tensor) -> None:
-    if W0.shape != W1.shape or W1.ndim < 2 or W1.numel() == 0:
-        raise ValueError(
-            "Expected `W0` and `W1` to be weights of the same shape, of two or more dimensions, "
-            f"but got {tuple(W0.shape)} and {tuple(W1.shape)}."
-        )
+    check_shapes(W0, W1)
     if not (W0.is_floating_point() and W1.is_floating_point()):
         raise ValueError(f"Expected floating-point weights, but got {W0.dtype} and {W1.dtype}.")

@@ -18,6 +18,15 @@ _BLOCK = 2**16  # elements of a chunk at a time, on a CPU
 _NUM_BLOCKS = 6  # rows of blocks that a Gram matrix is computed in; a GPU computes all at once in less time
 
 
+def check_shapes(W0: Tensor, W1: Tensor) -> None:
+    """Raise a ValueError unless both are weights with an update that is a matrix."""
+    if W0.shape != W1.shape or W1.ndim < 2 or W1.numel() == 0:
+        raise ValueError(
+            "Expected `W0` and `W1` to be weights of the same shape, of two or more dimensions, "
+            f"but got {tuple(W0.shape)} and {tuple(W1.shape)}."
+        )
+
+
 def as_matrix(W: Tensor) -> Tensor:
     """Returns the weight as a matrix (out, rest), without its gradient."""
     return W.detach().reshape(len(W), -1)

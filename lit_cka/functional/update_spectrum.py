@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_cka.functional.arrays import takes_arrays
-from lit_cka.functional.update_gram import gram_of_update
+from lit_cka.functional.update_gram import check_shapes, gram_of_update
 
 
 @takes_arrays
@@ -76,11 +76,7 @@ def update_singular_values(W0: Tensor, W1: Tensor) -> Tensor:
         >>> update_singular_values(W0, W1).tolist()
         [3.0, 1.0]
     """
-    if W0.shape != W1.shape or W1.ndim < 2 or W1.numel() == 0:
-        raise ValueError(
-            "Expected `W0` and `W1` to be weights of the same shape, of two or more dimensions, "
-            f"but got {tuple(W0.shape)} and {tuple(W1.shape)}."
-        )
+    check_shapes(W0, W1)
     return singular_values_from_gram(gram_of_update(W0, W1, rows_are_fewer(W1))[0])
 
 

@@ -145,6 +145,12 @@ def test_dg_hard(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         assert np.linalg.norm(float64(made) - expected) <= tolerance * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("shape", [(4, 0), (0, 4), (4,)], ids=str)
+def test_dg_hard_of_what_is_no_matrix_is_one_clear_error(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="Expected `W0` and `W1` to be weights of the same shape, of two or more"):
+        edits.dg_hard(torch.zeros(shape), torch.ones(shape))
+
+
 def test_dg_hard_of_noise_leaves_hardly_anything() -> None:
     rng = np.random.default_rng(0)
     W0, W1 = torch.zeros(200, 300), torch.from_numpy(rng.standard_normal((200, 300))).float()

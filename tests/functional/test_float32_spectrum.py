@@ -197,6 +197,13 @@ def test_weights_that_are_not_finite(bad: float) -> None:
         spectral_split(W0, W1)
 
 
+def assert_same_bits(split: SpectralSplit | float, expected: SpectralSplit | float) -> None:
+    assert isinstance(expected, SpectralSplit)
+    assert isinstance(split, SpectralSplit)
+    assert (split.rank, split.coefficients) == (expected.rank, expected.coefficients)
+    assert torch.equal(split.basis, expected.basis)
+
+
 def test_a_lower_precision_of_the_user_s_changes_nothing() -> None:
     W0, W1 = weights((200, 300), low_rank((200, 300), 8) + 0.1 * noise((200, 300)))
     expected = spectral_split(W0, W1)
@@ -207,10 +214,7 @@ def test_a_lower_precision_of_the_user_s_changes_nothing() -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert isinstance(expected, SpectralSplit)
-    assert isinstance(split, SpectralSplit)
-    assert (split.rank, split.coefficients) == (expected.rank, expected.coefficients)
-    assert torch.equal(split.basis, expected.basis)
+    assert_same_bits(split, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -223,7 +227,4 @@ def test_a_default_dtype_of_the_user_s_changes_nothing(dtype: torch.dtype) -> No
         split = spectral_split(W0, W1)
     finally:
         torch.set_default_dtype(before)
-    assert isinstance(expected, SpectralSplit)
-    assert isinstance(split, SpectralSplit)
-    assert (split.rank, split.coefficients) == (expected.rank, expected.coefficients)
-    assert torch.equal(split.basis, expected.basis)
+    assert_same_bits(split, expected)
